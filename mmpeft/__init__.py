@@ -1,0 +1,3 @@
+"""Parameter-efficient fine-tuning of large vision backbones in OpenMMLab."""
+
+from .version import __version__

@@ -1,0 +1,156 @@
+"""Any timm model as a multi-level backbone of OpenMMLab."""
+
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from timm.layers import LayerNorm2d
+from timm.models import load_state_dict as read_weights
+
+from mmpeft.registry import MODELS
+
+
+@MODELS.register_module()
+class TimmBackbone(BaseModule):
+    """A timm network that returns one feature map a level.
+
+    As in the ConvNeXt recipes of mmdet and mmseg, every level ends in a
+    LayerNorm over its channels. The norms are new parameters ``norm<level>``;
+    the network keeps timm's own parameter names below ``model``.
+
+    Weights are loaded in :meth:`init_weights`, which a Runner calls before it
+    trains, so that building a model to load a checkpoint fetches nothing.
+
+    Args:
+        name (str): A timm model, e.g. ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
+        pretrained (bool): Load timm's pretrained weights from its hub.
+        checkpoint (str, optional): A local file (``.pth``, ``.safetensors``)
+            of the network's weights under timm's names. Excludes
+            ``pretrained``.
+        out_indices (Sequence[int]): The levels to return.
+        out_norm (bool): Put a LayerNorm on each level.
+        drop_path (float): Stochastic depth rate of the deepest block.
+        with_cp (bool): Recompute activations in backward. timm does so
+            without reentrance, which a frozen stem needs.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+        **kwargs: Handed on to :func:`timm.create_model`.
+
+    Raises:
+        ValueError: timm does not know the name, or both ``pretrained`` and
+            ``checkpoint`` are given.
+    """
+
+    def __init__(
+        self,
+        name,
+        pretrained=False,
+        checkpoint=None,
+        out_indices=(0, 1, 2, 3),
+        out_norm=True,
+        drop_path=0.0,
+        with_cp=False,
+        init_cfg=None,
+        **kwargs,
+    ):
+        super().__init__(init_cfg)
+        if pretrained and checkpoint:
+            raise ValueError(
+                f'TimmBackbone {name!r} was given both pretrained=True and '
+                f'checkpoint={str(checkpoint)!r}. Keep the one whose weights you want.'
+            )
+        if not timm.is_model(name):
+            close = timm.list_models(f'*{name.split(".")[0].split("_")[0]}*')[:5]
+            raise ValueError(
+                f'timm {timm.__version__} has no model {name!r}. '
+                f'Near it are: {", ".join(close) or "none"}. See timm.list_models().'
+            )
+        if drop_path:
+            kwargs['drop_path_rate'] = drop_path
+        self.pretrained = pretrained
+        self.checkpoint = checkpoint
+        self.out_indices = tuple(out_indices)
+        self._create = dict(
+            model_name=name, features_only=True, out_indices=self.out_indices, **kwargs
+        )
+        self.model = timm.create_model(pretrained=False, **self._create)
+        if with_cp:
+            self.model.set_grad_checkpointing(True)
+        self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
+        if out_norm:
+            for level, channels in zip(self.out_indices, self.model.feature_info.channels()):
+                self.add_module(f'norm{level}', LayerNorm2d(channels, eps=1e-6))
+
+    def init_weights(self):
+        """Load the pretrained weights, if there are any to load.
+
+        Raises:
+            FileNotFoundError: ``checkpoint`` does not exist.
+            ValueError: The file lacks weights of this network.
+            RuntimeError: timm's hub gave no weights.
+        """
+        if self._is_init:
+            return
+        super().init_weights()
+        self._is_init = True
+        if self.checkpoint:
+            self._load_file(Path(self.checkpoint))
+        elif self.pretrained:
+            self._load_hub()
+
+    def _load_hub(self):
+        name = self._create['model_name']
+        try:
+            source = timm.create_model(pretrained=True, **self._create)
+        except Exception as error:
+            raise RuntimeError(
+                f'timm could not fetch the pretrained weights of {name!r} '
+                f'({type(error).__name__}: {error}). Without a connection, download them '
+                "elsewhere and set backbone.pretrained=False, backbone.checkpoint='FILE'."
+            ) from error
+        self.model.load_state_dict(source.state_dict())
+
+    def _load_file(self, path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'The backbone checkpoint {str(path)!r} does not exist. Set '
+                'model.backbone.checkpoint to a file with the weights of timm model '
+                f'{self._create["model_name"]!r}, or to None.'
+            )
+        weights = read_weights(str(path), use_ema=False)
+        own = self.model.state_dict()
+        found = {key: weights[name] for key in own if (name := _name_in(weights, key))}
+        wrong = [k for k in own if k not in found or found[k].shape != own[k].shape]
+        if wrong:
+            raise ValueError(
+                f'{str(path)!r} does not fit timm model {self._create["model_name"]!r}: '
+                f'{len(wrong)} of {len(own)} tensors are missing or have another shape, such '
+                f'as {", ".join(wrong[:3])}. Give the file of the same model, under timm names.'
+            )
+        self.model.load_state_dict(found)
+        print_log(f'Loaded {len(found)} tensors of the backbone from {path}', 'current')
+
+    def forward(self, x):
+        """Return one map a level.
+
+        Args:
+            x (torch.Tensor): Images, (N, 3, H, W).
+
+        Returns:
+            tuple[torch.Tensor]: (N, C_i, H_i, W_i) for each of ``out_indices``.
+        """
+        levels = self.model(x)
+        if self.channels_last:
+            levels = [level.permute(0, 3, 1, 2) for level in levels]
+        norms = [getattr(self, f'norm{i}', torch.nn.Identity()) for i in self.out_indices]
+        return tuple(norm(level) for norm, level in zip(norms, levels))
+
+
+def _name_in(weights, key):
+    """The name of a features-only tensor in a state dict of the whole model."""
+    top, _, rest = key.partition('.')
+    for name in (key, f'{top.replace("_", ".")}.{rest}', f'{top.replace("_", ".", 1)}.{rest}', rest):
+        if name in weights:
+            return name
+    return None
