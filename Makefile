@@ -1,0 +1,60 @@
+# make demo      install, then adapt a frozen detector to scenes of handwritten digits
+# make test      install, then run the tests
+# make install   .venv with the pinned stack of requirements/ and mmpeft
+#
+# Variables: METHOD and TASK choose what the demo runs, DEMO_ARGS is passed on to it,
+# TEST_ARGS to pytest; PYTHON (3.10 to 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer
+# the installation (see tools/install.sh).
+
+VENV ?= .venv
+METHOD ?=
+TASK ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# The name of the stamp holds what was installed: a changed lock installs again.
+LOCK := $(shell cat requirements/*.txt tools/install.sh setup.py | sha256sum | cut -c 1-12)
+STAMP := $(VENV)/installed-$(LOCK)
+
+.PHONY: demo test install reinstall lint format clean distclean help
+.DEFAULT_GOAL := help
+
+demo: $(STAMP)
+	$(VENV)/bin/python tools/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
+
+test: export OMP_NUM_THREADS ?= 2
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+install: $(STAMP)
+
+$(STAMP):
+	@tools/install.sh $(VENV)
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+reinstall:
+	rm -rf $(VENV)
+	$(MAKE) install
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# What can be made again in seconds; data, checkpoints and the environment stay.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find mmpeft tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@echo 'This deletes $(VENV), data/ and everything in work_dirs/ (checkpoints, logs).'
+	@[ "$(YES)" = 1 ] || { printf 'Go on? [y/N] '; read answer && [ "$$answer" = y ]; }
+	rm -rf $(VENV) data
+	find work_dirs -mindepth 1 ! -name .gitkeep -delete
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Install the pinned stack of requirements/ and mmpeft itself (editable).
+#
+#     tools/install.sh VENV
+#
+# Called by the Makefile. Safe to repeat and to interrupt: what is there is
+# kept, what is missing is added. Environment:
+#   PYTHON          interpreter that makes the environment (3.10 to 3.12)
+#   PIP_FIND_LINKS  folders with wheels, for instance a compiled onedl-mmcv
+#   MAX_JOBS        compilers that run at once (default: by cores and memory)
+#   FORCE_CUDA=1    compile mmcv's CUDA operators on a machine without a GPU
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$(realpath -ms "${1:?usage: tools/install.sh VENV}")
+py=$venv/bin/python
+pip=("$py" -m pip --disable-pip-version-check)
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf '\nerror: %s\n' "$*" | fold -s -w 80 >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
+        if "$candidate" -c 'import ensurepip, sys, venv
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "${PYTHON:-none of python3.11, python3.12, python3.10 and python3} is no Python" \
+        "3.10 to 3.12 with its venv module. Install one (on Debian and Ubuntu:" \
+        "apt install python3-venv python3-dev) or name one: make install PYTHON=/path/to/python3.11"
+}
+
+# An interrupted pip leaves packages that lack files but look installed: it
+# writes INSTALLER after a package's own files.
+drop_half_installed() {
+    local info
+    for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
+        [ -e "$info/INSTALLER" ] || rm -rf "$info"
+    done
+}
+
+# 'cuda' when the operators of mmcv can be compiled for it and used, else 'cpu'.
+mmcv_operators() {
+    "$py" - <<'EOF'
+import os, re, subprocess, sys
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
+release = None
+if CUDA_HOME and os.path.exists(f'{CUDA_HOME}/bin/nvcc'):
+    text = subprocess.run([f'{CUDA_HOME}/bin/nvcc', '--version'], capture_output=True, text=True)
+    release = re.search(r'release (\d+)', text.stdout)
+major = torch.version.cuda and torch.version.cuda.split('.')[0]
+fits = bool(release and release[1] == major)
+if wanted and not fits:
+    print(f'warning: there is a GPU, but no nvcc of CUDA {major}, so mmcv gets operators for the '
+          f'CPU only. To train on the GPU install the CUDA {torch.version.cuda} toolkit, set '
+          'CUDA_HOME to it and run `make reinstall`.', file=sys.stderr)
+print('cuda' if wanted and fits else 'cpu')
+EOF
+}
+
+# Is the mmcv that is installed the pinned one, with operators that load?
+mmcv_works() {
+    "$py" - "$1" >/dev/null 2>&1 <<'EOF'
+import importlib.metadata, sys
+import mmcv.ops
+
+pinned = open('requirements/mmcv.txt').read().split('==')[1].strip()
+compiled = mmcv.ops.get_compiling_cuda_version()
+assert importlib.metadata.version('onedl-mmcv') == pinned
+assert sys.argv[1] == 'cpu' or compiled != 'not available'
+EOF
+}
+
+try_wheel() {
+    local ops=$1
+    shift
+    "${pip[@]}" install --no-deps --only-binary :all: --force-reinstall "$@" && mmcv_works "$ops"
+}
+
+# From a wheel where there is one (kept from before, PIP_FIND_LINKS, the
+# index), else compiled. Wheels are kept by torch version and operators, which
+# pip's own cache does not tell apart.
+install_mmcv() {
+    local ops jobs store log
+    ops=$(mmcv_operators)
+    mmcv_works "$ops" && return
+    store=${XDG_CACHE_HOME:-$HOME/.cache}/mmpeft/$("$py" -c "import torch, sys
+print(f'mmcv-{sys.implementation.cache_tag}-torch{torch.__version__}-$ops')")
+    mkdir -p "$store" 2>/dev/null || store=$venv/mmcv
+    log=$venv/mmcv.log
+    try_wheel "$ops" "$store"/*.whl >"$log" 2>&1 && return
+    try_wheel "$ops" -r requirements/mmcv.txt >"$log" 2>&1 && return
+
+    command -v "${CXX:-c++}" >/dev/null || die "mmcv has to be compiled and there is no C++ compiler." \
+        "Install one (on Debian and Ubuntu: apt install g++) and run the command again."
+    "$py" -c 'import os, sysconfig, sys
+sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        die "mmcv has to be compiled and the headers of Python are missing. Install them" \
+            "(on Debian and Ubuntu: apt install python3-dev) and run the command again."
+    jobs=${MAX_JOBS:-$(awk -v cores="$(nproc)" '/MemAvailable/ { n = int($2 / 2e6)
+        if (n > cores) n = cores; print n < 1 ? 1 : n }' /proc/meminfo)}
+    say "Compiling mmcv for $ops with $jobs compilers at once; no wheel was found." \
+        "On 2 cores this takes about 15 minutes (for cuda an hour), once: the wheel is kept in" \
+        "$store. All output goes to $log"
+    # Without nvcc a visible GPU would make mmcv's build ask for it.
+    [ "$ops" = cuda ] || export CUDA_VISIBLE_DEVICES= FORCE_CUDA=0
+    # -g0: without debug symbols, which make up most of the file.
+    MMCV_WITH_OPS=1 MAX_JOBS=$jobs CFLAGS='-g0' CXXFLAGS='-g0' \
+        "${pip[@]}" wheel -v --no-deps --no-build-isolation --no-cache-dir --no-binary :all: \
+        --wheel-dir "$store" -r requirements/mmcv.txt 2>&1 | tee "$log" |
+        awk 'match($0, /\[[0-9]+\/[0-9]+\]/) { split(substr($0, RSTART + 1, RLENGTH - 2), n, "/")
+            if (n[1] % 10 == 0 || n[1] == n[2]) {
+                printf "   %d of %d files compiled\n", n[1], n[2]; fflush() } }' ||
+        die "mmcv did not compile. The end of $log: $(tail -n 5 "$log")"
+    try_wheel "$ops" "$store"/*.whl || die "mmcv compiled but its operators do not load:" \
+        "$("$py" -c 'import mmcv.ops' 2>&1 | tail -n 1)"
+}
+
+if [ ! -x "$py" ]; then
+    python=$(find_python)
+    say "Creating $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+fi
+drop_half_installed
+say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on disk, minutes)'
+"${pip[@]}" install --no-deps -r requirements/build.txt
+"${pip[@]}" install --no-deps --only-binary :all: -r requirements/runtime.txt -r requirements/dev.txt
+"${pip[@]}" install --no-deps --no-build-isolation -r requirements/openmmlab.txt
+install_mmcv
+"${pip[@]}" install --no-deps --no-build-isolation --editable .
+"$py" -c 'import cv2, mmcv.ops, mmdet.models, mmseg.models, mmrotate.models, timm, mmpeft' ||
+    die "the packages are installed but do not import; see above. \`make reinstall\` starts anew."
+say "Installed into $venv"
