@@ -1,0 +1,227 @@
+"""Put adapters on a model, take them off, fold them in."""
+
+import re
+import warnings
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .errors import near
+from .freezing import freeze_statistics, unfreeze_statistics
+from .methods import Adapter, Method
+from .ranks import settle_ranks
+from .registry import METHODS
+from .summary import Summary, summary
+from .targets import Targets, adapter_parameters, adapters_of, layers, select, target_module
+from .weights import original_of
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was done to a model by one :func:`inject`; kept in ``model.peft``.
+
+    Attributes:
+        method: With its budget spent.
+        targets: As given.
+        unfreeze: As given.
+        trained_before: Parameters that :func:`inject` froze, to be thawed
+            when the adapters go.
+    """
+
+    method: Method
+    targets: Targets
+    unfreeze: tuple[str, ...]
+    trained_before: tuple[str, ...]
+
+    def config(self) -> dict:
+        """Plain data from which an equal injection can be made."""
+        return dict(
+            method=self.method.config(),
+            targets=asdict(self.targets),
+            unfreeze=list(self.unfreeze),
+        )
+
+
+def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
+    """Freeze a model's target module and adapt its weights, in place.
+
+    The weights keep their names in the model's state dict but for torch's
+    ``parametrizations``: ``fc.weight`` becomes
+    ``fc.parametrizations.weight.original``, and the adapter's parameters
+    stand beside it as ``fc.parametrizations.weight.0.<name>``. Weights that
+    are tied in the model share one adapter.
+
+    Args:
+        model: Any module; pretrained weights must be in it already.
+        method: A method or its config, such as ``dict(type='FLoRA', rank=32)``.
+        targets: A :class:`~mmpeft.targets.Targets` or a dict of its fields.
+        unfreeze: Patterns (regular expressions) of parameter names below the
+            target module that train themselves, such as norms that are new.
+
+    Returns:
+        The summary of the adapted model.
+
+    Raises:
+        ValueError: The targets select nothing, a pattern matches nothing, or
+            a rank or budget does not fit.
+        TypeError: An unknown argument of the method or key of the targets.
+    """
+    method = METHODS.build(method)
+    targets = Targets.of(targets)
+    unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
+    root = target_module(model, targets.module)
+    sites = select(model, method, targets)
+    method = settle_ranks(method, sites, targets.max_share)
+    thawed = _matching(root, unfreeze)
+
+    trained_before = []
+    if not method.trains_base:
+        trained_before = _freeze(model, root, keep=thawed)
+        freeze_statistics(root)
+    for parameter in thawed.values():
+        parameter.requires_grad_(True)
+    adapters = {}
+    for site in sites:
+        key = id(site.weight)
+        if key not in adapters:
+            weight = getattr(site.module, site.tensor)
+            adapters[key] = Adapter(site.method, site.spec, weight)
+        parametrize.register_parametrization(site.module, site.tensor, adapters[key], unsafe=True)
+        adapters[key].train(site.module.training)
+
+    model.peft = [
+        *getattr(model, 'peft', []),
+        Injection(method, targets, unfreeze, tuple(trained_before)),
+    ]
+    result = summary(model)
+    _warn_outgrown(result)
+    return result
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take all adapters off, in place: the base as it was before.
+
+    Args:
+        model: With adapters or without.
+
+    Returns:
+        The same model.
+    """
+    for layer, tensor in _adapted(model):
+        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+    return _restore(model)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold all adapters into the weights, in place: plain modules, plain keys.
+
+    phi(W) is computed in float64 and rounded once to the weight's dtype.
+
+    Args:
+        model: With adapters or without.
+
+    Returns:
+        The same model, which computes what it did in evaluation mode.
+
+    Raises:
+        ValueError: A merged weight has NaN or infinity; weights before it are
+            merged, those from it on still adapted.
+    """
+    was_training = model.training
+    model.eval()
+    merged = set()
+    for layer, tensor in _adapted(model):
+        original = original_of(layer, tensor)
+        if id(original) not in merged:
+            value = original.double()
+            for adapter in adapters_of(layer, tensor):
+                factors = {name: p.double() for name, p in adapter.factors.items()}
+                value = adapter.map(value, factors)
+            if not value.isfinite().all():
+                raise ValueError(
+                    f'The merged {_path(model, layer)}.{tensor} has NaN or infinite elements. The '
+                    'adapter was trained to destruction: use an earlier checkpoint.'
+                )
+            merged.add(id(original))
+            parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+            original.copy_(value)
+        else:
+            parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+    model.train(was_training)
+    return _restore(model)
+
+
+def _adapted(model):
+    pairs = []
+    for path, layer in layers(model):
+        if not parametrize.is_parametrized(layer):
+            continue
+        for tensor, chain in layer.parametrizations.items():
+            ours = [isinstance(p, Adapter) for p in chain]
+            if any(ours) and not all(ours):
+                raise ValueError(
+                    f'{path}.{tensor} carries a parametrization that is not of mmpeft beside the '
+                    'adapter, so neither can be taken off alone. Remove it first with '
+                    'torch.nn.utils.parametrize.remove_parametrizations.'
+                )
+            if any(ours):
+                pairs.append((layer, tensor))
+    return pairs
+
+
+def _restore(model):
+    for record in model.__dict__.pop('peft', []):
+        unfreeze_statistics(target_module(model, record.targets.module))
+        for name, parameter in model.named_parameters():
+            if name in record.trained_before:
+                parameter.requires_grad_(True)
+    return model
+
+
+def _freeze(model, root, keep):
+    adapters = {id(p) for p in adapter_parameters(root)}
+    kept = {id(p) for p in keep.values()}
+    for record in getattr(model, 'peft', []):
+        earlier = target_module(model, record.targets.module)
+        kept.update(id(p) for p in _matching(earlier, record.unfreeze).values())
+    names = {id(p): name for name, p in model.named_parameters()}
+    frozen = []
+    for parameter in root.parameters():
+        if parameter.requires_grad and id(parameter) not in adapters | kept:
+            parameter.requires_grad_(False)
+            frozen.append(names[id(parameter)])
+    return frozen
+
+
+def _matching(root, patterns):
+    names = dict(root.named_parameters())
+    found = {}
+    for pattern in patterns:
+        matches = {name: p for name, p in names.items() if re.search(pattern, name)}
+        if not matches:
+            raise ValueError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
+        found |= matches
+    return found
+
+
+def _path(model, layer):
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
+def _warn_outgrown(result):
+    outgrown = result.outgrown
+    if not outgrown:
+        return
+    worst = max(outgrown, key=lambda row: row.adapter / row.weight)
+    total = sum(row.adapter for row in outgrown)
+    warnings.warn(
+        f'{len(outgrown)} of {len(result.rows)} adapters have more parameters than the weight '
+        f'that they adapt, and hold {total / max(result.adapters, 1):.0%} of the budget. The worst '
+        f'is {worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
+        "(targets.overrides), cap it (targets.max_share=1.0), leave such layers out "
+        "(targets.exclude_kinds=('depthwise',)) or choose a leaner layout.",
+        stacklevel=3,
+    )

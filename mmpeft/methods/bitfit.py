@@ -1,0 +1,32 @@
+"""BitFit: train the biases alone (arXiv:2106.10199).
+
+    b' = b + db
+
+with db starting at zero. Holding the change apart from the frozen bias leaves
+the base as it was, and lets the adapter be stored, merged and removed as any
+other. Layers without a bias get none.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmpeft.registry import METHODS
+
+from .base import DeltaMethod
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class BitFit(DeltaMethod):
+    """A trained shift of each bias, in layers of every kind."""
+
+    kinds: ClassVar[None] = None
+
+    def accepts(self, spec):
+        return spec.is_bias
+
+    def init(self, weight, spec):
+        return {'shift': weight.new_zeros(spec.shape)}
+
+    def delta(self, factors, spec):
+        return factors['shift']

@@ -1,0 +1,95 @@
+"""FLoRA: a low-rank core space for N dimensions (arXiv:2405.14739).
+
+    dW = G x_1 A1 x_2 A2 ... x_N AN            Eq. 5; kernels Eq. 6, matrices Eq. 7
+
+over the modes of the stored weight, so that a kernel keeps its axes. The core
+starts at zero, the factors Gaussian. The paper leaves the Gaussian's width
+open: here it is 1 / sqrt(J_n) for a factor of J_n columns, with which an Adam
+step on the core moves the entries of W by about ``scale`` times the learning
+rate whatever the rank. The factor of a mode of size 1 starts at 1, since a
+single random number there would only scale the whole update.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmpeft.registry import METHODS
+
+from .base import Factors, RankMethod, gaussian
+
+
+def tucker(core: Tensor, factors: list[Tensor]) -> Tensor:
+    """G x_1 A1 x_2 A2 ... (FLoRA, Eq. 4).
+
+    Args:
+        core: (J_1, ..., J_N).
+        factors: N matrices (I_n, J_n).
+
+    Returns:
+        (I_1, ..., I_N).
+    """
+    for factor in reversed(factors):
+        core = torch.tensordot(factor, core, dims=([1], [-1]))
+    return core
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class FLoRA(RankMethod):
+    """Tucker update over the modes of the stored weight.
+
+    Attributes:
+        rank: Of the two channel modes (r_1 = r_2 in the paper), or one each
+            in the order in which the weight stores them, or one a mode of a
+            whole kernel. Each is capped by its mode's size.
+        kernel_rank: Of each kernel mode (r_3 in the paper), capped likewise.
+        scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4.
+        init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
+    """
+
+    kernel_rank: int = 2
+    scale: float = 4.0
+    init_std: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.kernel_rank, int) or self.kernel_rank < 1:
+            raise ValueError(f'FLoRA: kernel_rank={self.kernel_rank!r} must be a positive integer.')
+
+    @property
+    def scaling(self):
+        return self.scale
+
+    def accepts(self, spec):
+        return not spec.is_bias
+
+    def ranks(self, spec) -> tuple[int, ...]:
+        """J_1, ..., J_N for a weight."""
+        modes = len(spec.shape)
+        rank = (self.rank,) * min(modes, 2) if isinstance(self.rank, int) else self.rank
+        if len(rank) < modes:
+            rank += (self.kernel_rank,) * len(spec.kernel_size)
+        if len(rank) != modes:
+            raise ValueError(
+                f'FLoRA: rank={self.rank!r} does not fit a weight of shape {tuple(spec.shape)}. '
+                f'Give one number, two for the channel modes, or {modes} for all modes.'
+            )
+        return tuple(min(r, size) for r, size in zip(rank, spec.shape))
+
+    def max_rank(self, spec):
+        return max(spec.shape[:2])
+
+    def init(self, weight, spec) -> Factors:
+        ranks = self.ranks(spec)
+        factors = {'core': weight.new_zeros(ranks)}
+        for mode, (size, rank) in enumerate(zip(spec.shape, ranks)):
+            std = self.init_std or rank**-0.5
+            factors[f'factor{mode}'] = (
+                weight.new_ones(1, 1) if size == 1 else gaussian(weight, size, rank, std=std)
+            )
+        return factors
+
+    def delta(self, factors, spec):
+        return tucker(factors['core'], [factors[f'factor{n}'] for n in range(len(spec.shape))])

@@ -1,0 +1,95 @@
+"""LoRA: a product of two low-rank matrices (arXiv:2106.09685).
+
+    dW = reshape(B A)           FLoRA, Eq. 2; kernels Eq. 3
+
+B starts at zero and A as a linear layer does. Two layouts flatten a kernel:
+
+``loralib``  loralib's, which the papers' parameter counts use. For a square
+             2-d kernel, A is (r k, in k) and B (out/groups k, r k), hence
+             r k^2 (in + out/groups) parameters. Kernels of other dimensions
+             put the first half of their axes on B's side. It reshapes without
+             regard to the kernel's axes, and holds many times a depthwise
+             kernel's own parameters.
+``channel``  The stored weight unfolded along its first mode: B is
+             (shape[0], r), A (r, the rest). On linear layers the two agree.
+"""
+
+from dataclasses import dataclass
+from math import prod, sqrt
+
+import torch
+from torch import Tensor
+
+from mmpeft.registry import METHODS
+from mmpeft.weights import WeightSpec
+
+from .base import Factors, RankMethod, check_choice
+
+
+def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:
+    """Rows, inner size and columns of B A for a weight.
+
+    Args:
+        spec: The weight's role.
+        rank: r.
+        layout: ``'loralib'`` or ``'channel'``.
+
+    Returns:
+        With rows * columns equal to the weight's number of elements.
+    """
+    if layout == 'channel' or not spec.kernel_size:
+        rows = spec.shape[0]
+        return rows, rank, spec.numel // rows
+    half = len(spec.kernel_size) // 2
+    tall, wide = prod(spec.kernel_size[:half]), prod(spec.kernel_size[half:])
+    return spec.out_features // spec.groups * tall, rank * tall, spec.in_features * wide
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class LoRA(RankMethod):
+    """Low-rank update of the weight as a matrix.
+
+    Attributes:
+        rank: r.
+        alpha: dW is multiplied by alpha / rank.
+        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
+        layout: How kernels become matrices, ``'loralib'`` or ``'channel'``.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    scale: float | None = None
+    layout: str = 'loralib'
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self, 'layout', ('loralib', 'channel'))
+        if not isinstance(self.rank, int):
+            raise ValueError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError(
+                f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
+                'thing (scale = alpha / rank). Give one of them.'
+            )
+
+    @property
+    def scaling(self):
+        if self.scale is not None:
+            return self.scale
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def max_rank(self, spec):
+        rows, inner, columns = matrix_shape(spec, 1, self.layout)
+        return max(1, min(rows, columns) // inner)
+
+    def init(self, weight, spec) -> Factors:
+        rows, inner, columns = matrix_shape(spec, self.rank, self.layout)
+        bound = 1 / sqrt(columns)
+        return {
+            'lora_A': weight.new_empty(inner, columns).uniform_(-bound, bound),
+            'lora_B': weight.new_zeros(rows, inner),
+        }
+
+    def delta(self, factors, spec) -> Tensor:
+        return torch.mm(factors['lora_B'], factors['lora_A']).view(spec.shape)
