@@ -1,0 +1,89 @@
+"""Evaluate a checkpoint of mmdet, mmseg or mmrotate by its config.
+
+    python tools/test.py configs/flora/convnext_coco.py work_dirs/convnext_coco/epoch_12.pth
+
+The checkpoint may hold adapters alone, everything, or merged weights.
+"""
+
+import argparse
+
+from mmpeft.launch import (
+    LaunchError,
+    add_arguments,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    load_config,
+    run,
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector or segmentor')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    add_arguments(parser)
+    parser.add_argument(
+        '--out', help='where predictions go: a .pkl file, for mmseg a folder of label images'
+    )
+    parser.add_argument('--show', action='store_true', help='show drawn predictions in a window')
+    parser.add_argument(
+        '--show-dir', help='folder for drawn predictions, within <work-dir>/<timestamp>'
+    )
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
+    parser.add_argument('--tta', action='store_true', help='merge predictions over flipped views')
+    return parser.parse_args()
+
+
+def show_predictions(cfg, args):
+    """Have the visualization hook draw: in a window, into a folder, or both."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise LaunchError(
+            f'{cfg.filename} draws nothing: it has no default_hooks.visualization. Add, for mmdet, '
+            "default_hooks=dict(visualization=dict(type='mmdet.DetVisualizationHook'))."
+        )
+    hook.draw = True
+    if args.show:
+        hook.show = True
+        hook.wait_time = args.wait_time
+    if args.show_dir and cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = args.show_dir
+
+
+def dump_predictions(runner, cfg, out):
+    """Write what is predicted to a file beside the evaluation."""
+    if cfg.default_scope == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        from mmengine.evaluator import DumpResults as Dump
+    runner.test_evaluator.metrics.append(Dump(out_file_path=out))
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args)
+    check_checkpoint(args.checkpoint)
+    check_data(cfg, ('test',))
+    segments = cfg.get('default_scope') == 'mmseg'
+    if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
+        raise LaunchError(f'--out {args.out}: name a .pkl or .pickle file.')
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        show_predictions(cfg, args)
+    if args.tta:
+        from mmpeft.models.tta import enable_tta
+
+        enable_tta(cfg)
+    if args.out and segments:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+    runner = build_runner(cfg)
+    if args.out and not segments:
+        dump_predictions(runner, cfg, args.out)
+    runner.test()
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,59 @@
+"""Train a model of mmdet, mmseg or mmrotate by its config.
+
+    python tools/train.py configs/flora/convnext_coco.py
+
+What is adapted, and how, is the config's ``default_hooks.peft``.
+"""
+
+import argparse
+
+from mmpeft.launch import (
+    add_arguments,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    enable_amp,
+    enable_auto_scale_lr,
+    load_config,
+    run,
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Train a detector or segmentor')
+    parser.add_argument('config', help='config file')
+    add_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate from the config's batch size to this run's",
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CKPT',
+        help='go on from this checkpoint, or from the latest in the work directory',
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        enable_amp(cfg)
+    if args.auto_scale_lr:
+        enable_auto_scale_lr(cfg)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        check_checkpoint(cfg.load_from)
+    check_data(cfg, ('train', 'val'))
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    run(main)
