@@ -46,20 +46,22 @@ mmcv_operators() {
     "$py" - <<'EOF'
 import os, re, subprocess, sys
 import torch
+
+if not (torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'):
+    sys.exit(print('cpu'))
 from torch.utils.cpp_extension import CUDA_HOME
 
-wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
 release = None
 if CUDA_HOME and os.path.exists(f'{CUDA_HOME}/bin/nvcc'):
     text = subprocess.run([f'{CUDA_HOME}/bin/nvcc', '--version'], capture_output=True, text=True)
     release = re.search(r'release (\d+)', text.stdout)
 major = torch.version.cuda and torch.version.cuda.split('.')[0]
 fits = bool(release and release[1] == major)
-if wanted and not fits:
+if not fits:
     print(f'warning: there is a GPU, but no nvcc of CUDA {major}, so mmcv gets operators for the '
           f'CPU only. To train on the GPU install the CUDA {torch.version.cuda} toolkit, set '
           'CUDA_HOME to it and run `make reinstall`.', file=sys.stderr)
-print('cuda' if wanted and fits else 'cpu')
+print('cuda' if fits else 'cpu')
 EOF
 }
 
@@ -128,11 +130,14 @@ if [ ! -x "$py" ]; then
 fi
 drop_half_installed
 say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on disk, minutes)'
-"${pip[@]}" install --no-deps -r requirements/build.txt
+"${pip[@]}" install -q --no-deps -r requirements/build.txt
 "${pip[@]}" install --no-deps --only-binary :all: -r requirements/runtime.txt -r requirements/dev.txt
 "${pip[@]}" install --no-deps --no-build-isolation -r requirements/openmmlab.txt
 install_mmcv
-"${pip[@]}" install --no-deps --no-build-isolation --editable .
-"$py" -c 'import cv2, mmcv.ops, mmdet.models, mmseg.models, mmrotate.models, timm, mmpeft' ||
-    die "the packages are installed but do not import; see above. \`make reinstall\` starts anew."
+"${pip[@]}" install -q --no-deps --no-build-isolation --editable .
+"$py" -W ignore - >/dev/null <<'EOF' || die "The packages are there but do not import; \`make reinstall\` starts anew."
+import cv2, timm
+import mmcv.ops, mmdet.apis, mmrotate.apis, mmrotate.datasets, mmrotate.models, mmseg.apis
+import mmpeft
+EOF
 say "Installed into $venv"
