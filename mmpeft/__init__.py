@@ -1,8 +1,19 @@
 """Parameter-efficient fine-tuning of large vision backbones in OpenMMLab."""
 
+from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .injection import inject, merge, remove
 from .registry import METHODS
 from .summary import summary
 from .version import __version__
 
-__all__ = ['METHODS', '__version__', 'inject', 'merge', 'remove', 'summary']
+__all__ = [
+    'METHODS',
+    '__version__',
+    'adapter_state_dict',
+    'inject',
+    'load_adapter',
+    'merge',
+    'remove',
+    'save_adapter',
+    'summary',
+]

@@ -7,16 +7,16 @@ adapter is refused by any other base.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .injection import inject
-from .targets import adapter_parameters, layers
+from .targets import adapter_parameters
 from .version import __version__
 
 ORIGINAL = '.original'
@@ -115,10 +115,185 @@ def fingerprint(model: nn.Module) -> str:
     def digest(key):
         value = state[key].detach().cpu().contiguous()
         title = f'{plain_key(key)} {value.dtype} {tuple(value.shape)}'
-        return hashlib.sha256(title.encode() + _bytes(value)).digest()
+        whole = hashlib.sha256(title.encode())
+        whole.update(_bytes(value))
+        return whole.digest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b''.join(pool.map(digest, keys))).hexdigest()
+
+
+def describe(model: nn.Module) -> dict:
+    """What an adapter has to say of itself: how it was injected, and on what.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+
+    Returns:
+        Plain data: ``version``, ``injections`` and ``fingerprint``.
+    """
+    return dict(
+        version=__version__,
+        injections=[record.config() for record in getattr(model, 'peft', [])],
+        fingerprint=fingerprint(model),
+    )
+
+
+def check_fits(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    description: Mapping,
+    source: str,
+    check_base: bool = True,
+) -> None:
+    """Refuse an adapter of another method, rank, target or base.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+        state: The adapter's state dict.
+        description: From :func:`describe`, at the time it was saved.
+        source: What to call the adapter in errors.
+        check_base: Compare the fingerprints of the frozen bases.
+
+    Raises:
+        ValueError: It does not fit; the message says what to write instead.
+    """
+    theirs = [_method_of(injection) for injection in description['injections']]
+    ours = [_method_of(record.config()) for record in getattr(model, 'peft', [])]
+    if theirs != ours:
+        different = sorted(
+            {
+                k
+                for a, b in zip(theirs, ours, strict=False)
+                for k in {**a, **b}
+                if a.get(k) != b.get(k)
+            }
+        )
+        raise ValueError(
+            f'{source} holds adapters of {_listed(theirs)}, and this model was adapted with '
+            f'{_listed(ours)}; they differ in {", ".join(different) or "number"}. Set the '
+            "config's method (default_hooks.peft.method) to the former, or choose another file."
+        )
+    own = {key: value.shape for key, value in model.state_dict().items() if MARK in key}
+    own = {key: shape for key, shape in own.items() if not key.endswith(ORIGINAL)}
+    given = {k: v.shape for k, v in state.items() if MARK in k and not k.endswith(ORIGINAL)}
+    wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f'{source} does not fit this model: {len(wrong)} adapter tensors are missing, '
+            f'unexpected or of another shape. The first is {first}: '
+            f'{_shape(given, first)} in the file, {_shape(own, first)} in the model. Use the '
+            'rank, targets and backbone that it was trained with: '
+            f'targets={description["injections"][0]["targets"]}.'
+        )
+    if not check_base or not description.get('fingerprint'):
+        return
+    base = fingerprint(model)
+    if base != description['fingerprint']:
+        raise ValueError(
+            f'{source} was trained on another frozen base: fingerprint '
+            f'{description["fingerprint"][:16]} in the file, {base[:16]} in this model. Load the '
+            "pretrained weights that it was trained on (the backbone's checkpoint, or the "
+            "hook's base_checkpoint; a base that was never loaded from a file cannot be found "
+            'again unless save_frozen=True was set), or set check_base=False to use it all the '
+            'same.'
+        )
+
+
+def save_adapter(model: nn.Module, path) -> Path:
+    """Write what was trained as safetensors, with its description as metadata.
+
+    The file appears whole or not at all.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+        path: Such as ``adapter.safetensors``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    from safetensors.torch import save_file
+
+    if not getattr(model, 'peft', []):
+        raise ValueError('There is nothing to save: the model was not adapted (mmpeft.inject).')
+    path = Path(path)
+    state = {k: v.detach().cpu().clone() for k, v in adapter_state_dict(model).items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata={'mmpeft': json.dumps(describe(model))})
+    return path
+
+
+def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
+    """Read an adapter into a model; adapt the model first if it is not yet.
+
+    Args:
+        model: The base with its pretrained weights, adapted or not.
+        path: From :func:`save_adapter`.
+        check_base: Refuse another frozen base.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The file is no adapter, or does not fit the model.
+        FileNotFoundError: There is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no adapter file {str(path)!r}.')
+    try:
+        with safe_open(path, framework='pt') as file:
+            description = json.loads((file.metadata() or {}).get('mmpeft', 'null'))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f'{str(path)!r} is no whole safetensors file: {error}.') from error
+    if description is None:
+        raise ValueError(
+            f'{str(path)!r} is a safetensors file without a description of adapters. Give one '
+            'that mmpeft.save_adapter wrote.'
+        )
+    if not getattr(model, 'peft', []):
+        for injection in description['injections']:
+            inject(model, **injection)
+    check_fits(model, state, description, repr(str(path)), check_base)
+    model.load_state_dict(complete(model, state))
+    return model
+
+
+@contextmanager
+def replacing(path: Path):
+    """A temporary path beside a path, which takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        yield temporary
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _method_of(injection):
+    return {k: v for k, v in injection['method'].items() if k not in ('dropout', 'budget')}
+
+
+def _listed(methods):
+    named = [
+        f'{m["type"]}({", ".join(f"{k}={v!r}" for k, v in m.items() if k != "type")})'
+        for m in methods
+    ]
+    return ' and '.join(named) or 'nothing'
+
+
+def _shape(shapes, key):
+    return tuple(shapes[key]) if key in shapes else 'none'
 
 
 def _bytes(value):

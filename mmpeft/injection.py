@@ -1,5 +1,6 @@
 """Put adapters on a model, take them off, fold them in."""
 
+import json
 import re
 import warnings
 from dataclasses import asdict, dataclass
@@ -37,11 +38,10 @@ class Injection:
 
     def config(self) -> dict:
         """Plain data from which an equal injection can be made."""
-        return dict(
-            method=self.method.config(),
-            targets=asdict(self.targets),
-            unfreeze=list(self.unfreeze),
+        plain = dict(
+            method=self.method.config(), targets=asdict(self.targets), unfreeze=self.unfreeze
         )
+        return json.loads(json.dumps(plain))
 
 
 def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
@@ -221,7 +221,7 @@ def _warn_outgrown(result):
         f'{len(outgrown)} of {len(result.rows)} adapters have more parameters than the weight '
         f'that they adapt, and hold {total / max(result.adapters, 1):.0%} of the budget. The worst '
         f'is {worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
-        "(targets.overrides), cap it (targets.max_share=1.0), leave such layers out "
+        '(targets.overrides), cap it (targets.max_share=1.0), leave such layers out '
         "(targets.exclude_kinds=('depthwise',)) or choose a leaner layout.",
         stacklevel=3,
     )

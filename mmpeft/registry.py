@@ -41,8 +41,6 @@ def build_method(cfg, registry, *args, **kwargs):
     return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-METHODS = Registry(
-    'method', build_func=build_method, scope='mmpeft', locations=['mmpeft.methods']
-)
+METHODS = Registry('method', build_func=build_method, scope='mmpeft', locations=['mmpeft.methods'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmpeft', locations=['mmpeft.hooks'])
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmpeft', locations=['mmpeft.models'])

@@ -1,7 +1,7 @@
 """The two ends that every method lies between: nothing trains, everything trains.
 
-    W' = W, frozen              Frozen
-    W' = W, trained             Full
+W' = W, frozen              Frozen
+W' = W, trained             Full
 """
 
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class FLoRA(RankMethod):
                 f'FLoRA: rank={self.rank!r} does not fit a weight of shape {tuple(spec.shape)}. '
                 f'Give one number, two for the channel modes, or {modes} for all modes.'
             )
-        return tuple(min(r, size) for r, size in zip(rank, spec.shape))
+        return tuple(min(r, size) for r, size in zip(rank, spec.shape, strict=True))
 
     def max_rank(self, spec):
         return max(spec.shape[:2])
@@ -84,7 +84,7 @@ class FLoRA(RankMethod):
     def init(self, weight, spec) -> Factors:
         ranks = self.ranks(spec)
         factors = {'core': weight.new_zeros(ranks)}
-        for mode, (size, rank) in enumerate(zip(spec.shape, ranks)):
+        for mode, (size, rank) in enumerate(zip(spec.shape, ranks, strict=True)):
             std = self.init_std or rank**-0.5
             factors[f'factor{mode}'] = (
                 weight.new_ones(1, 1) if size == 1 else gaussian(weight, size, rank, std=std)

@@ -79,8 +79,9 @@ class TimmBackbone(BaseModule):
             self.model.set_grad_checkpointing(True)
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
         if out_norm:
-            for level, channels in zip(self.out_indices, self.model.feature_info.channels()):
-                self.add_module(f'norm{level}', LayerNorm2d(channels, eps=1e-6))
+            channels = self.model.feature_info.channels()
+            for level, width in zip(self.out_indices, channels, strict=True):
+                self.add_module(f'norm{level}', LayerNorm2d(width, eps=1e-6))
 
     def init_weights(self):
         """Load the pretrained weights, if there are any to load.
@@ -144,13 +145,18 @@ class TimmBackbone(BaseModule):
         if self.channels_last:
             levels = [level.permute(0, 3, 1, 2) for level in levels]
         norms = [getattr(self, f'norm{i}', torch.nn.Identity()) for i in self.out_indices]
-        return tuple(norm(level) for norm, level in zip(norms, levels))
+        return tuple(norm(level) for norm, level in zip(norms, levels, strict=True))
 
 
 def _name_in(weights, key):
     """The name of a features-only tensor in a state dict of the whole model."""
     top, _, rest = key.partition('.')
-    for name in (key, f'{top.replace("_", ".")}.{rest}', f'{top.replace("_", ".", 1)}.{rest}', rest):
+    for name in (
+        key,
+        f'{top.replace("_", ".")}.{rest}',
+        f'{top.replace("_", ".", 1)}.{rest}',
+        rest,
+    ):
         if name in weights:
             return name
     return None

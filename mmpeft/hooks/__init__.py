@@ -1,0 +1,6 @@
+"""mmengine hooks: the adapters' place in a Runner."""
+
+from .peft_hook import PEFTHook
+from .seed_hook import SeedHook
+
+__all__ = ['PEFTHook', 'SeedHook']
