@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning of large vision backbones in OpenMMLab."""
 
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .compat import register_config_packages
 from .injection import inject, merge, remove
 from .registry import METHODS
 from .summary import summary
@@ -17,3 +18,5 @@ __all__ = [
     'save_adapter',
     'summary',
 ]
+
+register_config_packages()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .errors import MissingFileError, UsageError
 from .injection import inject
 from .targets import adapter_parameters
 from .version import __version__
@@ -156,7 +157,7 @@ def check_fits(
         check_base: Compare the fingerprints of the frozen bases.
 
     Raises:
-        ValueError: It does not fit; the message says what to write instead.
+        UsageError: It does not fit; the message says what to write instead.
     """
     theirs = [_method_of(injection) for injection in description['injections']]
     ours = [_method_of(record.config()) for record in getattr(model, 'peft', [])]
@@ -169,7 +170,7 @@ def check_fits(
                 if a.get(k) != b.get(k)
             }
         )
-        raise ValueError(
+        raise UsageError(
             f'{source} holds adapters of {_listed(theirs)}, and this model was adapted with '
             f'{_listed(ours)}; they differ in {", ".join(different) or "number"}. Set the '
             "config's method (default_hooks.peft.method) to the former, or choose another file."
@@ -180,7 +181,7 @@ def check_fits(
     wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
     if wrong:
         first = wrong[0]
-        raise ValueError(
+        raise UsageError(
             f'{source} does not fit this model: {len(wrong)} adapter tensors are missing, '
             f'unexpected or of another shape. The first is {first}: '
             f'{_shape(given, first)} in the file, {_shape(own, first)} in the model. Use the '
@@ -191,7 +192,7 @@ def check_fits(
         return
     base = fingerprint(model)
     if base != description['fingerprint']:
-        raise ValueError(
+        raise UsageError(
             f'{source} was trained on another frozen base: fingerprint '
             f'{description["fingerprint"][:16]} in the file, {base[:16]} in this model. Load the '
             "pretrained weights that it was trained on (the backbone's checkpoint, or the "
@@ -214,12 +215,12 @@ def save_adapter(model: nn.Module, path) -> Path:
         The path.
 
     Raises:
-        ValueError: The model has no adapters.
+        UsageError: The model has no adapters.
     """
     from safetensors.torch import save_file
 
     if not getattr(model, 'peft', []):
-        raise ValueError('There is nothing to save: the model was not adapted (mmpeft.inject).')
+        raise UsageError('There is nothing to save: the model was not adapted (mmpeft.inject).')
     path = Path(path)
     state = {k: v.detach().cpu().clone() for k, v in adapter_state_dict(model).items()}
     with replacing(path) as temporary:
@@ -239,22 +240,22 @@ def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: The file is no adapter, or does not fit the model.
-        FileNotFoundError: There is no such file.
+        UsageError: The file is no adapter, or does not fit the model.
+        MissingFileError: There is no such file.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'There is no adapter file {str(path)!r}.')
+        raise MissingFileError(f'There is no adapter file {str(path)!r}.')
     try:
         with safe_open(path, framework='pt') as file:
             description = json.loads((file.metadata() or {}).get('mmpeft', 'null'))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f'{str(path)!r} is no whole safetensors file: {error}.') from error
+        raise UsageError(f'{str(path)!r} is no whole safetensors file: {error}.') from error
     if description is None:
-        raise ValueError(
+        raise UsageError(
             f'{str(path)!r} is a safetensors file without a description of adapters. Give one '
             'that mmpeft.save_adapter wrote.'
         )

@@ -1,7 +1,18 @@
-"""What to say about names that do not exist."""
+"""What is said when something was asked for that cannot be."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the text says what to write instead.
+
+    The tools print the text alone, without a traceback.
+    """
+
+
+class MissingFileError(UsageError, FileNotFoundError):
+    """A file that was named does not exist."""
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .errors import near
+from .errors import UsageError, near
 from .freezing import freeze_statistics, unfreeze_statistics
 from .methods import Adapter, Method
 from .ranks import settle_ranks
@@ -64,9 +64,9 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
         The summary of the adapted model.
 
     Raises:
-        ValueError: The targets select nothing, a pattern matches nothing, or
+        UsageError: The targets select nothing, a pattern matches nothing, or
             a rank or budget does not fit.
-        TypeError: An unknown argument of the method or key of the targets.
+        UsageError: An unknown argument of the method or key of the targets.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -127,7 +127,7 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, which computes what it did in evaluation mode.
 
     Raises:
-        ValueError: A merged weight has NaN or infinity; weights before it are
+        UsageError: A merged weight has NaN or infinity; weights before it are
             merged, those from it on still adapted.
     """
     was_training = model.training
@@ -141,7 +141,7 @@ def merge(model: nn.Module) -> nn.Module:
                 factors = {name: p.double() for name, p in adapter.factors.items()}
                 value = adapter.map(value, factors)
             if not value.isfinite().all():
-                raise ValueError(
+                raise UsageError(
                     f'The merged {_path(model, layer)}.{tensor} has NaN or infinite elements. The '
                     'adapter was trained to destruction: use an earlier checkpoint.'
                 )
@@ -162,7 +162,7 @@ def _adapted(model):
         for tensor, chain in layer.parametrizations.items():
             ours = [isinstance(p, Adapter) for p in chain]
             if any(ours) and not all(ours):
-                raise ValueError(
+                raise UsageError(
                     f'{path}.{tensor} carries a parametrization that is not of mmpeft beside the '
                     'adapter, so neither can be taken off alone. Remove it first with '
                     'torch.nn.utils.parametrize.remove_parametrizations.'
@@ -202,7 +202,7 @@ def _matching(root, patterns):
     for pattern in patterns:
         matches = {name: p for name, p in names.items() if re.search(pattern, name)}
         if not matches:
-            raise ValueError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
+            raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
         found |= matches
     return found
 

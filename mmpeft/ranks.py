@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from .errors import UsageError
 from .methods import Adapter, Method, RankMethod
 from .targets import Site
 from .weights import WeightSpec
@@ -21,7 +22,7 @@ def parse_count(count: int | str) -> int:
     """A number such as 12900000, ``'12.9M'`` or ``'300k'``.
 
     Raises:
-        ValueError: It is none.
+        UsageError: It is none.
     """
     text = str(count).strip().lower().replace(',', '').replace('_', '')
     unit = UNITS.get(text[-1:], 1)
@@ -30,7 +31,7 @@ def parse_count(count: int | str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise ValueError(
+        raise UsageError(
             f"budget={count!r} is no number of parameters. Write such as 12_900_000 or '12.9M'."
         )
     return value
@@ -56,7 +57,7 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
         The method with its budget spent.
 
     Raises:
-        ValueError: The budget is smaller than rank 1 needs, or a rank is
+        UsageError: The budget is smaller than rank 1 needs, or a rank is
             larger than any of its weights allows.
     """
     ranked = [site for site in sites if isinstance(site.method, RankMethod)]
@@ -78,7 +79,7 @@ def _spend_budget(method, sites):
         return fixed + sum(adapter_size(s.method.with_rank(rank), s.spec) for s in free)
 
     if needed(1) > budget:
-        raise ValueError(
+        raise UsageError(
             f'budget={method.budget!r} is too small: {type(method).__name__} on these '
             f'{len(sites)} weights needs {needed(1):,} parameters at rank 1. Raise it, or narrow '
             'the targets.'
@@ -98,7 +99,7 @@ def _check_ranks(sites):
     for method, (highest, name) in allowed.items():
         ranks = (method.rank,) if isinstance(method.rank, int) else method.rank
         if max(ranks) > highest:
-            raise ValueError(
+            raise UsageError(
                 f'{type(method).__name__}: rank={method.rank} is larger than any of its weights '
                 f'allows; the largest possible is {highest}, at {name!r}. Lower the rank.'
             )
@@ -110,7 +111,7 @@ def _capped(site, max_share):
     if adapter_size(method, site.spec) <= limit:
         return method
     if not isinstance(method.rank, int):
-        raise ValueError(
+        raise UsageError(
             f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
         )
     rank = largest(

@@ -12,30 +12,30 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-from .errors import near
+from .errors import UsageError, near
 
 
 def build_method(cfg, registry, *args, **kwargs):
     """Build a method from ``dict(type=..., ...)``; a built one is returned as it is.
 
     Raises:
-        TypeError: The config is no dict with a ``type``, or an argument is
+        UsageError: The config is no dict with a ``type``, or an argument is
             unknown to the method.
-        ValueError: No method has the name.
+        UsageError: No method has the name.
     """
     if not isinstance(cfg, dict) and hasattr(cfg, 'apply'):
         return cfg
     if not isinstance(cfg, dict) or 'type' not in cfg:
-        raise TypeError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {cfg!r}.")
+        raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {cfg!r}.")
     given = dict(cfg)
     name = given.pop('type')
     method = registry.get(name) if isinstance(name, str) else name
     if method is None:
-        raise ValueError(f'There is no method {name!r}. {near(name, registry.module_dict)}')
+        raise UsageError(f'There is no method {name!r}. {near(name, registry.module_dict)}')
     known = [field.name for field in fields(method)]
     for argument in given:
         if argument not in known:
-            raise TypeError(
+            raise UsageError(
                 f'{method.__name__} has no argument {argument!r}. {near(argument, known)}'
             )
     return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

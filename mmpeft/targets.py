@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import near
+from .errors import UsageError, near
 from .methods import Adapter, Method
 from .weights import KINDS, WeightSpec, original_of, weights_of
 
@@ -49,12 +49,12 @@ class Targets:
             object.__setattr__(self, name, value)
         for kind in (self.kinds or ()) + self.exclude_kinds:
             if kind not in KINDS:
-                raise ValueError(f'targets: there is no kind {kind!r}. {near(kind, KINDS)}')
+                raise UsageError(f'targets: there is no kind {kind!r}. {near(kind, KINDS)}')
         for pattern in self.include + self.exclude + tuple(self.overrides):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
+                raise UsageError(
                     f'targets: {pattern!r} is no regular expression: {error}.'
                 ) from error
 
@@ -63,14 +63,14 @@ class Targets:
         """From a dict, a :class:`Targets` or None.
 
         Raises:
-            TypeError: The dict has an unknown key.
+            UsageError: The dict has an unknown key.
         """
         if isinstance(config, cls):
             return config
         known = [f.name for f in fields(cls)]
         for key in config or {}:
             if key not in known:
-                raise TypeError(f'targets has no key {key!r}. {near(key, known)}')
+                raise UsageError(f'targets has no key {key!r}. {near(key, known)}')
         return cls(**(config or {}))
 
 
@@ -102,13 +102,13 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
     """The sub-module at a path.
 
     Raises:
-        ValueError: There is none.
+        UsageError: There is none.
     """
     try:
         return model.get_submodule(path)
     except AttributeError as error:
         paths = [name for name, _ in model.named_modules() if name]
-        raise ValueError(
+        raise UsageError(
             f'targets.module={path!r} is no sub-module of {type(model).__name__}. '
             f'{near(path, paths)}'
         ) from error
@@ -139,7 +139,7 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
     """The weights that a method adapts under the given targets.
 
     Raises:
-        ValueError: A pattern or kind matches no weight that the method is
+        UsageError: A pattern or kind matches no weight that the method is
             defined on, or an override is no argument of the method.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
@@ -164,12 +164,12 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
             sites.append(Site(prefix + name, layer, tensor, spec, chosen))
     for pattern in _patterns(targets):
         if pattern not in seen:
-            raise ValueError(
+            raise UsageError(
                 f'targets: the pattern {pattern!r} matches no weight of kind '
                 f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, paths)}'
             )
     if not sites and method.adapts:
-        raise ValueError(
+        raise UsageError(
             f'targets: nothing below {targets.module or "the model"!r} is left for '
             f'{type(method).__name__} to adapt. It holds {len(paths)} weights that the method is '
             f'defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
@@ -192,7 +192,7 @@ def _overridden(method, overrides, name):
             known = [f.name for f in fields(method)]
             for argument in arguments:
                 if argument not in known:
-                    raise ValueError(
+                    raise UsageError(
                         f'targets.overrides[{pattern!r}]: {type(method).__name__} has no argument '
                         f'{argument!r}. {near(argument, known)}'
                     )

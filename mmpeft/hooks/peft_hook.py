@@ -17,6 +17,7 @@ from mmengine.runner import find_latest_checkpoint, load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmpeft.checkpoint import check_fits, complete, describe, frozen_keys
+from mmpeft.errors import MissingFileError, UsageError
 from mmpeft.injection import inject
 from mmpeft.registry import HOOKS, METHODS
 from mmpeft.targets import Targets, adapter_parameters
@@ -50,7 +51,7 @@ class PEFTHook(Hook):
             gradient stops the run.
 
     Raises:
-        TypeError, ValueError: The method or the targets are wrong.
+        UsageError: The method or the targets are wrong.
     """
 
     priority = 'HIGHEST'
@@ -93,7 +94,7 @@ class PEFTHook(Hook):
         description = None if checkpoint is None else _description(checkpoint)
         plain = checkpoint is not None and description is None
         if plain and runner._resume:
-            raise ValueError(
+            raise UsageError(
                 f'{source!r} holds no adapters, so there is no adapter training to resume. To '
                 'start from its weights, set load_from to it and leave --resume away.'
             )
@@ -109,7 +110,7 @@ class PEFTHook(Hook):
             )
         if self.base_checkpoint is not None:
             if '://' not in self.base_checkpoint and not Path(self.base_checkpoint).is_file():
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f'The base checkpoint {self.base_checkpoint!r}, which the adapters start '
                     'from, does not exist. Put it there, or set '
                     'default_hooks.peft.base_checkpoint to where it is.'
@@ -130,12 +131,12 @@ class PEFTHook(Hook):
         if source is None:
             return None, None
         if '://' not in str(source) and not Path(source).is_file():
-            raise FileNotFoundError(f'The checkpoint {str(source)!r} does not exist.')
+            raise MissingFileError(f'The checkpoint {str(source)!r} does not exist.')
         return str(source), _load_checkpoint(str(source), map_location='cpu')
 
     def _rebuild_optimizer(self, runner):
         if 'optim_wrapper' not in runner.cfg:
-            raise ValueError(
+            raise UsageError(
                 'PEFTHook builds the optimizer anew from the config, and this Runner was made '
                 'without one. Use Runner.from_cfg(cfg) with optim_wrapper and param_scheduler in '
                 'it.'
@@ -154,7 +155,7 @@ class PEFTHook(Hook):
         optimized = {id(p) for group in groups for p in group['params']}
         lost = [p for p in adapter_parameters(model) if id(p) not in optimized]
         if lost:
-            raise RuntimeError(
+            raise UsageError(
                 f'{len(lost)} adapter parameters are not in the optimizer, so that they would '
                 'never train. The optim_wrapper.constructor of the config leaves them out.'
             )
@@ -180,7 +181,7 @@ class PEFTHook(Hook):
     def _judge_gradients(self, runner, final):
         unreached, zero = self.watch.unreached, self.watch.always_zero
         if unreached:
-            raise RuntimeError(
+            raise UsageError(
                 f'No gradient reached {len(unreached)} of {len(self.watch.reached)} adapters in '
                 f'{self._iterations_watched} iterations, such as {", ".join(unreached[:3])}. Their '
                 'layers are not used in the forward pass, or run under no_grad (a frozen_stages '

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmpeft.errors import UsageError
 from mmpeft.weights import WeightSpec
 
 from .updates import UPDATES
@@ -80,7 +81,7 @@ class DeltaMethod(Method):
     def __post_init__(self):
         check_choice(self, 'update', UPDATES)
         if not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise UsageError(
                 f'{type(self).__name__}: dropout={self.dropout} is no probability below 1.'
             )
 
@@ -120,7 +121,7 @@ class RankMethod(DeltaMethod):
         ranks = (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
         object.__setattr__(self, 'rank', self.rank if isinstance(self.rank, int) else ranks)
         if not ranks or any(not isinstance(r, int) or r < 1 for r in ranks):
-            raise ValueError(
+            raise UsageError(
                 f'{type(self).__name__}: rank={self.rank!r} must be a positive integer'
                 ' or one positive integer a mode.'
             )
@@ -210,10 +211,10 @@ def input_dropout_mask(weight: Tensor, spec: WeightSpec, p: float) -> Tensor:
 
 
 def check_choice(method: Method, name: str, choices) -> None:
-    """Raise ValueError unless a field holds one of the choices."""
+    """Raise UsageError unless a field holds one of the choices."""
     value = getattr(method, name)
     if value not in choices:
-        raise ValueError(
+        raise UsageError(
             f'{type(method).__name__}: {name}={value!r} is unknown. '
             f'Write one of {", ".join(map(repr, choices))}.'
         )

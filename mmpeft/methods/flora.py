@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
 from .base import Factors, RankMethod, gaussian
@@ -56,7 +57,7 @@ class FLoRA(RankMethod):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.kernel_rank, int) or self.kernel_rank < 1:
-            raise ValueError(f'FLoRA: kernel_rank={self.kernel_rank!r} must be a positive integer.')
+            raise UsageError(f'FLoRA: kernel_rank={self.kernel_rank!r} must be a positive integer.')
 
     @property
     def scaling(self):
@@ -72,7 +73,7 @@ class FLoRA(RankMethod):
         if len(rank) < modes:
             rank += (self.kernel_rank,) * len(spec.kernel_size)
         if len(rank) != modes:
-            raise ValueError(
+            raise UsageError(
                 f'FLoRA: rank={self.rank!r} does not fit a weight of shape {tuple(spec.shape)}. '
                 f'Give one number, two for the channel modes, or {modes} for all modes.'
             )

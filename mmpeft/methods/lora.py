@@ -20,6 +20,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
+from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
@@ -66,9 +67,9 @@ class LoRA(RankMethod):
         super().__post_init__()
         check_choice(self, 'layout', ('loralib', 'channel'))
         if not isinstance(self.rank, int):
-            raise ValueError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
+            raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
         if self.alpha is not None and self.scale is not None:
-            raise ValueError(
+            raise UsageError(
                 f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
                 'thing (scale = alpha / rank). Give one of them.'
             )

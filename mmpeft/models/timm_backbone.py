@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
 from timm.models import load_state_dict as read_weights
 
+from mmpeft.errors import MissingFileError, UsageError
 from mmpeft.registry import MODELS
 
 
@@ -38,7 +39,7 @@ class TimmBackbone(BaseModule):
         **kwargs: Handed on to :func:`timm.create_model`.
 
     Raises:
-        ValueError: timm does not know the name, or both ``pretrained`` and
+        UsageError: timm does not know the name, or both ``pretrained`` and
             ``checkpoint`` are given.
     """
 
@@ -56,13 +57,13 @@ class TimmBackbone(BaseModule):
     ):
         super().__init__(init_cfg)
         if pretrained and checkpoint:
-            raise ValueError(
+            raise UsageError(
                 f'TimmBackbone {name!r} was given both pretrained=True and '
                 f'checkpoint={str(checkpoint)!r}. Keep the one whose weights you want.'
             )
         if not timm.is_model(name):
             close = timm.list_models(f'*{name.split(".")[0].split("_")[0]}*')[:5]
-            raise ValueError(
+            raise UsageError(
                 f'timm {timm.__version__} has no model {name!r}. '
                 f'Near it are: {", ".join(close) or "none"}. See timm.list_models().'
             )
@@ -87,9 +88,9 @@ class TimmBackbone(BaseModule):
         """Load the pretrained weights, if there are any to load.
 
         Raises:
-            FileNotFoundError: ``checkpoint`` does not exist.
-            ValueError: The file lacks weights of this network.
-            RuntimeError: timm's hub gave no weights.
+            MissingFileError: ``checkpoint`` does not exist.
+            UsageError: The file lacks weights of this network.
+            UsageError: timm's hub gave no weights.
         """
         if self._is_init:
             return
@@ -105,7 +106,7 @@ class TimmBackbone(BaseModule):
         try:
             source = timm.create_model(pretrained=True, **self._create)
         except Exception as error:
-            raise RuntimeError(
+            raise UsageError(
                 f'timm could not fetch the pretrained weights of {name!r} '
                 f'({type(error).__name__}: {error}). Without a connection, download them '
                 "elsewhere and set backbone.pretrained=False, backbone.checkpoint='FILE'."
@@ -114,7 +115,7 @@ class TimmBackbone(BaseModule):
 
     def _load_file(self, path):
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f'The backbone checkpoint {str(path)!r} does not exist. Set '
                 'model.backbone.checkpoint to a file with the weights of timm model '
                 f'{self._create["model_name"]!r}, or to None.'
@@ -124,7 +125,7 @@ class TimmBackbone(BaseModule):
         found = {key: weights[name] for key in own if (name := _name_in(weights, key))}
         wrong = [k for k in own if k not in found or found[k].shape != own[k].shape]
         if wrong:
-            raise ValueError(
+            raise UsageError(
                 f'{str(path)!r} does not fit timm model {self._create["model_name"]!r}: '
                 f'{len(wrong)} of {len(own)} tensors are missing or have another shape, such '
                 f'as {", ".join(wrong[:3])}. Give the file of the same model, under timm names.'

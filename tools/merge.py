@@ -1,0 +1,89 @@
+"""Fold the adapters of a checkpoint into the weights that they adapt.
+
+    python tools/merge.py CONFIG CHECKPOINT OUT.pth
+
+writes a plain checkpoint, with the names of the model without adapters, and
+beside it OUT.py, the config without the adapters' hook. mmdet's, mmseg's and
+mmrotate's own tools and inferencers take the two.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint
+
+import mmpeft
+from mmpeft.checkpoint import replacing
+from mmpeft.errors import UsageError
+from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
+
+MODEL_ONLY = ('model', 'default_scope', 'env_cfg', 'default_hooks', 'log_level', 'randomness')
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Merge adapters into a plain checkpoint')
+    parser.add_argument('config', help='config that the checkpoint was trained with')
+    parser.add_argument('checkpoint', help='checkpoint with adapters')
+    parser.add_argument('out', type=Path, help='plain checkpoint to write, OUT.pth')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def load_adapted(cfg, checkpoint):
+    """Build the model of a config, adapt it and load a checkpoint, as a test run does."""
+    parts = Config({key: cfg[key] for key in MODEL_ONLY if key in cfg})
+    parts.load_from = str(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        parts.work_dir = folder
+        runner = Runner.from_cfg(parts)
+        runner.call_hook('before_run')
+        runner.load_or_resume()
+    return runner.model
+
+
+def plain_config(cfg):
+    """The config of the model without adapters; nothing is fetched to build it."""
+    plain = Config(cfg.to_dict(), filename=cfg.filename)
+    plain.default_hooks.pop('peft', None)
+    for key in ('load_from', 'resume', 'launcher', 'work_dir'):
+        plain.pop(key, None)
+    backbone = plain.model.get('backbone', {})
+    if backbone.get('type') == 'mmpeft.TimmBackbone':
+        backbone.update(pretrained=False, checkpoint=None)
+    return plain
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args)
+    check_checkpoint(args.checkpoint)
+    if 'peft' not in cfg.get('default_hooks', {}):
+        raise UsageError(
+            f'{args.config} has no default_hooks.peft, so there are no adapters to merge. Give '
+            'the config that the checkpoint was trained with.'
+        )
+    config_out = args.out.with_suffix('.py')
+    taken = [str(path) for path in (args.out, config_out) if path.exists()]
+    if taken and not args.overwrite:
+        raise UsageError(f'{" and ".join(taken)} exist already. Name another OUT, or --overwrite.')
+    model = load_adapted(cfg, args.checkpoint)
+    adapters = mmpeft.summary(model).adapters
+    mmpeft.merge(model)
+    plain = plain_config(cfg)
+    meta = dict(_load_checkpoint(args.checkpoint, map_location='cpu').get('meta', {}))
+    meta.pop('mmpeft', None)
+    meta['cfg'] = plain.pretty_text
+    with replacing(args.out) as temporary:
+        torch.save(dict(meta=meta, state_dict=model.state_dict()), temporary)
+    plain.dump(config_out)
+    size = args.out.stat().st_size / 2**20
+    print(f'merged {adapters:,} adapter parameters: {args.out} ({size:.1f} MiB), {config_out}')
+
+
+if __name__ == '__main__':
+    run(main)
