@@ -26,7 +26,7 @@ def missing_data(cfg: Config, splits) -> list[tuple[str, str]]:
         named += _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
     missing = {}
     for key, path in named:
-        if '://' not in path and not Path(path).exists():
+        if not Path(path).exists():
             missing.setdefault(path, key)
     return [(key, path) for path, key in missing.items()]
 
@@ -65,11 +65,12 @@ def _dataset_paths(dataset, key):
     prefix = {'': prefix} if isinstance(prefix, str) else prefix
     named = [('ann_file', dataset.get('ann_file'))]
     named += [(f'data_prefix.{name}'.rstrip('.'), value) for name, value in prefix.items()]
-    # mmengine joins a relative name to data_root, an absolute one it takes as it is
+    # As mmengine does: a relative name is below data_root, an absolute one stands alone.
+    remote = '://' in root
     return [
-        (f'{key}.{name}', value if '://' in value else str(Path(root) / value))
+        (f'{key}.{name}', str(Path(root) / value))
         for name, value in named
-        if isinstance(value, str) and value
+        if isinstance(value, str) and value and not remote and '://' not in value
     ]
 
 
@@ -82,5 +83,6 @@ def _evaluator_paths(evaluator, key):
         if isinstance(metric, dict)
         and isinstance(metric.get('ann_file'), str)
         and metric['ann_file']
+        and '://' not in metric['ann_file']
         and not metric.get('backend_args')
     ]

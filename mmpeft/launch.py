@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch.distributed
@@ -17,23 +18,18 @@ from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .compat import register_config_packages
 from .data_check import describe, missing_data
-from .errors import near
+from .errors import MissingFileError, UsageError, near
 
 EXTRAS = dict(mmdet='det', mmseg='seg', mmrotate='rotate')
 """The tasks' packages, and which extra of mmpeft installs each."""
 
 
-class LaunchError(Exception):
-    """The command cannot work; its text says what to write instead."""
-
-
 def run(main):
-    """Call a tool's ``main`` and end with a paragraph, not a traceback, on :class:`LaunchError`."""
+    """Call a tool's ``main`` and end with a paragraph, not a traceback, on :class:`UsageError`."""
     try:
         main()
-    except LaunchError as error:
+    except UsageError as error:
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
 
 
@@ -63,31 +59,39 @@ def load_config(args) -> Config:
         args (argparse.Namespace): ``config`` and what :func:`add_arguments` adds.
 
     Returns:
-        Config: With ``--cfg-options``, ``launcher`` and ``work_dir`` set; the
-        latter is ./work_dirs/<config stem> where nothing else is said.
+        Config: With ``--cfg-options``, ``launcher`` and ``work_dir`` set.
 
     Raises:
-        LaunchError: The file or a package that it needs is missing.
+        UsageError: The file or a package that it needs is missing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'./work_dirs/{Path(args.config).stem}'
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(args.config)
     import_task(cfg)
     return cfg
+
+
+def default_work_dir(path) -> str:
+    """Where a config's runs go: ./work_dirs and its path below ``configs``.
+
+    The folder is part of it because the methods' configs have equal names.
+    """
+    parts = Path(path).resolve().with_suffix('').parts
+    depth = parts[-2::-1].index('configs') + 1 if 'configs' in parts[:-1] else 1
+    return str(Path('work_dirs', *parts[-depth:]))
 
 
 def read_config(path, options=None) -> Config:
     """Read a config file and merge ``options`` into it.
 
     Raises:
-        LaunchError: The file, or a package that it inherits from, is missing.
+        UsageError: The file, or a package that it inherits from, is missing.
     """
-    register_config_packages()
     path = Path(path)
     if not path.is_file():
         known = sorted(map(str, Path('configs').glob('[!_]*/*.py')))
-        raise LaunchError(
+        raise MissingFileError(
             f'there is no config {str(path)!r} in {Path.cwd()}. {near(str(path), known)}'
         )
     try:
@@ -96,7 +100,7 @@ def read_config(path, options=None) -> Config:
         package = (error.name or str(error)).split()[0].split('.')[0]
         if package not in EXTRAS:
             raise
-        raise LaunchError(_missing(path, package)) from error
+        raise UsageError(_missing(path, package)) from error
     if options:
         cfg.merge_from_dict(options)
     return _without_own_scope(cfg)
@@ -125,7 +129,7 @@ def import_task(cfg: Config):
     """Import and register the package that the config's ``default_scope`` names.
 
     Raises:
-        LaunchError: It is not installed, or cannot be imported.
+        UsageError: It is not installed, or cannot be imported.
     """
     scope = cfg.get('default_scope')
     if scope not in EXTRAS:
@@ -134,9 +138,9 @@ def import_task(cfg: Config):
         try:
             import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
         except ImportError as error:
-            if getattr(error, 'name', None) == package:
-                raise LaunchError(_missing(cfg.filename, package)) from error
-            raise LaunchError(
+            if find_spec(package) is None:
+                raise UsageError(_missing(cfg.filename, package)) from error
+            raise UsageError(
                 f'{cfg.filename} needs {package}, which is installed but does not import: {error}. '
                 'Bring its dependencies to versions that fit each other; requirements/ lists a set '
                 'that does.'
@@ -151,33 +155,33 @@ def _missing(path, package):
 
 
 def check_checkpoint(path):
-    """Raise LaunchError where a local checkpoint does not exist."""
+    """Raise MissingFileError where a local checkpoint does not exist."""
     if '://' not in str(path) and not Path(path).is_file():
-        raise LaunchError(
+        raise MissingFileError(
             f'there is no checkpoint {str(path)!r} in {Path.cwd()}. Give a file that training '
             'saved, such as work_dirs/<config>/epoch_12.pth.'
         )
 
 
 def check_data(cfg: Config, splits):
-    """Raise LaunchError where files that the config's datasets name do not exist."""
+    """Raise MissingFileError where files that the config's datasets name do not exist."""
     missing = missing_data(cfg, splits)
     if missing:
-        raise LaunchError(describe(missing))
+        raise MissingFileError(describe(missing))
 
 
 def enable_amp(cfg: Config):
     """Train in mixed precision.
 
     Raises:
-        LaunchError: There is no accelerator, or the config has an optimizer
+        UsageError: There is no accelerator, or the config has an optimizer
             wrapper that is neither ``OptimWrapper`` nor ``AmpOptimWrapper``.
     """
     if get_device() == 'cpu':
-        raise LaunchError('--amp needs an accelerator, and torch sees none here. Leave --amp out.')
+        raise UsageError('--amp needs an accelerator, and torch sees none here. Leave --amp out.')
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise LaunchError(
+        raise UsageError(
             f'--amp: optim_wrapper.type={kind!r} has no mixed-precision form. Set it to '
             "'AmpOptimWrapper' in the config, or leave --amp out."
         )
@@ -189,10 +193,10 @@ def enable_auto_scale_lr(cfg: Config):
     """Scale the learning rate by the batch size.
 
     Raises:
-        LaunchError: The config does not say for which batch size it is.
+        UsageError: The config does not say for which batch size it is.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-        raise LaunchError(
+        raise UsageError(
             f'--auto-scale-lr: {cfg.filename} does not say for how many images a step its learning '
             'rate is. Add auto_scale_lr=dict(enable=False, base_batch_size=16) with their number.'
         )
@@ -207,12 +211,12 @@ def prepare_distribution(cfg: Config):
     SyncBN, which has no CPU form, becomes BN.
 
     Raises:
-        LaunchError: Another launcher is used on such a machine.
+        UsageError: Another launcher is used on such a machine.
     """
     if cfg.launcher == 'none' or get_device() != 'cpu':
         return
     if cfg.launcher != 'pytorch':
-        raise LaunchError(
+        raise UsageError(
             f'--launcher {cfg.launcher} needs an accelerator, and torch sees none here. '
             'On CPUs write: tools/dist_train.sh CONFIG PROCESSES'
         )

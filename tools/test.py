@@ -7,8 +7,8 @@ The checkpoint may hold adapters alone, everything, or merged weights.
 
 import argparse
 
+from mmpeft.errors import UsageError
 from mmpeft.launch import (
-    LaunchError,
     add_arguments,
     build_runner,
     check_checkpoint,
@@ -39,7 +39,7 @@ def show_predictions(cfg, args):
     """Have the visualization hook draw: in a window, into a folder, or both."""
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise LaunchError(
+        raise UsageError(
             f'{cfg.filename} draws nothing: it has no default_hooks.visualization. Add, for mmdet, '
             "default_hooks=dict(visualization=dict(type='mmdet.DetVisualizationHook'))."
         )
@@ -69,7 +69,7 @@ def main():
     check_data(cfg, ('test',))
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
-        raise LaunchError(f'--out {args.out}: name a .pkl or .pickle file.')
+        raise UsageError(f'--out {args.out}: name a .pkl or .pickle file.')
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         show_predictions(cfg, args)

@@ -1,0 +1,293 @@
+"""Every config is read, built small, run forward, and built full size without memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+import mmpeft
+from mmpeft.launch import import_task, read_config
+
+ROOT = Path(__file__).parents[1]
+METHODS = dict(
+    flora='FLoRA',
+    liera='LieRA',
+    lora='LoRA',
+    dora='DoRA',
+    bitfit='BitFit',
+    full='Full',
+    frozen='Frozen',
+)
+SCOPES = dict(coco='mmdet', ade20k='mmseg', dota='mmrotate')
+
+torch.set_num_threads(2)
+
+
+def read(method, dataset):
+    return read_config(ROOT / f'configs/{method}/convnext_{dataset}.py')
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Leave the global default scope as it was."""
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
+
+
+def build(cfg):
+    import_task(cfg)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
+def adapt(model, cfg):
+    hook = dict(cfg.default_hooks.peft)
+    return mmpeft.inject(model, hook['method'], hook['targets'], hook.get('unfreeze', ()))
+
+
+def shrink(cfg):
+    """A ConvNeXt-V2 of the smallest size, fewer proposals and slides."""
+    widths = [40, 80, 160, 320]
+    cfg.model.backbone.update(name='convnextv2_atto', pretrained=False)
+    if 'neck' in cfg.model:
+        cfg.model.neck.in_channels = widths
+        cfg.model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
+        cfg.model.train_cfg.rcnn.sampler.num = 16
+        cfg.model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
+    else:
+        cfg.model.data_preprocessor.size = (128, 128)
+        cfg.model.decode_head.update(in_channels=widths, channels=32)
+        cfg.model.auxiliary_head.update(in_channels=160, channels=32)
+        cfg.model.test_cfg.update(crop_size=(128, 128), stride=(96, 96))
+        for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+            head.norm_cfg.type = 'BN'
+    return cfg
+
+
+def batch(scope, size=128):
+    """Two images with labels, as the task's pipeline packs them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+        for _ in range(2)
+    ]
+    meta = dict(
+        img_shape=(size, size),
+        ori_shape=(size, size),
+        pad_shape=(size, size),
+        scale_factor=(1.0, 1.0),
+        img_id=0,
+        img_path='',
+    )
+    return dict(inputs=inputs, data_samples=[_sample(scope, meta, size) for _ in inputs])
+
+
+def _sample(scope, meta, size):
+    if scope == 'mmseg':
+        from mmseg.structures import SegDataSample
+
+        labels = torch.arange(size * size).view(1, size, size) % 150
+        return SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=labels))
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    truth = InstanceData(labels=torch.tensor([1, 3]))
+    if scope == 'mmrotate':
+        from mmrotate.structures.bbox import RotatedBoxes
+
+        truth.bboxes = RotatedBoxes(
+            torch.tensor([[40.0, 40.0, 50.0, 30.0, 0.3], [80.0, 90.0, 40.0, 60.0, -0.5]])
+        )
+    else:
+        truth.bboxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [50.0, 60.0, 110.0, 120.0]])
+        masks = np.zeros((2, size, size), np.uint8)
+        masks[0, 10:70, 10:60] = masks[1, 60:120, 50:110] = 1
+        truth.masks = BitmapMasks(masks, size, size)
+    sample = DetDataSample(metainfo=meta, gt_instances=truth)
+    sample.ignored_instances = truth[:0]
+    return sample
+
+
+@pytest.mark.parametrize('dataset', SCOPES)
+@pytest.mark.parametrize('method', METHODS)
+def test_is_read(method, dataset):
+    cfg = read(method, dataset)
+    assert cfg.default_scope == SCOPES[dataset]
+    assert cfg.default_hooks.peft.method.type == METHODS[method]
+    assert cfg.default_hooks.peft.targets.module == 'backbone'
+    assert cfg.default_hooks.seed.type == 'mmpeft.SeedHook'
+    assert cfg.model.backbone.type == 'mmpeft.TimmBackbone'
+    assert Config.fromstring(cfg.pretty_text, '.py').to_dict() == cfg.to_dict()
+
+
+def test_every_config_is_a_case():
+    found = {(p.parent.name, p.stem) for p in ROOT.glob('configs/*/convnext_*.py')}
+    cases = {(m, f'convnext_{d}') for m in METHODS for d in SCOPES}
+    assert found == cases
+
+
+def test_recipes():
+    coco, ade, dota = (read('liera', dataset) for dataset in SCOPES)
+    for cfg, images in zip((coco, ade, dota), (32, 16, 16), strict=True):
+        assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+        assert cfg.optim_wrapper.optimizer.lr == 1e-4
+        assert cfg.optim_wrapper.optimizer.weight_decay == 0.05
+        assert cfg.auto_scale_lr.base_batch_size == images == 8 * cfg.train_dataloader.batch_size
+    assert coco.train_cfg.max_epochs == dota.train_cfg.max_epochs == 12
+    assert ade.train_cfg.max_iters == 160_000
+    assert ade.model.test_cfg.to_dict() == dict(
+        mode='slide', crop_size=(640, 640), stride=(426, 426)
+    )
+    assert ade.model.decode_head.num_classes == 150
+
+
+def test_oriented_rcnn_is_upstreams():
+    """But for the backbone, the model equals mmrotate's own recipe."""
+    import mmrotate
+
+    recipe = '.mim/configs/oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py'
+    upstream = Config.fromfile(Path(mmrotate.__file__).parent / recipe)
+    theirs, ours = (_plain(cfg.model) for cfg in (upstream, read('flora', 'dota')))
+    for model in (theirs, ours):
+        del model['backbone']
+        del model['neck']['in_channels']
+    assert ours == theirs
+
+
+def _plain(node):
+    if isinstance(node, dict):
+        return {
+            key: value.rpartition('.')[2] if key == 'type' else _plain(value)
+            for key, value in node.items()
+            if key != '_scope_'
+        }
+    if isinstance(node, (list, tuple)):
+        return [_plain(value) for value in node]
+    return pytest.approx(node) if isinstance(node, float) else node
+
+
+@pytest.mark.parametrize('dataset', SCOPES)
+def test_trains_and_predicts(dataset):
+    cfg = shrink(read('flora', dataset))
+    model = build(cfg)
+    cfg.default_hooks.peft.method.rank = 4
+    adapt(model, cfg)
+
+    data = model.data_preprocessor(batch(cfg.default_scope), training=True)
+    loss, logged = model.parse_losses(model(**data, mode='loss'))
+    loss.backward()
+    assert loss.isfinite(), logged
+    trained = {n for n, p in model.backbone.named_parameters() if p.grad is not None}
+    assert any(n.startswith('norm0') for n in trained)
+    assert all('parametrizations' in n or n.startswith('norm') for n in trained)
+
+    model.eval()
+    with torch.no_grad():
+        results = model.test_step(batch(cfg.default_scope))
+    if dataset == 'ade20k':
+        assert results[0].pred_sem_seg.data.shape == (1, 128, 128)
+    else:
+        boxes = results[0].pred_instances.bboxes
+        assert boxes.shape[1] == (5 if dataset == 'dota' else 4)
+
+
+def test_decay_spares_norms_and_biases():
+    cfg = shrink(read('full', 'coco'))
+    model = build(cfg)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    decay = {id(group['params'][0]): group['weight_decay'] for group in groups}
+    for name, parameter in model.named_parameters():
+        layer = model.get_submodule(name.rpartition('.')[0])
+        spared = name.endswith('.bias') or '.grn.' in name or isinstance(layer, nn.LayerNorm)
+        assert decay[id(parameter)] == (0 if spared else 0.05), name
+
+
+@pytest.mark.filterwarnings('ignore:.* adapters have more parameters:UserWarning')
+@pytest.mark.parametrize('dataset', SCOPES)
+def test_full_size_needs_no_weights(dataset, monkeypatch):
+    """Building with pretrained=True fetches nothing; the meta device holds the full size."""
+    import timm
+
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        assert not pretrained, 'building a model must not fetch weights'
+        return create(*args, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', offline)
+    cfg = read('lora', dataset)
+    assert cfg.model.backbone.pretrained
+    with torch.device('meta'):
+        model = build(cfg)
+    result = adapt(model, cfg)
+    # LieRA's Table 2: 17.27M adapters at rank 16, and 3,840 parameters of the four output norms.
+    assert result.adapters == 17_271_104
+    assert result.unfrozen == 3_840
+    assert result.base == 87_690_752 + 3_840
+
+
+@pytest.mark.filterwarnings('ignore:.* adapters have more parameters:UserWarning')
+@pytest.mark.parametrize('method', METHODS)
+def test_method_fits_the_backbone(method):
+    cfg = read(method, 'coco')
+    with torch.device('meta'):
+        model = build(cfg)
+    result = adapt(model, cfg)
+    if method == 'full':
+        assert result.unfrozen == result.base
+    else:
+        assert result.unfrozen == 3_840
+        assert (result.adapters == 0) == (method == 'frozen')
+        assert result.adapters < result.base / 4
+
+
+USERS = """
+_base_ = 'mmpeft::flora/convnext_coco.py'
+data_root = 'data/cats/'
+metainfo = dict(classes=('cat', 'dog'))
+train_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo))
+val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+model = dict(roi_head=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=2)))
+default_hooks = dict(peft=dict(method=dict(rank=16)))
+"""
+
+
+def test_inherits_across_packages(tmp_path):
+    path = tmp_path / 'cats.py'
+    path.write_text(USERS)
+    cfg = read_config(path)
+    assert cfg.train_dataloader.dataset.data_root == 'data/cats/'
+    assert cfg.default_hooks.peft.method.to_dict() == dict(
+        type='FLoRA', rank=16, kernel_rank=2, scale=4.0
+    )
+    assert "_scope_='mmpeft'" not in cfg.pretty_text
+    assert build(shrink(cfg)).roi_head.bbox_head.num_classes == 2
+
+
+@pytest.mark.parametrize('dataset', SCOPES)
+def test_a_method_file_adapts_an_upstream_config(tmp_path, dataset):
+    """`_base_` of another package, a method file of ours, and one line."""
+    upstream = dict(
+        coco='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        ade20k='mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
+        dota='mmrotate::oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py',
+    )[dataset]
+    path = tmp_path / 'child.py'
+    path.write_text(
+        f"_base_ = ['{upstream}', 'mmpeft::_base_/methods/flora.py']\n"
+        'default_hooks = dict(peft=_base_.peft)\n'
+    )
+    hooks = read_config(path).default_hooks
+    assert hooks.peft.method.type == 'FLoRA'
+    assert 'checkpoint' in hooks

@@ -1,0 +1,367 @@
+"""The launch tools, from the command line on a COCO set of a few images."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from mmpeft import launch
+from mmpeft.data_check import describe, missing_data
+from mmpeft.errors import MissingFileError, UsageError
+
+ROOT = Path(__file__).parents[2]
+
+TINY = """
+_base_ = '{root}/configs/lora/convnext_coco.py'
+
+data_root = '{data}/'
+metainfo = dict(classes=('bright', 'dark'))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(64, 64), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+train_dataloader = dict(
+    batch_size=1, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=1)
+
+model = dict(
+    backbone=dict(name='convnextv2_atto', pretrained=False, depths=(1, 1, 1, 1)),
+    neck=dict(in_channels=[40, 80, 160, 320], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        mask_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(in_channels=32, fc_out_channels=32, num_classes=2),
+        mask_head=dict(num_convs=1, in_channels=32, conv_out_channels=32, num_classes=2)),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=50, max_per_img=20), rcnn=dict(sampler=dict(num=16))),
+    test_cfg=dict(
+        rpn=dict(nms_pre=50, max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=5)))
+default_hooks = dict(peft=dict(method=dict(rank=2, layout='channel')))
+"""
+
+
+def write_coco(root, images=4, size=64):
+    """Rectangles on noise in COCO's format, at the places that COCO 2017 has."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir(parents=True)
+        content = dict(
+            images=[],
+            annotations=[],
+            categories=[dict(id=1, name='bright'), dict(id=2, name='dark')],
+        )
+        for i in range(1, images + 1):
+            image = rng.integers(100, 150, (size, size, 3), dtype=np.uint8)
+            name = f'{i:012d}.png'
+            content['images'].append(dict(id=i, file_name=name, width=size, height=size))
+            for k, shade in enumerate((230, 20)):
+                x, y = (int(v) + 32 * k * (i % 2) for v in rng.integers(2, 8, 2))
+                w, h = (int(v) for v in rng.integers(16, 24, 2))
+                image[y : y + h, x : x + w] = shade
+                content['annotations'].append(
+                    dict(
+                        id=len(content['annotations']) + 1,
+                        image_id=i,
+                        category_id=k + 1,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                        segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    )
+                )
+            cv2.imwrite(str(root / split / name), image)
+        (root / 'annotations').mkdir(exist_ok=True)
+        (root / f'annotations/instances_{split}.json').write_text(json.dumps(content))
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """A folder with a data set and tiny.py, a config for it."""
+    folder = tmp_path_factory.mktemp('launch')
+    write_coco(folder / 'data')
+    (folder / 'tiny.py').write_text(TINY.format(root=ROOT, data=folder / 'data'))
+    return folder
+
+
+def call(*command, cwd):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = os.environ | dict(
+        PYTHON=sys.executable,
+        PYTHONPATH=str(ROOT),
+        PORT=str(port),
+        OMP_NUM_THREADS='1',
+        CUDA_VISIBLE_DEVICES='-1',
+    )
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope='module')
+def trained(tiny):
+    """What `dist_train.sh CONFIG 2` leaves on a machine without an accelerator."""
+    done = call(ROOT / 'tools/dist_train.sh', 'tiny.py', 2, '--auto-scale-lr', cwd=tiny)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return tiny / 'work_dirs/tiny', done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_without_a_gpu(trained):
+    folder, log = trained
+    checkpoint = torch.load(folder / 'epoch_1.pth', map_location='cpu', weights_only=False)
+    # four images, one in each of two processes: two steps
+    assert checkpoint['meta']['iter'] == 2
+    assert 'coco/bbox_mAP' in log and 'coco/segm_mAP' in log
+    # --auto-scale-lr: 2 of the 32 images that 1e-4 is for
+    assert checkpoint['optimizer']['param_groups'][0]['initial_lr'] == pytest.approx(1e-4 / 16)
+    state = checkpoint['state_dict']
+    moved = [k for k in state if k.endswith('lora_B') and state[k].abs().max() > 0]
+    assert moved
+
+
+@pytest.mark.slow
+def test_tests_with_flips_and_pictures(tiny, trained):
+    done = call(
+        sys.executable,
+        ROOT / 'tools/test.py',
+        'tiny.py',
+        trained[0] / 'epoch_1.pth',
+        *('--tta', '--out', 'found.pkl', '--show-dir', 'drawn', '--work-dir', 'tested'),
+        cwd=tiny,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert 'coco/segm_mAP' in done.stdout + done.stderr
+    found = pickle.loads((tiny / 'found.pkl').read_bytes())
+    assert len(found) == 4
+    assert all(len(each['pred_instances']['masks']) <= 5 for each in found)
+    assert len(list(tiny.glob('tested/*/drawn/*.png'))) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_test_without_a_gpu(tiny, trained):
+    done = call(ROOT / 'tools/dist_test.sh', 'tiny.py', trained[0] / 'epoch_1.pth', 2, cwd=tiny)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert 'coco/bbox_mAP' in done.stdout + done.stderr
+
+
+def test_missing_data_is_one_paragraph(tiny, tmp_path):
+    """From the command line: no traceback, no work directory, the key and the file."""
+    (tmp_path / 'other.py').write_text(
+        f"_base_ = '{tiny}/tiny.py'\n"
+        "train_dataloader = dict(dataset=dict(data_root='data/cats/'))\n"
+    )
+    done = call(sys.executable, ROOT / 'tools/train.py', 'other.py', cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr
+    assert 'data/cats/annotations/instances_train2017.json' in done.stderr
+    assert 'train_dataloader.dataset.ann_file' in done.stderr
+    assert not (tmp_path / 'work_dirs').exists()
+
+
+@pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_scripts_say_how_they_are_called(script, tmp_path):
+    done = call(ROOT / f'tools/{script}.sh', cwd=tmp_path)
+    assert done.returncode == 2
+    assert f'tools/{script}.sh ' in done.stderr and 'CONFIG' in done.stderr
+
+
+def test_slurm_passes_arguments_on(tmp_path):
+    """With an srun that prints its arguments."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16', SRUN_ARGS='-x n1')
+    done = subprocess.run(
+        [ROOT / 'tools/slurm_train.sh', 'part', 'job', 'a config.py', 'out', '--amp'],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.split('\n')
+    assert ['-p', 'part'] == words[:2]
+    assert {'--ntasks=16', '--gres=gpu:8', '-x', 'n1', 'a config.py', '--work-dir=out'} <= {*words}
+    assert words[-4:-1] == ['--launcher', 'slurm', '--amp']
+
+
+def test_config_that_does_not_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(MissingFileError, match="Did you mean 'configs/flora/convnext_coco.py'"):
+        launch.read_config('configs/flora/convnet_coco.py')
+
+
+def test_package_that_is_not_installed(tmp_path, monkeypatch):
+    config = tmp_path / 'c.py'
+    config.write_text("_base_ = 'mmrotate::_base_/datasets/dota.py'\n")
+    monkeypatch.setattr('mmengine.config.config.is_installed', lambda package: False)
+    with pytest.raises(UsageError, match=r"needs mmrotate.*pip install 'mmpeft\[rotate\]'"):
+        launch.read_config(config)
+
+
+def test_task_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmseg.utils', None)
+    cfg = Config(dict(default_scope='mmseg'))
+    with pytest.raises(UsageError, match='mmseg, which is installed but does not import: '):
+        launch.import_task(cfg)
+    monkeypatch.setattr(launch, 'find_spec', lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'mmpeft\[seg\]'"):
+        launch.import_task(cfg)
+
+
+def test_checkpoint_that_does_not_exist(tmp_path):
+    with pytest.raises(MissingFileError, match='no checkpoint .*missing.pth'):
+        launch.check_checkpoint(tmp_path / 'missing.pth')
+    launch.check_checkpoint('https://example.com/remote.pth')
+
+
+def test_work_dirs_of_equal_names_differ():
+    assert launch.default_work_dir('configs/flora/convnext_coco.py') == (
+        'work_dirs/flora/convnext_coco'
+    )
+    assert launch.default_work_dir('configs/mine.py') == 'work_dirs/mine'
+    assert launch.default_work_dir('/tmp/mine.py') == 'work_dirs/mine'
+
+
+def test_amp_needs_an_accelerator(monkeypatch):
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    with pytest.raises(UsageError, match='Leave --amp out'):
+        launch.enable_amp(cfg)
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    launch.enable_amp(cfg)
+    assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    with pytest.raises(UsageError, match='no mixed-precision form'):
+        launch.enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
+
+
+def test_auto_scale_lr_needs_a_batch_size():
+    with pytest.raises(UsageError, match='base_batch_size'):
+        launch.enable_auto_scale_lr(Config(dict()))
+    cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
+    launch.enable_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr.enable
+
+
+def test_distribution_without_an_accelerator(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(torch.distributed, 'init_process_group', started.append)
+    cfg = Config(
+        dict(
+            launcher='pytorch',
+            model=dict(heads=[dict(norm_cfg=dict(type='SyncBN', requires_grad=True))]),
+            model_wrapper_cfg=dict(find_unused_parameters=True),
+        )
+    )
+    launch.prepare_distribution(cfg)
+    assert started == ['gloo']
+    assert cfg.model.heads[0].norm_cfg.type == 'BN'
+    assert cfg.model_wrapper_cfg.to_dict() == dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        device_ids=None,
+    )
+    with pytest.raises(UsageError, match='dist_train.sh'):
+        launch.prepare_distribution(Config(dict(launcher='slurm', model=dict())))
+
+
+def test_distribution_with_an_accelerator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    cfg = Config(dict(launcher='pytorch', model=dict(norm_cfg=dict(type='SyncBN'))))
+    launch.prepare_distribution(cfg)
+    assert cfg.model.norm_cfg.type == 'SyncBN' and 'model_wrapper_cfg' not in cfg
+
+
+def test_data_paths_are_found_where_mmengine_looks(tmp_path):
+    (tmp_path / 'there').mkdir()
+    there = dict(data_root=str(tmp_path), data_prefix=dict(img='there'))
+    plain = dict(data_root='no/', ann_file='a.json', data_prefix=dict(img='b/', seg=None))
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(
+                    type='RepeatDataset', dataset=dict(type='Concat', datasets=[there, plain])
+                )
+            ),
+            val_dataloader=dict(dataset=dict(data_root='s3://bucket', ann_file='a.json')),
+            val_evaluator=[dict(type='A'), dict(type='B', ann_file='no/c.json')],
+            test_dataloader=dict(dataset=dict(ann_file='lost.json', backend_args=dict(backend=1))),
+            test_evaluator=dict(type='B', ann_file='no/d.json'),
+        )
+    )
+    prefix = 'train_dataloader.dataset.dataset.datasets.1'
+    assert missing_data(cfg, ('train', 'val', 'test')) == [
+        (f'{prefix}.ann_file', 'no/a.json'),
+        (f'{prefix}.data_prefix.img', 'no/b'),
+        ('val_evaluator.1.ann_file', 'no/c.json'),
+        ('test_evaluator.ann_file', 'no/d.json'),
+    ]
+    assert missing_data(cfg, ()) == []
+
+
+def test_missing_data_names_key_and_remedy():
+    text = describe([('train_dataloader.dataset.ann_file', 'data/coco/a.json')])
+    assert 'data/coco/a.json (train_dataloader.dataset.ann_file)' in text
+    assert 'ln -s /where/it/is data/coco' in text
+    assert 'train_dataloader.dataset.data_root' in text
+
+
+def test_flipped_views_come_back():
+    """A view that is the exact mirror of another adds nothing to it."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    from mmpeft.models.tta import FlipTTA
+
+    mask = torch.zeros(1, 20, 30, dtype=torch.bool)
+    mask[0, 2:12, 4:10] = True
+    boxes = torch.tensor([[4.0, 2.0, 10.0, 12.0]])
+    views = []
+    for direction in (None, 'horizontal', 'vertical', 'diagonal'):
+        axes = dict(horizontal=[2], vertical=[1], diagonal=[1, 2]).get(direction, [])
+        x1, y1, x2, y2 = boxes[0].tolist()
+        if 2 in axes:
+            x1, x2 = 30 - x2, 30 - x1
+        if 1 in axes:
+            y1, y2 = 20 - y2, 20 - y1
+        found = InstanceData(
+            bboxes=torch.tensor([[x1, y1, x2, y2]]),
+            scores=torch.tensor([0.5]),
+            labels=torch.tensor([1]),
+            masks=torch.flip(mask, axes),
+        )
+        meta = dict(ori_shape=(20, 30), flip=direction is not None, flip_direction=direction)
+        views.append(DetDataSample(metainfo=meta, pred_instances=found))
+    model = FlipTTA(nms=ConfigDict(type='nms', iou_threshold=0.9), max_per_img=10, module=_Tested())
+    (merged,) = model.merge_preds([views])
+    assert torch.equal(merged.pred_instances.bboxes, boxes)
+    assert torch.equal(merged.pred_instances.masks, mask)
+
+
+class _Tested(torch.nn.Module):
+    def test_step(self, data):
+        raise NotImplementedError
