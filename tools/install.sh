@@ -123,9 +123,10 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         "$("$py" -c 'import mmcv.ops' 2>&1 | tail -n 1)"
 }
 
-if [ ! -x "$py" ]; then
+if ! "$py" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     say "Creating $venv with $("$python" --version)"
+    rm -rf "$venv"/lib/python3*/site-packages/pip{,-*}  # half of one, left by an interruption
     "$python" -m venv "$venv"
 fi
 drop_half_installed
