@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from mmengine.config import Config, ConfigDict
 
@@ -43,7 +44,8 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=1)
 
 model = dict(
-    backbone=dict(name='convnextv2_atto', pretrained=False, depths=(1, 1, 1, 1)),
+    backbone=dict(name='convnextv2_atto', pretrained=False, checkpoint='{base}',
+        depths=(1, 1, 1, 1)),
     neck=dict(in_channels=[40, 80, 160, 320], out_channels=32),
     rpn_head=dict(in_channels=32, feat_channels=32),
     roi_head=dict(
@@ -97,10 +99,12 @@ def write_coco(root, images=4, size=64):
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    """A folder with a data set and tiny.py, a config for it."""
+    """A folder with a data set, a base and tiny.py, a config for them."""
     folder = tmp_path_factory.mktemp('launch')
     write_coco(folder / 'data')
-    (folder / 'tiny.py').write_text(TINY.format(root=ROOT, data=folder / 'data'))
+    base = folder / 'base.pth'
+    torch.save(timm.create_model('convnextv2_atto', depths=(1, 1, 1, 1)).state_dict(), base)
+    (folder / 'tiny.py').write_text(TINY.format(root=ROOT, data=folder / 'data', base=base))
     return folder
 
 
@@ -143,12 +147,9 @@ def test_two_processes_train_without_a_gpu(trained):
 
 
 @pytest.mark.slow
-def test_tests_with_flips_and_pictures(tiny, trained):
+def test_two_processes_test_with_flips_and_pictures(tiny, trained):
     done = call(
-        sys.executable,
-        ROOT / 'tools/test.py',
-        'tiny.py',
-        trained[0] / 'epoch_1.pth',
+        *(ROOT / 'tools/dist_test.sh', 'tiny.py', trained[0] / 'epoch_1.pth', 2),
         *('--tta', '--out', 'found.pkl', '--show-dir', 'drawn', '--work-dir', 'tested'),
         cwd=tiny,
     )
@@ -156,15 +157,9 @@ def test_tests_with_flips_and_pictures(tiny, trained):
     assert 'coco/segm_mAP' in done.stdout + done.stderr
     found = pickle.loads((tiny / 'found.pkl').read_bytes())
     assert len(found) == 4
-    assert all(len(each['pred_instances']['masks']) <= 5 for each in found)
-    assert len(list(tiny.glob('tested/*/drawn/*.png'))) == 4
-
-
-@pytest.mark.slow
-def test_two_processes_test_without_a_gpu(tiny, trained):
-    done = call(ROOT / 'tools/dist_test.sh', 'tiny.py', trained[0] / 'epoch_1.pth', 2, cwd=tiny)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert 'coco/bbox_mAP' in done.stdout + done.stderr
+    assert all(len(each['pred_instances']['masks']) == 5 for each in found)
+    # upstream's visualizers draw in the first process alone, which has half of the images
+    assert len(list(tiny.glob('tested/*/drawn/*.png'))) == 2
 
 
 def test_missing_data_is_one_paragraph(tiny, tmp_path):
