@@ -1,0 +1,111 @@
+"""The two tables that the invariants run over: methods and layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# A new method: one line here. Every registered method must have one.
+METHODS = dict(
+    flora=dict(type='FLoRA', rank=2, kernel_rank=2, scale=4.0),
+    flora_modes=dict(type='FLoRA', rank=(2, 3), kernel_rank=1, scale=0.4, init_std=0.5),
+    flora_lie=dict(type='FLoRA', rank=2, update='lie'),
+    flora_lie_exact=dict(type='FLoRA', rank=2, scale=0.4, update='lie_exact'),
+    lora=dict(type='LoRA', rank=2),
+    lora_channel=dict(type='LoRA', rank=2, alpha=8, layout='channel'),
+    liera=dict(type='LieRA', rank=2, scale=2.0),
+    liera_exact=dict(type='LieRA', rank=2, update='lie_exact'),
+    dora=dict(type='DoRA', rank=2),
+    dora_lie=dict(type='DoRA', rank=2, layout='channel', update='lie'),
+    bitfit=dict(type='BitFit'),
+    frozen=dict(type='Frozen'),
+    full=dict(type='Full'),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and an input for it.
+
+    Attributes:
+        make: Builds the layer.
+        size: Of the input.
+        entries: Of an embedding, whose input is indices below it.
+    """
+
+    make: Any
+    size: tuple[int, ...]
+    entries: int = 0
+
+    def build(self, dtype=torch.float64):
+        return nn.Sequential(self.make()).to(dtype)
+
+    def input(self, dtype=torch.float64):
+        if self.entries:
+            return torch.randint(self.entries, self.size)
+        return torch.randn(self.size, dtype=dtype)
+
+
+class SelfAttention(nn.Module):
+    """nn.MultiheadAttention on one input; ``**kwargs`` as there."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+        self.memory = kwargs.get('kdim', 8)
+
+    def forward(self, x):
+        memory = x[..., : self.memory]
+        return self.attn(x, memory, memory)[0]
+
+
+class WithBias(nn.Module):
+    """An embedding has no bias of its own; BitFit needs one."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, index):
+        return self.norm(self.embedding(index))
+
+
+LAYERS = dict(
+    linear=Layer(lambda: nn.Linear(6, 5), (3, 4, 6)),
+    conv1d=Layer(lambda: nn.Conv1d(4, 6, 3, dilation=2, groups=2), (2, 4, 9)),
+    conv2d=Layer(lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 7)),
+    conv2d_wide=Layer(lambda: nn.Conv2d(3, 4, (3, 5), padding='same'), (2, 3, 6, 7)),
+    conv2d_1x1=Layer(lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
+    conv2d_circular=Layer(
+        lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, padding_mode='circular'),
+        (2, 4, 6, 6),
+    ),
+    conv2d_reflect=Layer(
+        lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'), (2, 4, 6, 6)
+    ),
+    depthwise=Layer(lambda: nn.Conv2d(6, 6, 7, padding=3, groups=6), (1, 6, 8, 8)),
+    depthwise_multiplied=Layer(lambda: nn.Conv2d(3, 6, 3, groups=3), (1, 3, 6, 6)),
+    conv3d=Layer(lambda: nn.Conv3d(2, 4, (1, 3, 2)), (1, 2, 3, 5, 5)),
+    transposed1d=Layer(lambda: nn.ConvTranspose1d(4, 6, 4, stride=2, groups=2), (2, 4, 5)),
+    transposed2d=Layer(
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2, dilation=2),
+        (1, 4, 4, 4),
+    ),
+    transposed2d_plain=Layer(lambda: nn.ConvTranspose2d(3, 5, 2, stride=2), (1, 3, 4, 4)),
+    transposed3d=Layer(lambda: nn.ConvTranspose3d(2, 3, 2), (1, 2, 3, 3, 3)),
+    embedding=Layer(lambda: WithBias(nn.Embedding(7, 6, padding_idx=2)), (3, 4), entries=7),
+    attention=Layer(SelfAttention, (2, 5, 8)),
+    attention_kdim=Layer(lambda: SelfAttention(kdim=4, vdim=4), (2, 5, 8)),
+)
+KINDS = ('conv', 'linear', 'embedding')
+
+
+def randomize(model, std=0.3):
+    """Move all adapters off their start, as training would."""
+    from mmpeft.targets import adapter_parameters
+
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * std)
