@@ -22,9 +22,8 @@ STAMP := $(VENV)/installed-$(LOCK)
 demo: $(STAMP)
 	$(VENV)/bin/python tools/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
 
-test: export OMP_NUM_THREADS ?= 2
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python -m pytest $(TEST_ARGS)
 
 install: $(STAMP)
 

@@ -58,7 +58,7 @@ if CUDA_HOME and os.path.exists(f'{CUDA_HOME}/bin/nvcc'):
 major = torch.version.cuda and torch.version.cuda.split('.')[0]
 fits = bool(release and release[1] == major)
 if not fits:
-    print(f'warning: there is a GPU, but no nvcc of CUDA {major}, so mmcv gets operators for the '
+    print(f'warning: no nvcc of CUDA {major} was found for the GPU, so mmcv gets operators for the '
           f'CPU only. To train on the GPU install the CUDA {torch.version.cuda} toolkit, set '
           'CUDA_HOME to it and run `make reinstall`.', file=sys.stderr)
 print('cuda' if fits else 'cpu')
@@ -104,7 +104,7 @@ print(f'mmcv-{sys.implementation.cache_tag}-torch{torch.__version__}-$ops')")
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         die "mmcv has to be compiled and the headers of Python are missing. Install them" \
             "(on Debian and Ubuntu: apt install python3-dev) and run the command again."
-    jobs=${MAX_JOBS:-$(awk -v cores="$(nproc)" '/MemAvailable/ { n = int($2 / 2e6)
+    jobs=${MAX_JOBS:-$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/MemAvailable/ { n = int($2 / 2e6)
         if (n > cores) n = cores; print n < 1 ? 1 : n }' /proc/meminfo)}
     say "Compiling mmcv for $ops with $jobs compilers at once; no wheel was found." \
         "On 2 cores this takes about 15 minutes (for cuda an hour), once: the wheel is kept in" \
@@ -116,7 +116,7 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         "${pip[@]}" wheel -v --no-deps --no-build-isolation --no-cache-dir --no-binary :all: \
         --wheel-dir "$store" -r requirements/mmcv.txt 2>&1 | tee "$log" |
         awk 'match($0, /\[[0-9]+\/[0-9]+\]/) { split(substr($0, RSTART + 1, RLENGTH - 2), n, "/")
-            if (n[1] % 10 == 0 || n[1] == n[2]) {
+            if (n[1] % 5 == 0 || n[1] == n[2]) {
                 printf "   %d of %d files compiled\n", n[1], n[2]; fflush() } }' ||
         die "mmcv did not compile. The end of $log: $(tail -n 5 "$log")"
     try_wheel "$ops" "$store"/*.whl || die "mmcv compiled but its operators do not load:" \
@@ -135,7 +135,7 @@ say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on
 "${pip[@]}" install --no-deps --only-binary :all: -r requirements/runtime.txt -r requirements/dev.txt
 "${pip[@]}" install --no-deps --no-build-isolation -r requirements/openmmlab.txt
 install_mmcv
-"${pip[@]}" install -q --no-deps --no-build-isolation --editable .
+PYTHONWARNINGS=ignore "${pip[@]}" install -q --no-deps --no-build-isolation --editable .
 "$py" -W ignore - >/dev/null <<'EOF' || die "The packages are there but do not import; \`make reinstall\` starts anew."
 import cv2, timm
 import mmcv.ops, mmdet.apis, mmrotate.apis, mmrotate.datasets, mmrotate.models, mmseg.apis
