@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$(realpath -ms "${1:?usage: tools/install.sh VENV}")
 py=$venv/bin/python
-pip=("$py" -m pip --disable-pip-version-check)
+pip=(env PIP_USER=0 "$py" -m pip --disable-pip-version-check)
 
 say() { printf '\n== %s\n' "$*"; }
 die() { printf '\nerror: %s\n' "$*" | fold -s -w 80 >&2; exit 1; }
@@ -98,14 +98,15 @@ print(f'mmcv-{sys.implementation.cache_tag}-torch{torch.__version__}-$ops')")
     try_wheel "$ops" "$store"/*.whl >"$log" 2>&1 && return
     try_wheel "$ops" -r requirements/mmcv.txt >"$log" 2>&1 && return
 
-    command -v "${CXX:-c++}" >/dev/null || die "mmcv has to be compiled and there is no C++ compiler." \
-        "Install one (on Debian and Ubuntu: apt install g++) and run the command again."
+    command -v "${CXX:-c++}" >/dev/null ||
+        die "mmcv has to be compiled and there is no C++ compiler. Install one (on Debian and Ubuntu: apt install g++) and run the command again."
     "$py" -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         die "mmcv has to be compiled and the headers of Python are missing. Install them" \
             "(on Debian and Ubuntu: apt install python3-dev) and run the command again."
-    jobs=${MAX_JOBS:-$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/MemAvailable/ { n = int($2 / 2e6)
-        if (n > cores) n = cores; print n < 1 ? 1 : n }' /proc/meminfo)}
+    # 2 GB a compiler; nproc without the limit that `make test` may have set.
+    jobs=${MAX_JOBS:-$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/MemAvailable/ {
+        n = int($2 / 2e6); if (n > cores) n = cores; print n < 1 ? 1 : n }' /proc/meminfo)}
     say "Compiling mmcv for $ops with $jobs compilers at once; no wheel was found." \
         "On 2 cores this takes about 15 minutes (for cuda an hour), once: the wheel is kept in" \
         "$store. All output goes to $log"
@@ -132,11 +133,13 @@ fi
 drop_half_installed
 say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on disk, minutes)'
 "${pip[@]}" install -q --no-deps -r requirements/build.txt
-"${pip[@]}" install --no-deps --only-binary :all: -r requirements/runtime.txt -r requirements/dev.txt
+"${pip[@]}" install --no-deps --only-binary :all: \
+    -r requirements/runtime.txt -r requirements/dev.txt
 "${pip[@]}" install --no-deps --no-build-isolation -r requirements/openmmlab.txt
 install_mmcv
 PYTHONWARNINGS=ignore "${pip[@]}" install -q --no-deps --no-build-isolation --editable .
-"$py" -W ignore - >/dev/null <<'EOF' || die "The packages are there but do not import; \`make reinstall\` starts anew."
+"$py" -W ignore - >/dev/null <<'EOF' || die "The packages are there but do not import;" \
+    "\`make reinstall\` starts anew."
 import cv2, timm
 import mmcv.ops, mmdet.apis, mmrotate.apis, mmrotate.datasets, mmrotate.models, mmseg.apis
 import mmpeft
