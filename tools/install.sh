@@ -91,15 +91,17 @@ install_mmcv() {
     local ops jobs store log
     ops=$(mmcv_operators)
     mmcv_works "$ops" && return
-    store=${XDG_CACHE_HOME:-$HOME/.cache}/mmpeft/$("$py" -c "import torch, sys
-print(f'mmcv-{sys.implementation.cache_tag}-torch{torch.__version__}-$ops')")
+    store=${XDG_CACHE_HOME:-$HOME/.cache}/mmpeft/mmcv-$(sed -n 's/.*==//p' requirements/mmcv.txt)-$(
+        "$py" -c "import torch, sys; print(sys.implementation.cache_tag, torch.__version__, sep='-')"
+    )-$ops
     mkdir -p "$store" 2>/dev/null || store=$venv/mmcv
     log=$venv/mmcv.log
     try_wheel "$ops" "$store"/*.whl >"$log" 2>&1 && return
     try_wheel "$ops" -r requirements/mmcv.txt >"$log" 2>&1 && return
 
     command -v "${CXX:-c++}" >/dev/null ||
-        die "mmcv has to be compiled and there is no C++ compiler. Install one (on Debian and Ubuntu: apt install g++) and run the command again."
+        die "mmcv has to be compiled and there is no C++ compiler. Install one (on Debian and" \
+            "Ubuntu: apt install g++) and run the command again."
     "$py" -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         die "mmcv has to be compiled and the headers of Python are missing. Install them" \
@@ -112,8 +114,9 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         "$store. All output goes to $log"
     # Without nvcc a visible GPU would make mmcv's build ask for it.
     [ "$ops" = cuda ] || export CUDA_VISIBLE_DEVICES= FORCE_CUDA=0
-    # -g0: without debug symbols, which make up most of the file.
-    MMCV_WITH_OPS=1 MAX_JOBS=$jobs CFLAGS='-g0' CXXFLAGS='-g0' \
+    # -g0: without debug symbols, which make up most of the file. Not in CFLAGS,
+    # which would take the place of the flags of Python's own build, -O3 among them.
+    MMCV_WITH_OPS=1 MAX_JOBS=$jobs CPPFLAGS='-g0' \
         "${pip[@]}" wheel -v --no-deps --no-build-isolation --no-cache-dir --no-binary :all: \
         --wheel-dir "$store" -r requirements/mmcv.txt 2>&1 | tee "$log" |
         awk 'match($0, /\[[0-9]+\/[0-9]+\]/) { split(substr($0, RSTART + 1, RLENGTH - 2), n, "/")
