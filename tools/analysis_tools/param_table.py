@@ -25,7 +25,7 @@ import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.launch import import_task, read_config, run
 
-COLUMNS = ('rank', 'name', 'kind', 'shape', 'weight', 'adapter', 'share')
+COLUMNS = ('rank', 'name', 'kind', 'method', 'shape', 'weight', 'adapter', 'share')
 FORMATS = ('.csv', '.json', '.md')
 
 
@@ -74,9 +74,18 @@ def summarize(cfg, rank=None):
 
 
 def rows_of(summaries):
-    """The adapted weights of all summaries as tuples of :data:`COLUMNS`."""
+    """The adapted weights of all summaries, as texts and numbers for :data:`COLUMNS`."""
     return [
-        (rank, row.name, row.kind, row.shape, row.weight, row.adapter, row.adapter / row.weight)
+        (
+            '' if rank is None else rank,
+            row.name,
+            row.kind,
+            row.method,
+            'x'.join(map(str, row.shape)),
+            row.weight,
+            row.adapter,
+            row.adapter / row.weight,
+        )
         for rank, summary in summaries.items()
         for row in summary.rows
     ]
@@ -130,15 +139,15 @@ def write(path, summaries):
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator='\n')
         writer.writerow(COLUMNS)
-        writer.writerows((*row[:3], 'x'.join(map(str, row[3])), *row[4:]) for row in rows)
+        writer.writerows(rows)
         text = buffer.getvalue()
     else:
         lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + ' --- |' * len(COLUMNS)]
-        for rank, name, kind, shape, weight, adapter, share in rows:
-            cells = (rank, name, kind, 'x'.join(map(str, shape)), f'{weight:,}', f'{adapter:,}')
-            lines.append('| ' + ' | '.join(map(str, cells)) + f' | {share:.1%} |')
-        totals = (f'rank {rank}: {s.adapters:,} adapters' for rank, s in summaries.items())
-        text = '\n'.join([*lines, '', '; '.join(totals)]) + '\n'
+        for *words, weight, adapter, share in rows:
+            cells = [*map(str, words), f'{weight:,}', f'{adapter:,}', f'{share:.1%}']
+            lines.append(f'| {" | ".join(cells)} |')
+        totals = ', '.join(f'{s.adapters:,}' for s in summaries.values())
+        text = '\n'.join([*lines, '', f'adapter parameters: {totals}']) + '\n'
     path.write_text(text)
 
 
@@ -149,8 +158,7 @@ def main():
     cfg = read_config(args.config, args.cfg_options)
     import_task(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    method = cfg.get('default_hooks', {}).get('peft', {}).get('method', {})
-    summaries = {rank: summarize(cfg, rank) for rank in args.rank or [method.get('rank')]}
+    summaries = {rank: summarize(cfg, rank) for rank in args.rank or [None]}
     console = Console(width=None if sys.stdout.isatty() else 120)
     first = next(iter(summaries))
     title = f'{args.config}' + ('' if first is None else f', rank {first}')
