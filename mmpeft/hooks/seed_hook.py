@@ -18,10 +18,11 @@ class SeedHook(Hook):
     dropout and augmentation go another way after a resume. Here the states
     follow from the Runner's seed, the rank and the iteration: a run that was
     stopped at a checkpoint and resumed equals one that ran through, bit by
-    bit, on as many processes as it had. Worker processes of a data loader
-    start over at each epoch unless they are persistent; with
-    ``persistent_workers=True`` an epoch-based run repeats their augmentation
-    only from a start.
+    bit, on as many processes as it had. That holds for data that is loaded in
+    the main process (``num_workers=0``) and, in epoch-based runs, for workers
+    that start anew at each epoch (``persistent_workers=False``). The random
+    states of workers that live on cannot be had, so that their augmentation
+    after a resume is another draw.
     """
 
     priority = 'HIGHEST'
@@ -57,9 +58,15 @@ class _SeededFetches:
         return self
 
     def __next__(self):
+        # A loader that is opened at its first fetch takes a random number to do so.
+        getattr(self.iterator, '_ensure_iterator', lambda: None)()
         self.seed(self.fetched)
         self.fetched += 1
         return next(self.iterator)
+
+    def skip_iter(self, num_iters):
+        self.fetched += num_iters
+        self.iterator.skip_iter(num_iters)
 
 
 STAGES = ('fetch', 'epoch', 'forward', 'next')
