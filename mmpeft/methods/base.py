@@ -127,8 +127,8 @@ class RankMethod(DeltaMethod):
             )
 
     def max_rank(self, spec: WeightSpec) -> int:
-        """The largest rank that adds anything on this weight."""
-        raise NotImplementedError
+        """The size of the weight's largest channel mode; no rank beyond it makes sense."""
+        return max(spec.in_features, spec.out_features)
 
     def with_rank(self, rank: int) -> 'RankMethod':
         """The same method at another rank, its budget spent."""

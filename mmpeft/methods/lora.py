@@ -80,10 +80,6 @@ class LoRA(RankMethod):
             return self.scale
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def max_rank(self, spec):
-        rows, inner, columns = matrix_shape(spec, 1, self.layout)
-        return max(1, min(rows, columns) // inner)
-
     def init(self, weight, spec) -> Factors:
         rows, inner, columns = matrix_shape(spec, self.rank, self.layout)
         bound = 1 / sqrt(columns)
