@@ -1,0 +1,81 @@
+"""DDP with two gloo processes against one process with their batches together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name('distributed_run.py')
+ROOT = SCRIPT.parents[2]
+
+
+def run(work_dir, processes, batch, method):
+    work_dir.mkdir()
+    arguments = [str(SCRIPT), str(work_dir), str(batch), json.dumps(method)]
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        command += ['-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
+        command += [f'--master_port={port}', f'--nproc_per_node={processes}']
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1')
+    done = subprocess.run(
+        command + arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(work_dir / f'rank{rank}.pth') for rank in range(processes)]
+
+
+@pytest.mark.parametrize(
+    'method', [dict(type='FLoRA', rank=2, scale=1.0), dict(type='DoRA', rank=2)], ids=str
+)
+def test_two_processes_train_what_one_would(method, tmp_path):
+    (one,) = run(tmp_path / 'one', 1, 4, method)
+    first, second = run(tmp_path / 'two', 2, 2, method)
+    assert one.keys() == first.keys()
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
+    moved = [k for k in one if k.endswith(('core', 'lora_B'))]
+    assert moved and all(one[k].any() for k in moved)
+    metrics = [torch.load(tmp_path / run) for run in ('one/metrics0.pth', 'two/metrics0.pth')]
+    torch.testing.assert_close(
+        torch.tensor(metrics[0]['toy/scores']),
+        torch.tensor(metrics[1]['toy/scores']),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_an_unused_adapter_is_named_before_ddp_gives_up(tmp_path):
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1')
+    code = (
+        'from tests.toy import toy_config\n'
+        'from mmpeft.launch import build_runner\n'
+        f"config = toy_config({str(tmp_path)!r}, launcher='pytorch', experiment_name='unused', "
+        "**{'model.backbone.unused': True})\n"
+        'build_runner(config).train()\n'
+    )
+    script = tmp_path / 'unused.py'
+    script.write_text(code)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--master_port={port}']
+    done = subprocess.run(
+        [*command, '--nproc_per_node=2', str(script)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert 'No gradient reached 1 of 5 adapters' in done.stderr
+    assert 'backbone.unused' in done.stderr
