@@ -52,22 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def load_config(args) -> Config:
+def load_config(args, splits=()) -> Config:
     """Read a tool's config and import the package of its task.
 
     Args:
         args (argparse.Namespace): ``config`` and what :func:`add_arguments` adds.
+        splits (Sequence[str]): Of ``'train'``, ``'val'``, ``'test'``: those
+            whose data must be there.
 
     Returns:
         Config: With ``--cfg-options``, ``launcher`` and ``work_dir`` set.
 
     Raises:
-        UsageError: The file or a package that it needs is missing.
+        UsageError: The file, data or a package that it needs is missing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(args.config)
+    missing = missing_data(cfg, splits)
+    if missing:
+        raise MissingFileError(describe(missing))
     import_task(cfg)
     return cfg
 
@@ -161,13 +166,6 @@ def check_checkpoint(path):
             f'there is no checkpoint {str(path)!r} in {Path.cwd()}. Give a file that training '
             'saved, such as work_dirs/<config>/epoch_12.pth.'
         )
-
-
-def check_data(cfg: Config, splits):
-    """Raise MissingFileError where files that the config's datasets name do not exist."""
-    missing = missing_data(cfg, splits)
-    if missing:
-        raise MissingFileError(describe(missing))
 
 
 def enable_amp(cfg: Config):

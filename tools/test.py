@@ -12,7 +12,6 @@ from mmpeft.launch import (
     add_arguments,
     build_runner,
     check_checkpoint,
-    check_data,
     load_config,
     run,
 )
@@ -64,9 +63,8 @@ def dump_predictions(runner, cfg, out):
 
 def main():
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('test',))
     check_checkpoint(args.checkpoint)
-    check_data(cfg, ('test',))
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
         raise UsageError(f'--out {args.out}: name a .pkl or .pickle file.')

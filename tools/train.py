@@ -11,7 +11,6 @@ from mmpeft.launch import (
     add_arguments,
     build_runner,
     check_checkpoint,
-    check_data,
     enable_amp,
     enable_auto_scale_lr,
     load_config,
@@ -41,7 +40,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args, ('train', 'val'))
     if args.amp:
         enable_amp(cfg)
     if args.auto_scale_lr:
@@ -51,7 +50,6 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from)
-    check_data(cfg, ('train', 'val'))
     build_runner(cfg).train()
 
 
