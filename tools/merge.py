@@ -4,7 +4,9 @@
 
 writes a plain checkpoint, with the names of the model without adapters, and
 beside it OUT.py, the config without the adapters' hook. mmdet's, mmseg's and
-mmrotate's own tools and inferencers take the two.
+mmrotate's own tools and inferencers take the two. A timm backbone is still
+mmpeft's; with ``--backbone mmpretrain`` a ConvNeXt becomes mmpretrain's, and
+nothing of mmpeft is left.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import mmpeft
 from mmpeft.checkpoint import replacing
 from mmpeft.errors import UsageError
 from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
+from mmpeft.models.mmpretrain_names import mmpretrain_convnext
 
 MODEL_ONLY = ('model', 'default_scope', 'env_cfg', 'default_hooks', 'log_level', 'randomness')
 
@@ -29,6 +32,12 @@ def parse_args():
     parser.add_argument('config', help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint with adapters')
     parser.add_argument('out', type=Path, help='plain checkpoint to write, OUT.pth')
+    parser.add_argument(
+        '--backbone',
+        choices=['timm', 'mmpretrain'],
+        default='timm',
+        help='whose class a ConvNeXt of timm is to be',
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
     add_arguments(parser)
     return parser.parse_args()
@@ -74,12 +83,14 @@ def main():
     model = load_adapted(cfg, args.checkpoint)
     adapters = mmpeft.summary(model).adapters
     mmpeft.merge(model)
-    plain = plain_config(cfg)
+    plain, state = plain_config(cfg), model.state_dict()
+    if args.backbone == 'mmpretrain':
+        plain.model.backbone, state = mmpretrain_convnext(plain.model.backbone, state)
     meta = dict(_load_checkpoint(args.checkpoint, map_location='cpu').get('meta', {}))
     meta.pop('mmpeft', None)
     meta['cfg'] = plain.pretty_text
     with replacing(args.out) as temporary:
-        torch.save(dict(meta=meta, state_dict=model.state_dict()), temporary)
+        torch.save(dict(meta=meta, state_dict=state), temporary)
     plain.dump(config_out)
     size = args.out.stat().st_size / 2**20
     print(f'merged {adapters:,} adapter parameters: {args.out} ({size:.1f} MiB), {config_out}')

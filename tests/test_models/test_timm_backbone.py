@@ -1,0 +1,180 @@
+"""TimmBackbone: weights from files, levels, norms."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import mmpeft
+from mmpeft.errors import UsageError
+from mmpeft.models import TimmBackbone
+from mmpeft.models.mmpretrain_names import mmpretrain_convnext
+from mmpeft.targets import adapter_parameters
+
+TINY = dict(name='convnextv2_atto', depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+
+
+def randomized(model):
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    return model
+
+
+def whole(**changes):
+    config = dict(TINY, **changes)
+    return randomized(timm.create_model(config.pop('name'), num_classes=7, **config))
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_a_classifiers_file_fills_the_backbone(suffix, tmp_path):
+    classifier, path = whole(), tmp_path / f'weights.{suffix}'
+    if suffix == 'pth':
+        torch.save(classifier.state_dict(), path)
+    else:
+        save_file(classifier.state_dict(), path)
+    backbone = TimmBackbone(**TINY, checkpoint=str(path), out_norm=False)
+    before = backbone.model.stem_0.weight.clone()
+    backbone.init_weights()
+    assert not torch.equal(backbone.model.stem_0.weight, before)
+    x = torch.randn(1, 3, 64, 64)
+    levels = classifier.forward_intermediates(x, intermediates_only=True)
+    for level, expected in zip(backbone.eval()(x), levels[-4:], strict=True):
+        torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_levels_have_their_own_norm_over_channels():
+    backbone = randomized(TimmBackbone(**TINY, out_indices=(1, 3)))
+    maps = backbone(torch.randn(2, 3, 64, 64))
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 8, 8), (2, 32, 2, 2)]
+    assert {n for n, _ in backbone.named_children()} == {'model', 'norm1', 'norm3'}
+    plain = backbone.model(torch.ones(1, 3, 64, 64))[0]
+    expected = torch.nn.functional.layer_norm(
+        plain.permute(0, 2, 3, 1), (16,), backbone.norm1.weight, backbone.norm1.bias, 1e-6
+    )
+    first = backbone(torch.ones(1, 3, 64, 64))[0]
+    torch.testing.assert_close(first, expected.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    'config, shapes',
+    [
+        (
+            dict(name='swin_tiny_patch4_window7_224', img_size=64, depths=(1, 1, 1, 1)),
+            [(96, 16), (192, 8), (384, 4), (768, 2)],
+        ),
+        (
+            dict(name='vit_tiny_patch16_224', img_size=64, depth=2, out_indices=(0, 1)),
+            [(192, 4), (192, 4)],
+        ),
+        (
+            dict(name='resnet18', out_indices=(1, 2, 3, 4)),
+            [(64, 16), (128, 8), (256, 4), (512, 2)],
+        ),
+    ],
+    ids=lambda c: c['name'] if isinstance(c, dict) else '',
+)
+def test_other_families(config, shapes):
+    maps = TimmBackbone(**config)(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape[1:3]) for m in maps] == shapes
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(whole(dims=(8, 16, 24, 40)).state_dict(), path)
+    backbone = TimmBackbone(**TINY, checkpoint=path)
+    with pytest.raises(UsageError, match=r'does not fit .*tensors are missing'):
+        backbone.init_weights()
+    with pytest.raises(FileNotFoundError, match='none.pth'):
+        TimmBackbone(**TINY, checkpoint=str(tmp_path / 'none.pth')).init_weights()
+
+
+def test_names_and_contradictions():
+    with pytest.raises(UsageError, match="no model 'convnextv2_big'.*convnextv2_atto"):
+        TimmBackbone('convnextv2_big')
+    with pytest.raises(UsageError, match='Keep the one'):
+        TimmBackbone('convnextv2_atto', pretrained=True, checkpoint='x.pth')
+
+
+def test_building_with_pretrained_fetches_nothing_and_loading_says_what_to_do(monkeypatch):
+    backbone = TimmBackbone(**TINY, pretrained=True)
+
+    def unreachable(*args, **kwargs):
+        raise OSError('no route')
+
+    monkeypatch.setattr(timm, 'create_model', unreachable)
+    with pytest.raises(UsageError, match=r"no route.*backbone\.checkpoint='FILE'"):
+        backbone.init_weights()
+
+
+def test_pretrained_weights_are_taken_over(monkeypatch):
+    backbone, source = TimmBackbone(**TINY, pretrained=True), TimmBackbone(**TINY).model
+    asked = []
+
+    def hub(**kwargs):
+        asked.append(kwargs)
+        return source
+
+    monkeypatch.setattr(timm, 'create_model', hub)
+    backbone.init_weights()
+    assert asked[0]['pretrained'] and asked[0]['model_name'] == 'convnextv2_atto'
+    assert all(
+        torch.equal(value, source.state_dict()[key])
+        for key, value in backbone.model.state_dict().items()
+    )
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_recomputation_gives_adapters_the_same_gradients():
+    x = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(5)
+        backbone = randomized(TimmBackbone(**TINY, with_cp=with_cp)).train()
+        mmpeft.inject(backbone, dict(type='FLoRA', rank=2), dict(exclude=['stem']))
+        sum(level.square().sum() for level in backbone(x)).backward()
+        gradients.append([p.grad for p in adapter_parameters(backbone)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    assert any(gradient.any() for gradient in gradients[0])
+
+
+def test_drop_path_reaches_timm():
+    rates = [
+        m.drop_prob
+        for m in TimmBackbone(**TINY, drop_path=0.4).modules()
+        if hasattr(m, 'drop_prob')
+    ]
+    assert max(rates) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        TINY,
+        dict(name='convnextv2_base', depths=(1, 2, 1, 1), dims=(8, 16, 24, 32)),
+        dict(name='convnext_tiny', depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)),
+    ],
+    ids=lambda config: config['name'],
+)
+def test_the_equal_convnext_of_mmpretrain(config):
+    from mmpretrain.registry import MODELS
+
+    backbone = randomized(TimmBackbone(**config, out_indices=(0, 2, 3))).eval()
+    state = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    plain, renamed = mmpretrain_convnext(
+        dict(type='mmpeft.TimmBackbone', out_indices=(0, 2, 3)), state | dict(other=torch.ones(1))
+    )
+    assert renamed.pop('other') == 1
+    equal = MODELS.build(plain)
+    equal.eval()
+    equal.load_state_dict({k.removeprefix('backbone.'): v for k, v in renamed.items()})
+    x = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(backbone(x), equal(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_mmpretrain_has_no_equal_of():
+    state = {f'backbone.{k}': v for k, v in TimmBackbone('resnet18').state_dict().items()}
+    with pytest.raises(UsageError, match='no ConvNeXt with output norms'):
+        mmpretrain_convnext(dict(type='mmpeft.TimmBackbone', name='resnet18'), state)
