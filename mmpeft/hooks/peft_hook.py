@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import find_latest_checkpoint, load_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint
@@ -80,13 +80,15 @@ class PEFTHook(Hook):
         model = _unwrapped(runner)
         if getattr(model, 'peft', []):
             return
-        runner.model = model
+        outer, runner.model = runner.model, model
         self._load_base(runner)
         summary = inject(model, self.method, self.targets, self.unfreeze)
         runner.logger.info(f'{self.method}\n{summary}')
-        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
         if isinstance(runner.optim_wrapper, OptimWrapper):
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             self._rebuild_optimizer(runner)
+        else:
+            runner.model = outer
         runner.register_hook(_AdapterCheckpointHook(self), 'LOWEST')
 
     def _load_base(self, runner):
@@ -142,8 +144,9 @@ class PEFTHook(Hook):
                 'it.'
             )
         runner.optim_wrapper = runner.build_optim_wrapper(copy.deepcopy(runner.cfg.optim_wrapper))
+        scheduled, runner.param_schedulers = runner.param_schedulers is not None, None
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-        if runner.param_schedulers is not None:
+        if scheduled:
             runner.param_schedulers = runner.build_param_scheduler(
                 copy.deepcopy(runner.cfg.param_scheduler)
             )
@@ -241,7 +244,10 @@ class _AdapterCheckpointHook(Hook):
 
 
 def _unwrapped(runner):
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _description(checkpoint):
