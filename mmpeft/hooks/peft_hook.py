@@ -74,22 +74,23 @@ class PEFTHook(Hook):
         self.check_base = check_base
         self.check_iters = check_iters
         self.watch = None
+        self._iterations_watched = 0
+        self._prepared = False
 
     def before_run(self, runner):
         """Load the base, inject, and build anew what depends on the parameters."""
         model = _unwrapped(runner)
-        if getattr(model, 'peft', []):
-            return
-        outer, runner.model = runner.model, model
-        self._load_base(runner)
-        summary = inject(model, self.method, self.targets, self.unfreeze)
-        runner.logger.info(f'{self.method}\n{summary}')
-        if isinstance(runner.optim_wrapper, OptimWrapper):
+        if not getattr(model, 'peft', []):
+            outer, runner.model = runner.model, model
+            self._load_base(runner)
+            summary = inject(model, self.method, self.targets, self.unfreeze)
+            runner.logger.info(f'{self.method}\n{summary}')
+            runner.model = outer
+        if _is_training(runner) and not self._prepared:
+            self._prepared = True
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             self._rebuild_optimizer(runner)
-        else:
-            runner.model = outer
-        runner.register_hook(_AdapterCheckpointHook(self), 'LOWEST')
+            runner.register_hook(_AdapterCheckpointHook(self), 'LOWEST')
 
     def _load_base(self, runner):
         source, checkpoint = self._pending_checkpoint(runner)
@@ -102,7 +103,7 @@ class PEFTHook(Hook):
             )
         base = self.base_checkpoint or (description or {}).get('base_checkpoint')
         self.base_checkpoint = source if plain else base
-        training = isinstance(runner.optim_wrapper, OptimWrapper)
+        training = _is_training(runner)
         if training or not (plain or (description or {}).get('holds_base')):
             runner._init_model_weights()
         if plain and not training:
@@ -171,7 +172,7 @@ class PEFTHook(Hook):
         """Stop the run if gradients do not reach all adapters."""
         if self.watch is None:
             return
-        self._iterations_watched = getattr(self, '_iterations_watched', 0) + 1
+        self._iterations_watched += 1
         strict = is_model_wrapper(runner.model) and not runner.cfg.get('find_unused_parameters')
         if strict or self._iterations_watched >= self.check_iters:
             self._judge_gradients(runner, final=self._iterations_watched >= self.check_iters)
@@ -241,6 +242,10 @@ class _AdapterCheckpointHook(Hook):
             for key in frozen_keys(model):
                 checkpoint['state_dict'].pop(key, None)
                 checkpoint.get('ema_state_dict', {}).pop(f'module.{key}', None)
+
+
+def _is_training(runner):
+    return isinstance(runner.optim_wrapper, OptimWrapper)
 
 
 def _unwrapped(runner):
