@@ -12,7 +12,7 @@ VERSION = re.search(r"__version__ = ['\"](.+)['\"]", (ROOT / 'mmpeft/version.py'
 # distributions provide it, mmengine and onedl-mmengine, with the same file
 # names: pip takes them for different packages, so naming either would
 # overwrite the files of a user who has the other. The extras name OneDL's.
-CORE = ['torch>=2.4']
+CORE = ['torch>=2.4', 'safetensors>=0.4']
 OPENMMLAB = [
     'torch>=2.4,<2.14',  # mmcv 2.3 compiles as C++17, torch 2.14 needs C++20
     'torchvision',
@@ -26,7 +26,13 @@ EXTRAS = {
     'det': DET,
     'seg': [*OPENMMLAB, 'onedl-mmsegmentation>=1.4.2,<2'],
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
-    'dev': ['hypothesis>=6', 'pytest>=8', 'ruff>=0.12', 'scikit-learn>=1.5'],
+    'dev': [
+        'hypothesis>=6',
+        'onedl-mmpretrain>=1.3.6,<2',
+        'pytest>=8',
+        'ruff>=0.12',
+        'scikit-learn>=1.5',
+    ],
 }
 EXTRAS['all'] = sorted({need for needs in EXTRAS.values() for need in needs})
 

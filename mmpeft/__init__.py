@@ -1,5 +1,16 @@
 """Parameter-efficient fine-tuning of large vision backbones in OpenMMLab."""
 
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'mmpeft needs mmengine, which two distributions provide. Where neither is installed, write '
+        "pip install 'mmpeft[det]' (or [seg], [rotate], [all]) for OpenMMLab as OneDL maintains it "
+        'for current PyTorch, or pip install onedl-mmengine for the methods alone. Never install '
+        'both mmengine and onedl-mmengine: each overwrites the other.',
+        name='mmengine',
+    ) from error
+
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .compat import register_config_packages
 from .injection import inject, merge, remove
