@@ -1,0 +1,2 @@
+_base_ = ['./_base_/coco.py', '../_base_/methods/frozen.py']
+default_hooks = dict(peft=_base_.peft)

@@ -1,0 +1,204 @@
+"""The demo's data, read back by the datasets of mmdet, mmseg and mmrotate."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'digits.py'
+DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+SPLITS = dict(train='training', val='validation')
+SIZES = dict(train=6, val=4)
+
+
+def make(out, *extra):
+    size = ['--train', '6', '--val', '4', '--source', '20']
+    command = [sys.executable, str(TOOL), '--out', str(out), *size, *extra]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob('*'))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp('data') / 'digits'
+    result = make(out, '--seed', '3')
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope='module')
+def coco(data):
+    pytest.importorskip('mmdet')
+    from mmcv.transforms import Compose, LoadImageFromFile
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.transforms import LoadAnnotations
+
+    def read(split):
+        dataset = CocoDataset(
+            data_root=str(data / 'coco'),
+            ann_file=f'annotations/instances_{split}.json',
+            data_prefix=dict(img=split),
+            metainfo=dict(classes=DIGITS),
+            test_mode=True,
+        )
+        load = Compose([LoadImageFromFile(), LoadAnnotations(with_mask=True)])
+        scenes = {}
+        for index in range(len(dataset)):
+            scene = load(dataset.get_data_info(index))
+            scenes[Path(scene['img_path']).stem] = scene
+        return scenes
+
+    return {split: read(split) for split in SPLITS}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_coco_boxes_enclose_their_masks(coco, split):
+    assert len(coco[split]) == SIZES[split]
+    for scene in coco[split].values():
+        boxes = scene['gt_bboxes'].tensor.numpy()
+        masks = scene['gt_masks'].masks
+        assert len(boxes) == len(masks) == len(scene['gt_bboxes_labels']) > 0
+        assert cv2.imread(scene['img_path']).shape == (128, 128, 3)
+        for box, mask in zip(boxes, masks, strict=True):
+            y, x = np.nonzero(mask)
+            assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert (masks.sum(0) <= 1).all(), 'a pixel belongs to the topmost digit alone'
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_ade20k_labels_are_the_masks(data, coco, split):
+    pytest.importorskip('mmseg')
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    dataset = BaseSegDataset(
+        data_root=str(data / 'ade20k'),
+        data_prefix=dict(
+            img_path=f'images/{SPLITS[split]}', seg_map_path=f'annotations/{SPLITS[split]}'
+        ),
+        metainfo=dict(classes=('background', *DIGITS)),
+        reduce_zero_label=True,
+    )
+    load = LoadAnnotations(imdecode_backend='cv2')
+    assert len(dataset) == SIZES[split]
+    for index in range(len(dataset)):
+        info = load(dataset.get_data_info(index))
+        scene = coco[split][Path(info['img_path']).stem]
+        expected = np.zeros((128, 128), int)
+        for label, mask in zip(scene['gt_bboxes_labels'], scene['gt_masks'].masks, strict=True):
+            expected[mask.astype(bool)] = label + 1
+        found = info['gt_seg_map']
+        rim = found == 255
+        assert 0 < rim.mean() < 0.2
+        assert (expected[rim] == 0).all(), 'only background may be undecided'
+        assert (found[~rim] == expected[~rim]).all()
+
+
+def difficulties_of(data, split, name):
+    lines = (data / 'dota' / split / 'annfiles' / f'{name}.txt').read_text().splitlines()
+    return [int(line.split()[-1]) for line in lines]
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_dota_boxes_are_tight_around_the_digits(data, coco, split):
+    pytest.importorskip('mmrotate')
+    from mmrotate.datasets import DOTADataset
+
+    dataset = DOTADataset(
+        data_root=str(data / 'dota'),
+        ann_file=f'{split}/annfiles/',
+        data_prefix=dict(img_path=f'{split}/images/'),
+        metainfo=dict(classes=DIGITS),
+        test_mode=True,
+    )
+    assert len(dataset) == SIZES[split]
+    turned = 0
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        name = Path(info['img_path']).stem
+        scene, difficulties = coco[split][name], difficulties_of(data, split, name)
+        assert [i['bbox_label'] for i in info['instances']] == list(scene['gt_bboxes_labels'])
+        assert cv2.imread(info['img_path']).shape == (128, 128, 3)
+        for instance, mask, hidden in zip(
+            info['instances'], scene['gt_masks'].masks, difficulties, strict=True
+        ):
+            corners = np.array(instance['bbox']).reshape(4, 2)
+            sides = np.roll(corners, -1, 0) - corners
+            sides /= np.linalg.norm(sides, axis=1, keepdims=True)
+            assert abs((sides * np.roll(sides, -1, 0)).sum(1)).max() < 0.03, 'right angles'
+            turned += abs(sides[0]).min() > 0.1
+            y, x = np.nonzero(mask)
+            pixels = np.concatenate([np.stack([x + i, y + j], 1) for i in (0, 1) for j in (0, 1)])
+            inward = np.stack([-sides[:, 1], sides[:, 0]], 1)
+            depth = ((pixels[:, None] - corners) * inward).sum(-1).min(0)
+            assert (depth > -0.15).all(), 'the box encloses the mask'
+            assert hidden or (depth < 0.15).all(), 'every side touches it'
+    assert turned
+
+
+def test_source_holds_single_digits_of_every_class(data):
+    with np.load(data / 'source' / 'train.npz') as source:
+        assert source['images'].shape == (20, 48, 48, 3) and source['images'].dtype == np.uint8
+        assert source['labels'].shape == (20,) and set(source['labels']) <= set(range(10))
+
+
+def test_train_and_val_share_no_scan():
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        from digit_scenes import load_scans
+    finally:
+        sys.path.remove(str(TOOL.parent))
+    splits = load_scans()
+    train, val = ({scan.tobytes() for scan in splits[name][0]} for name in SPLITS)
+    assert len(splits['train'][0]) + len(splits['val'][0]) == 1797
+    assert not train & val
+
+
+def test_seed_decides_every_byte(data, tmp_path):
+    assert make(tmp_path / 'same', '--seed', '3').returncode == 0
+    assert make(tmp_path / 'other', '--seed', '4').returncode == 0
+    same, other, found = (files_of(p) for p in (tmp_path / 'same', tmp_path / 'other', data))
+    assert same == found
+    assert other.keys() == found.keys()
+    assert all(other[name] != found[name] for name in found if name.endswith('.jpg'))
+
+
+def test_what_is_there_is_kept(data):
+    before = {path: path.stat().st_mtime_ns for path in data.rglob('*')}
+    assert make(data, '--seed', '3').returncode == 0
+    other = make(data, '--seed', '5')
+    assert other.returncode == 1 and str(data) in other.stderr and '--out' in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in data.rglob('*')} == before
+
+
+def test_interruption_leaves_no_half_made_folder(data, tmp_path):
+    part = tmp_path / 'digits.part'
+    (part / 'coco' / 'train').mkdir(parents=True)
+    (part / 'coco' / 'train' / 'left_over.jpg').write_bytes(b'half an imag')
+    blocked = tmp_path / 'sitecustomize.py'
+    blocked.write_text(
+        'import json\n'
+        'def interrupt(*args, **kwargs):\n'
+        '    raise KeyboardInterrupt\n'
+        'json.dumps = interrupt\n'
+    )
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    size = ['--train', '6', '--val', '4', '--source', '20', '--seed', '3']
+    command = [sys.executable, str(TOOL), '--out', str(tmp_path / 'digits'), *size]
+    assert subprocess.run(command, capture_output=True, env=env).returncode != 0
+    assert not (tmp_path / 'digits').exists()
+    blocked.unlink()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert files_of(tmp_path / 'digits') == files_of(data)
+    assert not part.exists()

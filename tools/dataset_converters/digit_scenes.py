@@ -1,0 +1,254 @@
+"""Scenes of handwritten digits: scikit-learn's 8x8 scans over drawn backgrounds."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from sklearn.datasets import load_digits
+
+CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+PALETTE = (
+    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
+    (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128),
+)  # fmt: skip
+
+INK = 0.5  # a pixel belongs to a digit where at least half of it is ink
+RIM = 0.05  # below INK and above this the pixel is neither digit nor background
+SHOWN = 0.8  # a digit is placed only where every digit keeps this share of its ink in sight
+CROWD = 0.3  # and where no two upright boxes overlap by more (intersection over union)
+
+
+class Digit(NamedTuple):
+    """One digit of a scene.
+
+    Attributes:
+        label (int): 0 to 9.
+        mask (np.ndarray): What can be seen of it, bool (H, W).
+        corners (np.ndarray): Its rotated rectangle, (4, 2) of x and y in
+            pixels, clockwise, around all of its ink, hidden or not.
+        hidden (float): The share of its ink that other digits cover.
+    """
+
+    label: int
+    mask: np.ndarray
+    corners: np.ndarray
+    hidden: float
+
+
+class Scene(NamedTuple):
+    """An image and what is in it.
+
+    Attributes:
+        image (np.ndarray): uint8 (H, W, 3), RGB.
+        digits (list[Digit]): From the bottom to the top.
+        rim (np.ndarray): Pixels in which ink and background mix, bool (H, W).
+    """
+
+    image: np.ndarray
+    digits: list
+    rim: np.ndarray
+
+
+def load_scans():
+    """Return the scans as ``{'train': (scans, labels), 'val': ...}``.
+
+    The split is fixed and disjoint: every fifth scan is for validation. Scans
+    are float32 (N, 8, 8) from 0 (paper) to 1 (ink).
+    """
+    data = load_digits()
+    scans, labels = data.images.astype(np.float32) / 16, data.target
+    is_val = np.arange(len(labels)) % 5 == 4
+    return {'train': (scans[~is_val], labels[~is_val]), 'val': (scans[is_val], labels[is_val])}
+
+
+def draw_scene(rng, scans, labels, size=128, count=(3, 6), height=(28, 52), turn=40):
+    """Compose a scene.
+
+    Args:
+        rng (np.random.Generator): The only source of chance.
+        scans (np.ndarray): (N, 8, 8), as from :func:`load_scans`.
+        labels (np.ndarray): Their classes, (N, ).
+        size (int): Side of the square image in pixels.
+        count (tuple[int, int]): Fewest and most digits to place. Fewer are
+            there when no room is found.
+        height (tuple[float, float]): Range of the digits' height in pixels.
+        turn (float): Largest rotation to either side in degrees.
+
+    Returns:
+        Scene: The image with its digits.
+    """
+    image = draw_background(rng, size)
+    inks, found = [], []
+    for _ in range(rng.integers(count[0], count[1] + 1)):
+        for _ in range(20):
+            pick = rng.integers(len(labels))
+            alpha, affine = _place(rng, scans[pick], size, height, turn)
+            ink = alpha >= INK
+            if ink.any() and _has_room(inks, ink):
+                break
+        else:
+            continue
+        paint(rng, image, alpha)
+        inks.append(ink)
+        found.append((int(labels[pick]), alpha, _rectangle(ink, affine)))
+    digits, rim, above = [], np.zeros((size, size), bool), np.zeros((size, size), bool)
+    for ink, (label, alpha, corners) in zip(inks[::-1], found[::-1], strict=True):
+        mask = ink & ~above
+        digits.append(Digit(label, mask, corners, 1 - mask.sum() / ink.sum()))
+        rim |= (alpha >= RIM) & ~ink & ~above
+        above |= ink
+    for digit in digits:
+        rim &= ~digit.mask
+    return Scene(to_uint8(image), digits[::-1], rim)
+
+
+def draw_background(rng, size):
+    """Return a background, float32 (size, size, 3) from 0 to 1."""
+    dark, light = np.sort(rng.uniform(0.1, 0.9, (2, 3)), axis=0).astype(np.float32)
+    pattern = rng.choice(_PATTERNS)(rng, size)
+    pattern = pattern[..., None] * np.float32(rng.uniform(0.3, 1))
+    grain = rng.normal(0, rng.uniform(0, 0.05), (size, size, 3))
+    return np.clip(dark + (light - dark) * pattern + grain, 0, 1).astype(np.float32)
+
+
+def paint(rng, image, alpha):
+    """Lay ink of a colour that stands out from what is below it, in place.
+
+    Args:
+        rng (np.random.Generator): Source of chance.
+        image (np.ndarray): float32 (H, W, 3) from 0 to 1.
+        alpha (np.ndarray): Opacity of the ink, float32 (H, W).
+    """
+    below = image[alpha >= INK].mean(0)
+    bright = below.mean() < rng.uniform(0.4, 0.6)
+    colour = rng.uniform(0.65, 1, 3) if bright else rng.uniform(0, 0.35, 3)
+    image += alpha[..., None] * (colour.astype(np.float32) - image)
+
+
+def render(scan, affine, size):
+    """Opacity of a scan's ink in the picture.
+
+    Args:
+        scan (np.ndarray): (8, 8) from 0 to 1.
+        affine (np.ndarray): From the scan's pixels to the picture's, (2, 3).
+        size (int): Side of the picture in pixels.
+
+    Returns:
+        np.ndarray: float32 (size, size) from 0 to 1, with edges that are one
+        or two pixels wide at any scale.
+    """
+    grey = cv2.warpAffine(scan, affine, (size, size), flags=cv2.INTER_CUBIC)
+    zoom = np.sqrt(abs(np.linalg.det(affine[:, :2])))
+    return np.clip((grey - INK) * zoom / 2 + INK, 0, 1)
+
+
+def affine_to(centre, height, angle):
+    """The map that puts an 8x8 scan at ``centre``, so high, turned by ``angle`` degrees."""
+    zoom, turn = height / 8, np.deg2rad(angle)
+    linear = zoom * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    shift = np.asarray(centre) - linear @ np.array([3.5, 3.5])
+    return np.concatenate([linear, shift[:, None]], 1)
+
+
+def upright_box(mask):
+    """Smallest upright box around a mask: x1, y1, x2, y2 in pixels, the ends outside."""
+    y, x = np.nonzero(mask)
+    return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
+
+
+def to_uint8(image):
+    """Round an image from 0 to 1 to bytes."""
+    return np.round(image * 255).astype(np.uint8)
+
+
+def _place(rng, scan, size, height, turn):
+    tall = rng.uniform(*height)
+    centre = rng.uniform(tall / 2, size - tall / 2, 2)
+    affine = affine_to(centre, tall, rng.uniform(-turn, turn))
+    return render(scan, affine, size), affine
+
+
+def _has_room(inks, new):
+    """Whether ``new`` may come on top of what is there."""
+    if any(_box_iou(upright_box(ink), upright_box(new)) > CROWD for ink in inks):
+        return False
+    above = new
+    for ink in inks[::-1]:
+        if (ink & ~above).sum() < SHOWN * ink.sum():
+            return False
+        above = above | ink
+    return True
+
+
+def _box_iou(one, other):
+    shared = np.prod(
+        np.clip(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0, None)
+    )
+    areas = [np.prod(box[2:] - box[:2]) for box in (one, other)]
+    return shared / (sum(areas) - shared)
+
+
+def _rectangle(ink, affine):
+    """Smallest rectangle with the digit's rotation around its pixels, (4, 2)."""
+    linear = affine[:, :2]
+    axes = linear / np.sqrt(np.linalg.det(linear))
+    y, x = np.nonzero(ink)
+    own = np.stack([x, y], 1) @ axes
+    half = np.abs(axes).sum(0) / 2  # reach of a pixel's corners from its centre
+    low, high = own.min(0) - half, own.max(0) + half
+    box = np.array([low, [high[0], low[1]], high, [low[0], high[1]]])
+    return box @ axes.T + 0.5
+
+
+def _plain(rng, size):
+    return np.full((size, size), rng.uniform(), np.float32)
+
+
+def _gradient(rng, size):
+    return _spread(_along(rng, size))
+
+
+def _stripes(rng, size):
+    wave = np.sin(2 * np.pi * _along(rng, size) / rng.uniform(8, 40))
+    return _spread(np.clip(wave * rng.uniform(0.6, 4), -1, 1))
+
+
+def _checks(rng, size):
+    cell = rng.uniform(8, 32)
+    y, x = np.mgrid[:size, :size] + rng.uniform(0, cell, 2)[:, None, None]
+    return ((x // cell + y // cell) % 2).astype(np.float32)
+
+
+def _clouds(rng, size):
+    """Noise of several wavelengths, as of stone or cloth."""
+    total = np.zeros((size, size), np.float32)
+    fade = rng.uniform(0.4, 0.8)
+    for octave in range(5):
+        grid = rng.uniform(-1, 1, (2 + 2**octave, 2 + 2**octave)).astype(np.float32)
+        total += fade**octave * cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+    return _spread(total)
+
+
+def _patches(rng, size):
+    """Ellipses and bars on top of each other."""
+    canvas = np.full((size, size), rng.uniform(), np.float32)
+    for _ in range(rng.integers(4, 12)):
+        centre = tuple(int(v) for v in rng.integers(0, size, 2))
+        axes = tuple(int(v) for v in rng.integers(6, size // 2, 2))
+        cv2.ellipse(canvas, centre, axes, rng.uniform(0, 180), 0, 360, rng.uniform(), -1)
+    return canvas
+
+
+_PATTERNS = (_plain, _gradient, _stripes, _checks, _clouds, _patches)
+
+
+def _along(rng, size):
+    """Distance along a direction of chance, (size, size) in pixels."""
+    turn = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size]
+    return np.cos(turn) * x + np.sin(turn) * y
+
+
+def _spread(values):
+    low, high = values.min(), values.max()
+    return ((values - low) / max(high - low, 1e-6)).astype(np.float32)

@@ -1,0 +1,100 @@
+"""Train the small ConvNeXt-V2 that the demo adapts, on single digits.
+
+    python tools/demo/base.py --data data/digits/source --out work_dirs/demo/base.pth
+
+The file holds the weights under timm's names, as
+``mmpeft.TimmBackbone(checkpoint=...)`` reads them.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+MODEL = dict(model_name='convnextv2_atto', depths=(1, 1, 4, 1))
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    if out.exists():
+        print(f'{out} is there already.')
+        return
+    torch.manual_seed(args.seed)
+    model = timm.create_model(**MODEL, num_classes=10)
+    train(model, *load(args.data, 'train'), args)
+    accuracy = evaluate(model, *load(args.data, 'val'))
+    print(f'The base tells {accuracy:.1%} of the single digits of the validation set apart.')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + '.part')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(accuracy=accuracy)), part)
+    os.replace(part, out)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--data', default='data/digits/source')
+    parser.add_argument('--out', default='work_dirs/demo/base.pth')
+    parser.add_argument('--epochs', type=int, default=12)
+    parser.add_argument('--batch-size', type=int, default=100)
+    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args()
+
+
+def load(folder, split):
+    """Return images, float (N, 3, H, W) and normalised, and labels, (N, )."""
+    with np.load(Path(folder) / f'{split}.npz') as arrays:
+        images, labels = torch.tensor(arrays['images']), torch.tensor(arrays['labels'])
+    images = (images - torch.tensor(MEAN)) / torch.tensor(STD)
+    return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def train(model, images, labels, args):
+    """Train in place with AdamW and a learning rate that rises, then falls to zero."""
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images, labels), args.batch_size, shuffle=True
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, epochs=args.epochs, steps_per_epoch=len(loader), pct_start=0.1
+    )
+    progress = tqdm(total=args.epochs * len(loader), desc='base')
+    for _ in range(args.epochs):
+        for batch, target in loader:
+            loss = F.cross_entropy(model(augment(batch)), target, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+            progress.set_postfix(loss=f'{loss.item():.2f}')
+    progress.close()
+
+
+def augment(images):
+    """Turn, zoom and shift a little, exchange channels, and invert half of the batch."""
+    total = len(images)
+    change = torch.randn(total, 2, 3) * torch.tensor([[0.1, 0.1, 0.08], [0.1, 0.1, 0.08]])
+    grid = F.affine_grid(torch.eye(2, 3) + change, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode='reflection', align_corners=False)
+    sign = torch.where(torch.rand(total, 1, 1, 1) < 0.5, -1.0, 1.0)
+    return sign * images[:, torch.randperm(3)]
+
+
+@torch.no_grad()
+def evaluate(model, images, labels):
+    """Share of the images whose digit is told right."""
+    return (model.eval()(images).argmax(1) == labels).float().mean().item()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,85 @@
+"""What the demo ends with: figures, files and a sheet of pictures."""
+
+import cv2
+import numpy as np
+from mmengine.registry import init_default_scope
+from rich.console import Console
+from rich.table import Table
+
+import mmpeft
+from mmpeft.launch import import_task
+from mmpeft.registry import MODELS
+
+SCORES = {
+    'coco/bbox_mAP': 'box AP',
+    'coco/segm_mAP': 'mask AP',
+    'dota/mAP': 'mAP',
+    'dota/AP50': 'AP50',
+    'mIoU': 'mIoU',
+    'aAcc': 'pixel accuracy',
+}
+
+
+def show_report(experiments):
+    """Print the report of a frozen and an adapted experiment.
+
+    Args:
+        experiments (list[Experiment]): Evaluated; the adapted one last, merged.
+    """
+    adapted, console = experiments[-1], Console()
+    console.rule('what was adapted')
+    console.print(summary_of(adapted.cfg), highlight=False)
+    console.rule(f'after {adapted.steps} steps each, seed {adapted.seed}')
+    console.print(score_table(experiments))
+    console.rule('files')
+    for path in (adapted.checkpoint, adapted.merged, adapted.merged.with_suffix('.py')):
+        console.print(f'{size_of(path):>9}  {path}', highlight=False)
+    for experiment in experiments:
+        pictures = experiment.evaluation().pictures()
+        sheet = contact_sheet(pictures, experiment.folder / 'pictures.png')
+        console.print(f'{size_of(sheet):>9}  {sheet}', highlight=False)
+    console.print(f'single pictures in {pictures[0].parent}', highlight=False)
+
+
+def summary_of(cfg):
+    """Count a config's parameters, on a model without weights."""
+    import_task(cfg)
+    init_default_scope(cfg.default_scope)
+    peft = cfg.default_hooks.peft
+    model = MODELS.build(cfg.model)
+    return mmpeft.inject(model, peft.method, peft.targets, peft.unfreeze)
+
+
+def score_table(experiments):
+    """One row a model: what trains in its backbone, and its scores."""
+    rows = [(e.method, e.evaluation().scores()) for e in experiments]
+    rows.append(
+        (f'{experiments[-1].method}, merged', experiments[-1].evaluation_of_merged().scores())
+    )
+    names = [name for name in SCORES if name in rows[0][1]]
+    table = Table('backbone', *(SCORES[name] for name in names))
+    for method, scores in rows:
+        table.add_row(method, *(f'{scores[name]:.3f}' for name in names))
+    return table
+
+
+def size_of(path):
+    return f'{path.stat().st_size / 2**20:.1f} MiB'
+
+
+def contact_sheet(pictures, path, columns=4, rows=3):
+    """Lay pictures of one size beside each other, and write the sheet.
+
+    Args:
+        pictures (list[Path]): The first ``columns * rows`` are used.
+        path (Path): Where the sheet goes.
+
+    Returns:
+        Path: ``path``.
+    """
+    tiles = [cv2.imread(str(picture)) for picture in pictures[: columns * rows]]
+    tiles = [np.pad(tile, ((4, 4), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
+    lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    lines = [np.hstack(line) for line in lines if len(line) == columns]
+    cv2.imwrite(str(path), np.vstack(lines))
+    return path
