@@ -211,11 +211,12 @@ def prepare_distribution(cfg: Config):
     Raises:
         UsageError: Another launcher is used on such a machine.
     """
-    if cfg.launcher == 'none' or get_device() != 'cpu':
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or get_device() != 'cpu':
         return
-    if cfg.launcher != 'pytorch':
+    if launcher != 'pytorch':
         raise UsageError(
-            f'--launcher {cfg.launcher} needs an accelerator, and torch sees none here. '
+            f'--launcher {launcher} needs an accelerator, and torch sees none here. '
             'On CPUs write: tools/dist_train.sh CONFIG PROCESSES'
         )
     if not is_distributed():
