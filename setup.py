@@ -40,7 +40,7 @@ setup(
     name='mmpeft',
     version=VERSION,
     description='Parameter-efficient fine-tuning of large vision backbones in OpenMMLab',
-    long_description=(ROOT / 'README.md').read_text() if (ROOT / 'README.md').exists() else '',
+    long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',

@@ -77,6 +77,13 @@ def test_core_works_with_torch_and_mmengine_alone():
     assert done.stdout.split() == ['0.bias', '0.weight', '2.bias', '2.weight']
 
 
+def test_without_mmengine_the_error_says_what_to_install():
+    code = "import sys; sys.modules['mmengine'] = None; import mmpeft"
+    done = run(sys.executable, '-c', code, cwd=ROOT)
+    assert done.returncode != 0
+    assert 'pip install onedl-mmengine' in done.stderr.splitlines()[-1]
+
+
 def test_plain_install_requires_no_openmmlab_distribution(setup_arguments):
     assert setup_arguments['install_requires']
     for line in setup_arguments['install_requires']:
@@ -159,7 +166,7 @@ def test_wheel_serves_its_configs(tmp_path):
     for folder in ('mmpeft', 'configs', 'tools'):
         ignore = shutil.ignore_patterns('__pycache__')
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignore)
-    for file in ('setup.py', 'pyproject.toml', 'LICENSE', 'MANIFEST.in'):
+    for file in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'):
         shutil.copy(ROOT / file, source)
     # Litter of a used checkout that must not be shipped.
     (source / 'configs/__pycache__').mkdir()
