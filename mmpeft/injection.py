@@ -75,6 +75,11 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
     sites = select(model, method, targets)
     method = settle_ranks(method, sites, targets.max_share)
     thawed = _matching(root, unfreeze)
+    adapters = {}
+    for site in sites:
+        if id(site.weight) not in adapters:
+            weight = getattr(site.module, site.tensor)
+            adapters[id(site.weight)] = Adapter(site.method, site.spec, weight)
 
     trained_before = []
     if not method.trains_base:
@@ -82,14 +87,10 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
         freeze_statistics(root)
     for parameter in thawed.values():
         parameter.requires_grad_(True)
-    adapters = {}
     for site in sites:
-        key = id(site.weight)
-        if key not in adapters:
-            weight = getattr(site.module, site.tensor)
-            adapters[key] = Adapter(site.method, site.spec, weight)
-        parametrize.register_parametrization(site.module, site.tensor, adapters[key], unsafe=True)
-        adapters[key].train(site.module.training)
+        adapter = adapters[id(site.weight)]
+        parametrize.register_parametrization(site.module, site.tensor, adapter, unsafe=True)
+        adapter.train(site.module.training)
 
     model.peft = [
         *getattr(model, 'peft', []),

@@ -128,6 +128,13 @@ def test_targets_that_cannot_be_met_are_told_and_change_nothing(targets, message
     assert not hasattr(model, 'peft')
 
 
+def test_a_rank_for_every_mode_must_fit_every_weight():
+    model = Net()
+    with pytest.raises(UsageError, match=r'rank=\(2, 2, 2\) does not fit a weight of shape'):
+        mmpeft.inject(model, dict(type='FLoRA', rank=(2, 2, 2)))
+    assert all(p.requires_grad for p in model.parameters()) and not adapted(model)
+
+
 def test_overrides_of_rank_and_scale_by_pattern():
     model = Net()
     targets = dict(
