@@ -58,13 +58,21 @@ def load_adapted(cfg, checkpoint):
 def plain_config(cfg):
     """The config of the model without adapters; nothing is fetched to build it."""
     plain = Config(cfg.to_dict(), filename=cfg.filename)
-    plain.default_hooks.pop('peft', None)
-    for key in ('load_from', 'resume', 'launcher', 'work_dir'):
+    for name, hook in cfg.default_hooks.items():
+        if _is_ours(hook):
+            plain.default_hooks.pop(name)
+    if 'custom_hooks' in cfg:
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if not _is_ours(hook)]
+    for key in ('peft', 'load_from', 'resume', 'launcher', 'work_dir'):
         plain.pop(key, None)
     backbone = plain.model.get('backbone', {})
     if backbone.get('type') == 'mmpeft.TimmBackbone':
         backbone.update(pretrained=False, checkpoint=None)
     return plain
+
+
+def _is_ours(hook):
+    return str((hook or {}).get('type')).startswith('mmpeft.')
 
 
 def main():

@@ -1,23 +1,15 @@
-"""Methods of parameter-efficient fine-tuning, one file each."""
+"""Methods of parameter-efficient fine-tuning, one file each.
+
+Every module of this package is imported, so that a method is registered by
+being there.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from .base import Adapter, DeltaMethod, Method, RankMethod
-from .bitfit import BitFit
-from .dora import DoRA
-from .ends import Frozen, Full
-from .flora import FLoRA
-from .liera import LieRA
-from .lora import LoRA
 
-__all__ = [
-    'Adapter',
-    'BitFit',
-    'DeltaMethod',
-    'DoRA',
-    'FLoRA',
-    'Frozen',
-    'Full',
-    'LieRA',
-    'LoRA',
-    'Method',
-    'RankMethod',
-]
+for _module in iter_modules(__path__):
+    import_module(f'{__name__}.{_module.name}')
+
+__all__ = ['Adapter', 'DeltaMethod', 'Method', 'RankMethod']

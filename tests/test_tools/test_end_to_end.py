@@ -1,0 +1,242 @@
+"""From data to a deployed model, through the real tools, on each of the three formats.
+
+Each task runs in one process of its own, in which the tools are called one
+after another as from a shell.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[2]
+CALLER = """
+import json, os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(2)
+for script, *arguments in json.loads(sys.argv[2]):
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name='__main__')
+"""
+
+
+def call(folder, *commands):
+    """Call tools one after another in one process, in a folder."""
+    commands = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', CALLER, str(ROOT), commands],
+        cwd=folder,
+        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='2'),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def upstream(package, tool):
+    return Path(find_spec(package).origin).with_name('.mim') / 'tools' / tool
+
+
+@pytest.fixture(scope='module')
+def workplace(tmp_path_factory):
+    """A folder with demo data and a base."""
+    folder = tmp_path_factory.mktemp('workplace')
+    digits = ROOT / 'tools/dataset_converters/digits.py'
+    call(folder, [digits, '--out', 'data/digits', '--train', 4, '--val', 4])
+    torch.manual_seed(0)
+    settings = Config.fromfile(ROOT / 'configs/demo/flora_coco.py').model.backbone
+    base = timm.create_model(settings.name, depths=settings.depths, num_classes=10)
+    (folder / 'work_dirs/demo').mkdir(parents=True)
+    torch.save(base.state_dict(), folder / 'work_dirs/demo/base.pth')
+    return folder
+
+
+STEPS = 40
+TASKS = dict(
+    coco=('mmdet', ['coco/bbox_mAP', 'coco/segm_mAP']),
+    ade20k=('mmseg', ['mIoU']),
+    dota=('mmrotate', ['dota/mAP']),
+)
+
+
+def validate_on_train(task):
+    """Options by which the few images that were learnt are those that are evaluated."""
+    if task == 'coco':
+        ann = 'annotations/instances_train.json'
+        return [
+            f'test_dataloader.dataset.ann_file={ann}',
+            'test_dataloader.dataset.data_prefix.img=train/',
+            f'test_evaluator.ann_file=data/digits/coco/{ann}',
+        ]
+    if task == 'dota':
+        return [
+            'test_dataloader.dataset.ann_file=train/annfiles/',
+            'test_dataloader.dataset.data_prefix.img_path=train/images/',
+        ]
+    return [
+        'test_dataloader.dataset.data_prefix.img_path=images/training',
+        'test_dataloader.dataset.data_prefix.seg_map_path=annotations/training',
+    ]
+
+
+def metrics(folder, work_dir):
+    (path,) = (folder / work_dir).glob('*/*.json')
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', TASKS)
+def test_one_score_from_adapters_from_everything_and_from_merged_weights(task, workplace):
+    package, names = TASKS[task]
+    config = ROOT / f'configs/demo/flora_{task}.py'
+    train = [
+        *[ROOT / 'tools/train.py', config, '--work-dir'],
+    ]
+    options = [
+        '--cfg-options',
+        f'train_cfg.max_iters={STEPS}',
+        'train_cfg.val_interval=1000',
+        f'default_hooks.checkpoint.interval={STEPS}',
+        'train_dataloader.batch_size=4',
+        'param_scheduler.0.end=5',
+        'param_scheduler.1.begin=5',
+        f'param_scheduler.1.end={STEPS}',
+    ]
+    checkpoints = {name: f'{task}_{name}/iter_{STEPS}.pth' for name in ('adapter', 'everything')}
+    data = ['--cfg-options', *validate_on_train(task)]
+    merged = f'{task}_merged/model'
+    out = {} if task == 'ade20k' else {name: f'{task}_{name}.pkl' for name in checkpoints}
+
+    def saved(name):
+        return ['--out', out[name]] if name in out else []
+
+    (workplace / f'{task}_merged').mkdir()
+    test = [ROOT / 'tools/test.py', config]
+    merge = [ROOT / 'tools/merge.py', config, checkpoints['adapter'], f'{merged}.pth']
+    call(
+        workplace,
+        [*train, f'{task}_adapter', *options],
+        [*train, f'{task}_everything', *options, 'default_hooks.peft.save_frozen=True'],
+        *(
+            [*test, checkpoints[name], '--work-dir', f'{task}_test_{name}', *saved(name), *data]
+            for name in checkpoints
+        ),
+        [*merge, '--backbone', 'mmpretrain'],
+    )
+    plain = (workplace / f'{merged}.py').read_text()
+    assert 'mmpeft' not in plain.replace('work_dirs', '')
+    call(
+        workplace,
+        [
+            *[upstream(package, 'test.py'), f'{merged}.py', f'{merged}.pth'],
+            *['--work-dir', f'{task}_test_merged', *data],
+        ],
+    )
+    scores = {
+        name: metrics(workplace, f'{task}_test_{name}')
+        for name in ('adapter', 'everything', 'merged')
+    }
+    for name in names:
+        found = [scores[run][name] for run in scores]
+        assert found[0] == found[1]
+        assert found[2] == pytest.approx(found[0], abs=2e-3)
+        assert found[0] > 0.02, f'{name} tells nothing: {found}'
+    sizes = {name: (workplace / path).stat().st_size for name, path in checkpoints.items()}
+    assert sizes['adapter'] < sizes['everything'] - 4_000_000
+    if out:
+        first, second = (pickle.loads((workplace / path).read_bytes()) for path in out.values())
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(
+                torch.as_tensor(a['pred_instances']['scores']),
+                torch.as_tensor(b['pred_instances']['scores']),
+            )
+    if task == 'coco':
+        check_inferencer(workplace, merged)
+
+
+def check_inferencer(folder, merged):
+    """mmdet's DetInferencer on the merged model, in a process without mmpeft."""
+    picture = next((folder / 'data/digits/coco/train').glob('*.jpg'))
+    code = (
+        'import sys\n'
+        'from mmdet.apis import DetInferencer\n'
+        f"inferencer = DetInferencer({merged + '.py'!r}, {merged + '.pth'!r}, device='cpu')\n"
+        f"found = inferencer({str(picture)!r}, out_dir='seen')['predictions'][0]\n"
+        "assert 'mmpeft' not in sys.modules\n"
+        "print('BEST', max(found['scores']), inferencer.model.dataset_meta['classes'][0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    best, name = done.stdout.split('BEST')[1].split()
+    assert float(best) > 0.2 and name == 'zero'
+    assert list((folder / 'seen/vis').glob('*.jpg'))
+
+
+@pytest.mark.slow
+def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
+    """A ResNet of mmdet: adapt, merge, and compare with the adapted model tensor by tensor."""
+    config = workplace / 'resnet.py'
+    config.write_text(
+        f"_base_ = '{ROOT}/configs/demo/flora_coco.py'\n"
+        "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, num_stages=4,\n"
+        '    out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True,\n'
+        "    norm_cfg=dict(type='BN', requires_grad=True)),\n"
+        '    neck=dict(in_channels=[64, 128, 256, 512]))\n'
+        'default_hooks = dict(peft=dict(unfreeze=(), targets=dict(exclude=['
+        "r'^conv1', r'^layer1'])))\n"
+    )
+    options = ['train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
+    call(
+        workplace,
+        [*[ROOT / 'tools/train.py', config, '--work-dir', 'resnet'], '--cfg-options', *options],
+        [ROOT / 'tools/merge.py', config, 'resnet/iter_2.pth', 'resnet/merged.pth'],
+    )
+    assert 'mmpeft' not in (workplace / 'resnet/merged.py').read_text()
+    code = (
+        'import sys, torch\n'
+        'from mmdet.apis import init_detector\n'
+        "model = init_detector('resnet/merged.py', 'resnet/merged.pth', device='cpu')\n"
+        "assert 'mmpeft' not in sys.modules\n"
+        "torch.save(model.state_dict(), 'resnet/loaded.pth')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], cwd=workplace, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = torch.load(workplace / 'resnet/loaded.pth')
+    stored = torch.load(workplace / 'resnet/merged.pth', weights_only=False)['state_dict']
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+@pytest.mark.slow
+def test_merge_overwrites_nothing(workplace, tmp_path):
+    out = tmp_path / 'model.pth'
+    out.write_text('precious')
+    command = [sys.executable, ROOT / 'tools/merge.py', ROOT / 'configs/demo/flora_coco.py']
+    checkpoint = tmp_path / 'any.pth'
+    torch.save(dict(state_dict={}), checkpoint)
+    done = subprocess.run(
+        [*command, checkpoint, out],
+        cwd=workplace,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and 'exist already' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert out.read_text() == 'precious' and len(list(tmp_path.iterdir())) == 2
