@@ -140,13 +140,16 @@ class TimmBackbone(BaseModule):
             x (torch.Tensor): Images, (N, 3, H, W).
 
         Returns:
-            tuple[torch.Tensor]: (N, C_i, H_i, W_i) for each of ``out_indices``.
+            tuple[torch.Tensor]: (N, C_i, H_i, W_i) for each of ``out_indices``,
+                contiguous.
         """
         levels = self.model(x)
         if self.channels_last:
             levels = [level.permute(0, 3, 1, 2) for level in levels]
         norms = [getattr(self, f'norm{i}', torch.nn.Identity()) for i in self.out_indices]
-        return tuple(norm(level) for norm, level in zip(norms, levels, strict=True))
+        maps = (norm(level) for norm, level in zip(norms, levels, strict=True))
+        # mmcv's RoIAlign reads memory as if it were contiguous, and timm's may be channels-last.
+        return tuple(level.contiguous() for level in maps)
 
 
 def _name_in(weights, key):

@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+import torchvision
+from mmcv.ops import roi_align
 from safetensors.torch import save_file
 
 import mmpeft
@@ -77,6 +79,16 @@ def test_levels_have_their_own_norm_over_channels():
 def test_other_families(config, shapes):
     maps = TimmBackbone(**config)(torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape[1:3]) for m in maps] == shapes
+    assert all(m.is_contiguous() for m in maps)
+
+
+@pytest.mark.parametrize('out_norm', [True, False])
+def test_regions_are_pooled_from_the_right_places(out_norm):
+    """mmcv's RoIAlign takes channels-last maps, which ConvNeXt has inside, for contiguous ones."""
+    level = randomized(TimmBackbone(**TINY, out_norm=out_norm))(torch.randn(1, 3, 64, 64))[0]
+    boxes = torch.tensor([[0.0, 2.0, 2.0, 9.0, 11.0], [0.0, 0.0, 4.0, 15.0, 8.0]])
+    expected = torchvision.ops.roi_align(level, boxes, 3, 1.0, 2, aligned=True)
+    torch.testing.assert_close(roi_align(level, boxes, 3, 1.0, 2, 'avg', True), expected)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
