@@ -63,7 +63,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-STEPS = 40
+STEPS = 24
 TASKS = dict(
     coco=('mmdet', ['coco/bbox_mAP', 'coco/segm_mAP']),
     ade20k=('mmseg', ['mIoU']),
@@ -221,6 +221,33 @@ def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
     stored = torch.load(workplace / 'resnet/merged.pth', weights_only=False)['state_dict']
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'option, expected',
+    [
+        ('default_hooks.peft.method.kernal_rank=1', "FLoRA has no argument 'kernal_rank'. Did"),
+        ('default_hooks.peft.targets.include=[stagess]', "pattern 'stagess' matches no weight"),
+        ('default_hooks.peft.method.rank=5000', 'rank=5000 is larger than any of its weights'),
+        ('model.backbone.checkpoint=none.pth', "'none.pth' does not exist"),
+        ('train_dataloader.dataset.ann_file=none.json', 'none.json'),
+    ],
+)
+def test_mistakes_end_in_one_paragraph(option, expected, workplace):
+    command = [sys.executable, '-W', 'ignore', ROOT / 'tools/train.py']
+    command += [ROOT / 'configs/demo/flora_coco.py', '--work-dir', 'mistake']
+    done = subprocess.run(
+        [*command, '--cfg-options', option, 'log_level=ERROR'],
+        cwd=workplace,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and 'Traceback' not in done.stderr, done.stderr
+    (paragraph,) = [line for line in done.stderr.splitlines() if line.startswith('train.py: ')]
+    assert expected in paragraph
+    assert not list(workplace.glob('mistake/*.pth'))
 
 
 @pytest.mark.slow
