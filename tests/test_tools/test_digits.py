@@ -149,7 +149,7 @@ def test_dota_boxes_are_tight_around_the_digits(data, coco, split):
 
 def test_source_holds_single_digits_of_every_class(data):
     with np.load(data / 'source' / 'train.npz') as source:
-        assert source['images'].shape == (20, 48, 48, 3) and source['images'].dtype == np.uint8
+        assert source['images'].shape == (20, 40, 40, 3) and source['images'].dtype == np.uint8
         assert source['labels'].shape == (20,) and set(source['labels']) <= set(range(10))
 
 

@@ -15,6 +15,7 @@ PALETTE = (
 INK = 0.5  # a pixel belongs to a digit where at least half of it is ink
 RIM = 0.05  # below INK and above this the pixel is neither digit nor background
 SHOWN = 0.8  # a digit is placed only where every digit keeps this share of its ink in sight
+CONTRAST = (0.35, 0.7)  # of a digit to what is below it, in each of red, green and blue
 CROWD = 0.3  # and where no two upright boxes overlap by more (intersection over union)
 
 
@@ -61,7 +62,7 @@ def load_scans():
     return {'train': (scans[~is_val], labels[~is_val]), 'val': (scans[is_val], labels[is_val])}
 
 
-def draw_scene(rng, scans, labels, size=128, count=(3, 6), height=(28, 52), turn=40):
+def draw_scene(rng, scans, labels, size=128, count=(3, 6), height=(28, 52), turn=35):
     """Compose a scene.
 
     Args:
@@ -102,6 +103,25 @@ def draw_scene(rng, scans, labels, size=128, count=(3, 6), height=(28, 52), turn
     return Scene(to_uint8(image), digits[::-1], rim)
 
 
+def draw_scan(rng, scan, size=40, height=(26, 40), turn=10):
+    """Draw one digit in dark ink on white paper.
+
+    Args:
+        rng (np.random.Generator): The only source of chance.
+        scan (np.ndarray): (8, 8), as from :func:`load_scans`.
+        size (int): Side of the square image in pixels.
+        height (tuple[float, float]): Range of the digit's height in pixels.
+        turn (float): Largest rotation to either side in degrees.
+
+    Returns:
+        np.ndarray: uint8 (size, size, 3).
+    """
+    paper = rng.uniform(0.8, 0.95) + rng.normal(0, 0.02, (size, size, 3))
+    alpha, _ = _place(rng, scan, size, height, turn)
+    alpha = alpha[..., None] * rng.uniform(0.6, 1)
+    return to_uint8(np.clip(paper * (1 - alpha), 0, 1))
+
+
 def draw_background(rng, size):
     """Return a background, float32 (size, size, 3) from 0 to 1."""
     dark, light = np.sort(rng.uniform(0.1, 0.9, (2, 3)), axis=0).astype(np.float32)
@@ -120,8 +140,9 @@ def paint(rng, image, alpha):
         alpha (np.ndarray): Opacity of the ink, float32 (H, W).
     """
     below = image[alpha >= INK].mean(0)
-    bright = below.mean() < rng.uniform(0.4, 0.6)
-    colour = rng.uniform(0.65, 1, 3) if bright else rng.uniform(0, 0.35, 3)
+    contrast = rng.uniform(*CONTRAST, 3)
+    brighter = below.mean() < rng.uniform(0.4, 0.6)
+    colour = np.clip(below + contrast if brighter else below - contrast, 0, 1)
     image += alpha[..., None] * (colour.astype(np.float32) - image)
 
 

@@ -3,8 +3,8 @@
     python tools/dataset_converters/digits.py --out data/digits --seed 0
 
 The same scenes are written as COCO (instances with masks), ADE20K (label
-images) and DOTA (oriented boxes). ``source`` holds single digits with their
-classes, on which the demo trains the network that it then adapts:
+images) and DOTA (oriented boxes). ``source`` holds single digits, dark
+ink on white paper, on which the demo trains the network that it then adapts:
 
     data/digits/
       coco/{train,val}/*.jpg            coco/annotations/instances_{train,val}.json
@@ -27,7 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pycocotools.mask
-from digit_scenes import CLASSES, draw_scene, load_scans, upright_box
+from digit_scenes import CLASSES, draw_scan, draw_scene, load_scans, upright_box
 from tqdm import trange
 
 ADE20K_SPLITS = {'train': 'training', 'val': 'validation'}
@@ -44,9 +44,9 @@ def main():
     shutil.rmtree(part, ignore_errors=True)
     scans = load_scans()
     for index, split in enumerate(('train', 'val')):
-        chance = [np.random.default_rng([args.seed, index, part_]) for part_ in range(2)]
-        write_source(part, split, chance[0], scans[split], args)
-        write_scenes(part, split, chance[1], scans[split], args)
+        for purpose, write in enumerate((write_source, write_scenes)):
+            rng = np.random.default_rng([args.seed, index, purpose])
+            write(part, split, rng, scans[split], args)
     (part / 'made_with.json').write_text(json.dumps(wanted, indent=2))
     os.replace(part, out)
     print(f'Wrote {args.train} + {args.val} scenes to {out}.')
@@ -84,19 +84,16 @@ def made(out, wanted):
 
 
 def write_source(root, split, rng, scans, args):
-    """Write single digits, ``images`` uint8 (N, 48, 48, 3) and ``labels`` (N, )."""
+    """Write single digits, ``images`` uint8 (N, 40, 40, 3) and ``labels`` (N, )."""
     total = args.source if split == 'train' else args.source // 10
-    scenes = [
-        draw_scene(rng, *scans, size=48, count=(1, 1), height=(30, 48))
-        for _ in trange(total, desc=f'{split} single digits')
-    ]
+    images, labels = [], []
+    for _ in range(total):
+        pick = rng.integers(len(scans[1]))
+        images.append(draw_scan(rng, scans[0][pick]))
+        labels.append(scans[1][pick])
     path = root / 'source' / f'{split}.npz'
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
-        images=np.stack([scene.image for scene in scenes]),
-        labels=np.array([scene.digits[0].label for scene in scenes]),
-    )
+    np.savez(path, images=np.stack(images), labels=np.array(labels))
 
 
 def write_scenes(root, split, rng, scans, args):

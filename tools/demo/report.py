@@ -78,6 +78,7 @@ def contact_sheet(pictures, path, columns=4, rows=3):
         Path: ``path``.
     """
     tiles = [cv2.imread(str(picture)) for picture in pictures[: columns * rows]]
+    tiles = [cv2.resize(tile, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for tile in tiles]
     tiles = [np.pad(tile, ((4, 4), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
     lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     lines = [np.hstack(line) for line in lines if len(line) == columns]
