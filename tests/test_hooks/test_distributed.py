@@ -14,9 +14,8 @@ SCRIPT = Path(__file__).with_name('distributed_run.py')
 ROOT = SCRIPT.parents[2]
 
 
-def run(work_dir, processes, batch, method):
-    work_dir.mkdir()
-    arguments = [str(SCRIPT), str(work_dir), str(batch), json.dumps(method)]
+def launch(processes, script, *arguments):
+    """A script in one process, or in several over gloo."""
     command = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
@@ -24,10 +23,19 @@ def run(work_dir, processes, batch, method):
             port = free.getsockname()[1]
         command += ['-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
         command += [f'--master_port={port}', f'--nproc_per_node={processes}']
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1')
-    done = subprocess.run(
-        command + arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+def run(work_dir, processes, batch, method):
+    work_dir.mkdir()
+    done = launch(processes, SCRIPT, work_dir, batch, json.dumps(method))
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(work_dir / f'rank{rank}.pth') for rank in range(processes)]
 
@@ -53,29 +61,19 @@ def test_two_processes_train_what_one_would(method, tmp_path):
     )
 
 
+UNUSED = """
+from mmpeft.launch import build_runner
+from tests.toy import toy_config
+
+changes = {{'launcher': 'pytorch', 'experiment_name': 'unused', 'model.backbone.unused': True}}
+build_runner(toy_config({folder!r}, **changes)).train()
+"""
+
+
 def test_an_unused_adapter_is_named_before_ddp_gives_up(tmp_path):
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES='-1')
-    code = (
-        'from tests.toy import toy_config\n'
-        'from mmpeft.launch import build_runner\n'
-        f"config = toy_config({str(tmp_path)!r}, launcher='pytorch', experiment_name='unused', "
-        "**{'model.backbone.unused': True})\n"
-        'build_runner(config).train()\n'
-    )
     script = tmp_path / 'unused.py'
-    script.write_text(code)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', f'--master_port={port}']
-    done = subprocess.run(
-        [*command, '--nproc_per_node=2', str(script)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script.write_text(UNUSED.format(folder=str(tmp_path)))
+    done = launch(2, script)
     assert done.returncode != 0
     assert 'No gradient reached 1 of 5 adapters' in done.stderr
     assert 'backbone.unused' in done.stderr
