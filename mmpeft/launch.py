@@ -5,8 +5,10 @@ and a work directory is made, as one paragraph.
 """
 
 import argparse
+import atexit
 import os
 import sys
+import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,6 +223,7 @@ def prepare_distribution(cfg: Config):
         )
     if not is_distributed():
         torch.distributed.init_process_group('gloo')
+        atexit.register(_leave_group)
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
@@ -230,6 +233,14 @@ def prepare_distribution(cfg: Config):
     for node in _dicts(cfg.model):
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
+
+
+def _leave_group():
+    # A thread of gloo lets go of its tensors a moment after the others have the result. If the
+    # interpreter has ended by then, the process aborts.
+    time.sleep(0.3)
+    if is_distributed():
+        torch.distributed.destroy_process_group()
 
 
 def build_runner(cfg: Config) -> Runner:
