@@ -53,10 +53,10 @@ class Experiment:
 
     def training(self):
         """The job that trains, or goes on from the latest checkpoint."""
-        options = ['--cfg-options', f'randomness.seed={self.seed}']
-        command = [TOOLS / 'train.py', self.config, '--work-dir', self.folder, *options]
+        command = [TOOLS / 'train.py', self.config, '--work-dir', self.folder]
         if (self.folder / 'last_checkpoint').exists():
             command.append('--resume')
+        command += ['--cfg-options', f'randomness.seed={self.seed}']
         log = self.folder / 'train.log'
         return Job(f'train {self.folder.name}', command, log, self.steps, self._reached)
 
@@ -69,6 +69,12 @@ class Experiment:
             if 'loss' in scalars:
                 return scalars['step'], f'loss {scalars["loss"]:.2f}'
         return 0, ''
+
+    def merging(self):
+        """The job that folds the adapters into the backbone."""
+        files = [self.config, self.checkpoint, self.merged]
+        command = [TOOLS / 'merge.py', *files, '--overwrite']
+        return Job(f'merge {self.folder.name}', command, self.folder / 'merge.log')
 
     def evaluation(self):
         """Of the checkpoint, with predictions drawn."""

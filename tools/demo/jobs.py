@@ -37,7 +37,9 @@ def run_jobs(jobs):
         SystemExit: One failed; the others are stopped. Names the log and shows
             its end.
     """
-    threads = max((os.cpu_count() or 1) // max(len(jobs), 1), 1)
+    if not jobs:
+        return
+    threads = max((os.cpu_count() or 1) // len(jobs), 1)
     running = {}
     try:
         with _bars() as bars:

@@ -1,7 +1,12 @@
 """What the demo ends with: figures, files and a sheet of pictures."""
 
+import contextlib
+import io
+import warnings
+
 import cv2
 import numpy as np
+import torch
 from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.table import Table
@@ -28,26 +33,44 @@ def show_report(experiments):
     """
     adapted, console = experiments[-1], Console()
     console.rule('what was adapted')
-    console.print(summary_of(adapted.cfg), highlight=False)
+    console.print(str(summary_of(adapted.cfg)), highlight=False)
     console.rule(f'after {adapted.steps} steps each, seed {adapted.seed}')
     console.print(score_table(experiments))
     console.rule('files')
-    for path in (adapted.checkpoint, adapted.merged, adapted.merged.with_suffix('.py')):
-        console.print(f'{size_of(path):>9}  {path}', highlight=False)
+    trained = trained_size(adapted.checkpoint)
+    remark = f'adapters, neck and heads {mib(trained)}, the rest is the optimizer'
+    rows = [(adapted.checkpoint, remark), (adapted.merged, 'the whole model, without adapters')]
+    rows.append((adapted.merged.with_suffix('.py'), 'its config'))
     for experiment in experiments:
         pictures = experiment.evaluation().pictures()
         sheet = contact_sheet(pictures, experiment.folder / 'pictures.png')
-        console.print(f'{size_of(sheet):>9}  {sheet}', highlight=False)
-    console.print(f'single pictures in {pictures[0].parent}', highlight=False)
+        rows.append((sheet, 'truth and prediction side by side'))
+    rows.append((pictures[0].parent, f'{len(pictures)} such pictures'))
+    for path, remark in rows:
+        size = mib(path.stat().st_size) if path.is_file() else ''
+        console.print(f'{size:>9}  {path}  ({remark})', highlight=False, soft_wrap=True)
+
+
+def trained_size(checkpoint):
+    """Bytes of the weights in a checkpoint of training."""
+    weights = torch.load(checkpoint, map_location='cpu', weights_only=False)['state_dict']
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def mib(size):
+    """Bytes as text in MiB."""
+    return f'{size / 2**20:.1f} MiB'
 
 
 def summary_of(cfg):
     """Count a config's parameters, on a model without weights."""
-    import_task(cfg)
-    init_default_scope(cfg.default_scope)
-    peft = cfg.default_hooks.peft
-    model = MODELS.build(cfg.model)
-    return mmpeft.inject(model, peft.method, peft.targets, peft.unfreeze)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        import_task(cfg)
+        init_default_scope(cfg.default_scope)
+        peft = dict(cfg.default_hooks.peft)
+        model = MODELS.build(cfg.model)
+        return mmpeft.inject(model, peft['method'], peft['targets'], peft['unfreeze'])
 
 
 def score_table(experiments):
@@ -61,10 +84,6 @@ def score_table(experiments):
     for method, scores in rows:
         table.add_row(method, *(f'{scores[name]:.3f}' for name in names))
     return table
-
-
-def size_of(path):
-    return f'{path.stat().st_size / 2**20:.1f} MiB'
 
 
 def contact_sheet(pictures, path, columns=4, rows=3):

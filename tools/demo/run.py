@@ -29,7 +29,7 @@ def main():
         experiment.prepare()
     run_jobs([e.training() for e in experiments if not e.is_trained()])
     if not adapted.merged.exists():
-        call('merge.py', adapted.config, adapted.checkpoint, adapted.merged, '--overwrite')
+        run_jobs([adapted.merging()])
     evaluations = [*(e.evaluation() for e in experiments), adapted.evaluation_of_merged()]
     run_jobs([evaluation.job() for evaluation in evaluations if not evaluation.is_done()])
     show_report(experiments)
