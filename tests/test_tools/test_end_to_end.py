@@ -63,11 +63,11 @@ def workplace(tmp_path_factory):
     return folder
 
 
-STEPS = 24
+# Upstream package, metrics, and steps in which four images are learnt well enough to compare.
 TASKS = dict(
-    coco=('mmdet', ['coco/bbox_mAP', 'coco/segm_mAP']),
-    ade20k=('mmseg', ['mIoU']),
-    dota=('mmrotate', ['dota/mAP']),
+    coco=('mmdet', ['coco/bbox_mAP', 'coco/segm_mAP'], 16),
+    ade20k=('mmseg', ['mIoU'], 10),
+    dota=('mmrotate', ['dota/mAP'], 16),
 )
 
 
@@ -99,22 +99,23 @@ def metrics(folder, work_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
 def test_one_score_from_adapters_from_everything_and_from_merged_weights(task, workplace):
-    package, names = TASKS[task]
+    package, names, steps = TASKS[task]
     config = ROOT / f'configs/demo/flora_{task}.py'
     train = [
         *[ROOT / 'tools/train.py', config, '--work-dir'],
     ]
     options = [
         '--cfg-options',
-        f'train_cfg.max_iters={STEPS}',
+        f'train_cfg.max_iters={steps}',
         'train_cfg.val_interval=1000',
-        f'default_hooks.checkpoint.interval={STEPS}',
+        f'default_hooks.checkpoint.interval={steps}',
         'train_dataloader.batch_size=4',
+        'optim_wrapper.optimizer.lr=2e-3',
         'param_scheduler.0.end=5',
         'param_scheduler.1.begin=5',
-        f'param_scheduler.1.end={STEPS}',
+        f'param_scheduler.1.end={steps}',
     ]
-    checkpoints = {name: f'{task}_{name}/iter_{STEPS}.pth' for name in ('adapter', 'everything')}
+    checkpoints = {name: f'{task}_{name}/iter_{steps}.pth' for name in ('adapter', 'everything')}
     data = ['--cfg-options', *validate_on_train(task)]
     merged = f'{task}_merged/model'
     out = {} if task == 'ade20k' else {name: f'{task}_{name}.pkl' for name in checkpoints}
@@ -182,7 +183,7 @@ def check_inferencer(folder, merged):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     best, name = done.stdout.split('BEST')[1].split()
-    assert float(best) > 0.2 and name == 'zero'
+    assert float(best) > 0.05 and name == 'zero'
     assert list((folder / 'seen/vis').glob('*.jpg'))
 
 
