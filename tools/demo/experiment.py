@@ -114,7 +114,7 @@ class Evaluation:
         shutil.rmtree(self.folder, ignore_errors=True)
         command = [TOOLS / 'test.py', self.config, self.checkpoint, '--work-dir', self.folder]
         if self.draw:
-            command += ['--show-dir', 'pictures']
+            command += ['--show-dir', (self.folder / 'pictures').resolve()]
         return Job(f'test {self.name}', command, self.folder / 'test.log')
 
     def is_done(self):
@@ -128,4 +128,4 @@ class Evaluation:
 
     def pictures(self):
         """Drawn predictions, in the order of the validation set."""
-        return sorted(self.folder.glob('**/pictures/**/*.[pj][np]g'))
+        return sorted((self.folder / 'pictures').glob('**/*.[pj][np]g'))

@@ -9,6 +9,7 @@ seconds and an interrupted one goes on where it was.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def call(tool, *arguments):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

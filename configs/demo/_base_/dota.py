@@ -65,4 +65,5 @@ val_evaluator = dict(type='DOTAMetric', metric='mAP')
 test_evaluator = val_evaluator
 
 default_hooks = _base_.demo_hooks
+visualizer = dict(line_width=1)
 log_processor = dict(by_epoch=False)
