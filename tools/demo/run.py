@@ -9,6 +9,7 @@ seconds and an interrupted one goes on where it was.
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from report import show_report
 
 def main():
     args = parse_args()
+    avoid_gpu_without_operators()
     call('dataset_converters/digits.py', '--out', DATA)
     call('demo/base.py', '--data', DATA / 'source', '--out', WORK / 'base.pth')
     adapted = Experiment(args.method, args.task, args.seed)
@@ -48,6 +50,14 @@ def parse_args():
     if [args.method, args.task] not in known:
         parser.error(f'there is no configs/demo/{args.method}_{args.task}.py yet; add it')
     return args
+
+
+def avoid_gpu_without_operators():
+    """Run on the CPU where mmcv was compiled without CUDA."""
+    from mmcv.ops import get_compiling_cuda_version
+
+    if get_compiling_cuda_version() == 'not available':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 def call(tool, *arguments):
