@@ -124,14 +124,17 @@ def _without_effect(model):
 
 
 def test_frozen_weights_stay_and_removal_brings_the_base_back(plain, model, layer, config):
-    if config['type'] == 'Full':
-        pytest.skip('nothing is frozen')
     parameters = {id(p) for p in model.parameters()}
     x = layer.input()
     train(model, x)
+    trained = model(x)
     mmpeft.remove(model)
     assert {id(p) for p in model.parameters()} <= parameters
     assert set(model.state_dict()) == set(plain.state_dict())
+    assert not hasattr(model, 'peft')
+    if config['type'] == 'Full':
+        assert torch.equal(model(x), trained)
+        return
     for key, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
     assert torch.equal(model(x), plain(x))
