@@ -11,7 +11,8 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
-from .checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .adapter_file import load_adapter, save_adapter
+from .checkpoint import adapter_state_dict
 from .compat import register_config_packages
 from .injection import inject, merge, remove
 from .registry import METHODS

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.checkpoint import fingerprint, frozen_keys, plain_key, replacing
+from mmpeft.adapter_file import replacing
+from mmpeft.checkpoint import fingerprint, frozen_keys, plain_key
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 from tests.test_injection import Net, Tied

@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 import mmpeft
-from mmpeft.checkpoint import replacing
+from mmpeft.adapter_file import replacing
 from mmpeft.errors import UsageError
 from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.models.mmpretrain_names import mmpretrain_convnext
