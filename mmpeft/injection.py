@@ -64,9 +64,9 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
         The summary of the adapted model.
 
     Raises:
-        UsageError: The targets select nothing, a pattern matches nothing, or
-            a rank or budget does not fit.
-        UsageError: An unknown argument of the method or key of the targets.
+        UsageError: The targets select nothing, a pattern matches nothing, a
+            rank or budget does not fit, or an argument is unknown. The model
+            is as it was.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)

@@ -245,7 +245,7 @@ def test_dropout_drops_input_channels(name):
     assert set(mask.unique().tolist()) <= {0.0, 2.0}
     position = x.ndim - 1 if name == 'linear' else 1
     per_channel = torch.zeros(spec.in_features, dtype=torch.float64)
-    full = mask.expand(spec.shape) if spec.input_first else mask.expand(spec.shape)
+    full = mask.expand(spec.shape)
     for channel in range(spec.in_features):
         group, within = divmod(channel, spec.in_features // spec.groups)
         rows = spec.shape[0] // spec.groups

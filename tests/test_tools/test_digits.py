@@ -39,7 +39,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def coco(data):
-    pytest.importorskip('mmdet')
     from mmcv.transforms import Compose, LoadImageFromFile
     from mmdet.datasets import CocoDataset
     from mmdet.datasets.transforms import LoadAnnotations
@@ -78,7 +77,6 @@ def test_coco_boxes_enclose_their_masks(coco, split):
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_ade20k_labels_are_the_masks(data, coco, split):
-    pytest.importorskip('mmseg')
     from mmseg.datasets import BaseSegDataset
     from mmseg.datasets.transforms import LoadAnnotations
 
@@ -112,7 +110,6 @@ def difficulties_of(data, split, name):
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_dota_boxes_are_tight_around_the_digits(data, coco, split):
-    pytest.importorskip('mmrotate')
     from mmrotate.datasets import DOTADataset
 
     dataset = DOTADataset(
