@@ -12,9 +12,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .adapter_file import load_adapter, save_adapter
+from .allocation import allocate
 from .checkpoint import adapter_state_dict
 from .compat import register_config_packages
 from .injection import inject, merge, remove
+from .penalty import penalty
 from .registry import METHODS
 from .summary import summary
 from .version import __version__
@@ -23,9 +25,11 @@ __all__ = [
     'METHODS',
     '__version__',
     'adapter_state_dict',
+    'allocate',
     'inject',
     'load_adapter',
     'merge',
+    'penalty',
     'remove',
     'save_adapter',
     'summary',

@@ -71,7 +71,7 @@ def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
         )
     if not getattr(model, 'peft', []):
         for injection in description['injections']:
-            inject(model, **injection)
+            inject(model, **injection, empty=True)
     check_fits(model, state, description, repr(str(path)), check_base)
     model.load_state_dict(complete(model, state))
     return model

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from .attachment import named_adapters
 from .errors import UsageError
-from .targets import adapter_parameters
 from .version import __version__
+from .weights import ADAPTERS, PARAMETRIZATIONS
 
 ORIGINAL = '.original'
-MARK = 'parametrizations.'
+MARK = f'{PARAMETRIZATIONS}.'
 
 
 def plain_key(key: str) -> str:
@@ -46,12 +47,36 @@ def frozen_keys(model: nn.Module) -> list[str]:
     prefixes = tuple(
         f'{record.targets.module}.' if record.targets.module else '' for record in model.peft
     )
-    adapters = {id(p) for p in adapter_parameters(model)}
+    adapters = adapter_keys(model)
     return [
         key
         for key, value in model.state_dict(keep_vars=True).items()
-        if key.startswith(prefixes) and not value.requires_grad and id(value) not in adapters
+        if key.startswith(prefixes) and not value.requires_grad and key not in adapters
     ]
+
+
+def adapter_keys(model: nn.Module) -> dict[str, str]:
+    """State-dict keys of all that adapters hold.
+
+    Args:
+        model: With adapters or without.
+
+    Returns:
+        Each key with the one that its tensor is stored under: of a tensor
+        that adapters hold in common, the first.
+    """
+    held = {id(t) for adapter in named_adapters(model).values() for t in adapter.factors.values()}
+    keys, first = {}, {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        if id(value) in held:
+            keys[key] = first.setdefault(id(value), key)
+    return keys
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """State-dict keys that an adapter is stored without: the frozen base, and repetitions."""
+    repeated = [key for key, stored in adapter_keys(model).items() if key != stored]
+    return frozen_keys(model) + repeated
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -63,8 +88,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         A part of ``model.state_dict()`` without anything frozen.
     """
-    frozen = set(frozen_keys(model))
-    return {key: value for key, value in model.state_dict().items() if key not in frozen}
+    omitted = set(left_out(model))
+    return {key: value for key, value in model.state_dict().items() if key not in omitted}
 
 
 def complete(model: nn.Module, state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
@@ -90,6 +115,9 @@ def complete(model: nn.Module, state: Mapping[str, Tensor], prefix: str = '') ->
             result[prefix + key] = result.pop(plain)
     for key in frozen_keys(model):
         result.setdefault(prefix + key, own[key])
+    for key, stored in adapter_keys(model).items():
+        if prefix + stored in result:
+            result.setdefault(prefix + key, result[prefix + stored])
     return result
 
 
@@ -171,9 +199,10 @@ def check_fits(
             f'{_listed(ours)}; they differ in {", ".join(different) or "number"}. Set the '
             "config's method (default_hooks.peft.method) to the former, or choose another file."
         )
-    own = {key: value.shape for key, value in model.state_dict().items() if MARK in key}
-    own = {key: shape for key, shape in own.items() if not key.endswith(ORIGINAL)}
-    given = {k: v.shape for k, v in state.items() if MARK in k and not k.endswith(ORIGINAL)}
+    stored = adapter_keys(model)
+    own = {k: v.shape for k, v in model.state_dict().items() if stored.get(k) == k}
+    repeated = {k for k in stored if k not in own}
+    given = {k: v.shape for k, v in state.items() if _is_adapters(k) and k not in repeated}
     wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
     if wrong:
         first = wrong[0]
@@ -196,6 +225,10 @@ def check_fits(
             'again unless save_frozen=True was set), or set check_base=False to use it all the '
             'same.'
         )
+
+
+def _is_adapters(key):
+    return f'{ADAPTERS}.' in key or (MARK in key and not key.endswith(ORIGINAL))
 
 
 def _method_of(injection):

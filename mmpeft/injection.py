@@ -2,20 +2,22 @@
 
 import json
 import re
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 
 import torch
+from rich.progress import track
 from torch import nn
-from torch.nn.utils import parametrize
 
+from .attachment import adapter_parameters, attach, attachments, detach, make_adapter, share
 from .errors import UsageError, near
 from .freezing import freeze_statistics, unfreeze_statistics
-from .methods import Adapter, Method
+from .methods import Method
 from .ranks import settle_ranks
 from .registry import METHODS
 from .summary import Summary, summary
-from .targets import Targets, adapter_parameters, adapters_of, layers, select, target_module
+from .targets import Targets, select, target_module
 from .weights import original_of
 
 
@@ -44,14 +46,15 @@ class Injection:
         return json.loads(json.dumps(plain))
 
 
-def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
-    """Freeze a model's target module and adapt its weights, in place.
+def inject(model: nn.Module, method, targets=None, unfreeze=(), empty=False) -> Summary:
+    """Freeze a model's target module and adapt it, in place.
 
     The weights keep their names in the model's state dict but for torch's
     ``parametrizations``: ``fc.weight`` becomes
     ``fc.parametrizations.weight.original``, and the adapter's parameters
     stand beside it as ``fc.parametrizations.weight.0.<name>``. Weights that
-    are tied in the model share one adapter.
+    are tied in the model share one adapter. Methods that act on activations
+    leave all keys as they are and add ``<module>.peft_adapters.0.<name>``.
 
     Args:
         model: Any module; pretrained weights must be in it already.
@@ -59,6 +62,8 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
         targets: A :class:`~mmpeft.targets.Targets` or a dict of its fields.
         unfreeze: Patterns (regular expressions) of parameter names below the
             target module that train themselves, such as norms that are new.
+        empty: Leave what the adapters hold open (NaN), to be loaded. Spares
+            the decompositions that some methods start from.
 
     Returns:
         The summary of the adapted model.
@@ -75,12 +80,7 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
     sites = select(model, method, targets)
     method = settle_ranks(method, sites, targets.max_share)
     thawed = _matching(root, unfreeze)
-    adapters = {}
-    for site in sites:
-        if id(site.weight) not in adapters:
-            weight = getattr(site.module, site.tensor)
-            adapters[id(site.weight)] = Adapter(site.method, site.spec, weight)
-
+    adapters = _make_adapters(sites, empty)
     trained_before = []
     if not method.trains_base:
         trained_before = _freeze(model, root, keep=thawed)
@@ -88,9 +88,7 @@ def inject(model: nn.Module, method, targets=None, unfreeze=()) -> Summary:
     for parameter in thawed.values():
         parameter.requires_grad_(True)
     for site in sites:
-        adapter = adapters[id(site.weight)]
-        parametrize.register_parametrization(site.module, site.tensor, adapter, unsafe=True)
-        adapter.train(site.module.training)
+        attach(site.module, site.tensor, adapters[site.identity])
 
     model.peft = [
         *getattr(model, 'peft', []),
@@ -110,8 +108,8 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for layer, tensor in _adapted(model):
-        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+    for attachment in _separable(model):
+        detach(attachment)
     return _restore(model)
 
 
@@ -128,49 +126,65 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, which computes what it did in evaluation mode.
 
     Raises:
-        UsageError: A merged weight has NaN or infinity; weights before it are
-            merged, those from it on still adapted.
+        UsageError: A method cannot be merged; the model is as it was. Or a
+            merged weight has NaN or infinity; weights before it are merged,
+            those from it on still adapted.
     """
+    adapted = _separable(model)
+    _check_merges(adapted)
     was_training = model.training
     model.eval()
     merged = set()
-    for layer, tensor in _adapted(model):
-        original = original_of(layer, tensor)
+    for attachment in adapted:
+        original = original_of(attachment.layer, attachment.tensor)
+        value = original
         if id(original) not in merged:
             value = original.double()
-            for adapter in adapters_of(layer, tensor):
-                factors = {name: p.double() for name, p in adapter.factors.items()}
-                value = adapter.map(value, factors)
+            for adapter in attachment.adapters:
+                value = adapter.in_double(value)
             if not value.isfinite().all():
                 raise UsageError(
-                    f'The merged {_path(model, layer)}.{tensor} has NaN or infinite elements. The '
-                    'adapter was trained to destruction: use an earlier checkpoint.'
+                    f'The merged {attachment.name} has NaN or infinite elements. The adapter was '
+                    'trained to destruction: use an earlier checkpoint.'
                 )
             merged.add(id(original))
-            parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
-            original.copy_(value)
-        else:
-            parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+        detach(attachment)
+        original.copy_(value)
     model.train(was_training)
     return _restore(model)
 
 
-def _adapted(model):
-    pairs = []
-    for path, layer in layers(model):
-        if not parametrize.is_parametrized(layer):
-            continue
-        for tensor, chain in layer.parametrizations.items():
-            ours = [isinstance(p, Adapter) for p in chain]
-            if any(ours) and not all(ours):
-                raise UsageError(
-                    f'{path}.{tensor} carries a parametrization that is not of mmpeft beside the '
-                    'adapter, so neither can be taken off alone. Remove it first with '
-                    'torch.nn.utils.parametrize.remove_parametrizations.'
-                )
-            if any(ours):
-                pairs.append((layer, tensor))
-    return pairs
+def _make_adapters(sites, empty):
+    adapters = {}
+    for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
+        if site.identity not in adapters:
+            adapters[site.identity] = make_adapter(site.method, site.spec, site.weight, empty)
+    share(adapters.values())
+    return adapters
+
+
+def _separable(model):
+    adapted = list(attachments(model))
+    for attachment in adapted:
+        tensor = attachment.tensor
+        if tensor and len(attachment.adapters) < len(attachment.layer.parametrizations[tensor]):
+            raise UsageError(
+                f'{attachment.name} carries a parametrization that is not of mmpeft beside the '
+                'adapter, so neither can be taken off alone. Remove it first with '
+                'torch.nn.utils.parametrize.remove_parametrizations.'
+            )
+    return adapted
+
+
+def _check_merges(adapted):
+    fixed = [(a.name, m) for a in adapted for m in (p.method for p in a.adapters) if not m.merges]
+    if fixed:
+        name, method = fixed[0]
+        raise UsageError(
+            f'{type(method).__name__} acts on activations ({len(fixed)} places, such as {name!r}) '
+            'and is no function of a weight, so it cannot be merged. Deploy the model with its '
+            'adapters attached: save_adapter and load_adapter, or the checkpoint itself.'
+        )
 
 
 def _restore(model):
@@ -206,10 +220,6 @@ def _matching(root, patterns):
             raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
         found |= matches
     return found
-
-
-def _path(model, layer):
-    return next(name for name, module in model.named_modules() if module is layer)
 
 
 def _warn_outgrown(result):

@@ -1,21 +1,26 @@
 """From a parameter budget to ranks, and ranks that make sense."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
+from .attachment import count_parameters, make_adapter, share
 from .errors import UsageError
-from .methods import Adapter, Method, RankMethod
+from .methods import Method, Ranked
+from .places import Place
 from .targets import Site
 from .weights import WeightSpec
 
 UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
 
 
-def adapter_size(method: Method, spec: WeightSpec) -> int:
-    """Number of parameters of a method's adapter on a weight."""
-    adapter = Adapter(method, spec, torch.empty(spec.shape, device='meta'))
-    return sum(p.numel() for p in adapter.parameters())
+def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | Place]]) -> int:
+    """Parameters of adapters of given methods on given weights, shared ones counted once."""
+    empty = torch.empty(0, device='meta')
+    adapters = [make_adapter(method, spec, empty.new_empty(spec.shape)) for method, spec in pairs]
+    share(adapters)
+    return count_parameters(adapters)
 
 
 def parse_count(count: int | str) -> int:
@@ -60,8 +65,8 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
         UsageError: The budget is smaller than rank 1 needs, or a rank is
             larger than any of its weights allows.
     """
-    ranked = [site for site in sites if isinstance(site.method, RankMethod)]
-    if isinstance(method, RankMethod) and method.budget is not None:
+    ranked = [site for site in sites if isinstance(site.method, Ranked)]
+    if isinstance(method, Ranked) and method.budget is not None:
         method = _spend_budget(method, ranked)
     _check_ranks(ranked)
     if max_share is not None:
@@ -73,10 +78,13 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
 def _spend_budget(method, sites):
     budget = parse_count(method.budget)
     free = [site for site in sites if site.method.budget is not None]
-    fixed = sum(adapter_size(s.method, s.spec) for s in sites if s.method.budget is None)
+    sites = list({site.identity: site for site in sites}.values())
 
     def needed(rank):
-        return fixed + sum(adapter_size(s.method.with_rank(rank), s.spec) for s in free)
+        return adapters_size(
+            (s.method if s.method.budget is None else s.method.with_rank(rank), s.spec)
+            for s in sites
+        )
 
     if needed(1) > budget:
         raise UsageError(
@@ -108,13 +116,13 @@ def _check_ranks(sites):
 def _capped(site, max_share):
     method = site.method
     limit = max_share * site.spec.numel
-    if adapter_size(method, site.spec) <= limit:
+    if adapters_size([(method, site.spec)]) <= limit:
         return method
     if not isinstance(method.rank, int):
         raise UsageError(
             f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
         )
     rank = largest(
-        lambda r: adapter_size(replace(method, rank=r), site.spec) <= limit, 1, method.rank
+        lambda r: adapters_size([(replace(method, rank=r), site.spec)]) <= limit, 1, method.rank
     )
     return replace(method, rank=rank)

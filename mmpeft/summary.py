@@ -5,21 +5,22 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from .targets import adapter_parameters, adapters_of, layers
-from .weights import original_of, weights_of
+from .attachment import adapter_parameters, adapters_of, attachments
+from .weights import WeightSpec, layers, weights_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted weight.
+    """One adapted weight or place.
 
     Attributes:
-        name: Path of the weight in the model.
-        kind: Kind of its layer.
-        shape: Of the weight.
+        name: Path of the weight or module in the model.
+        kind: Kind of the layer or place.
+        shape: Of the weight; (output channels, input channels) of a place.
         method: The method and the arguments that differ from its defaults.
-        weight: Parameters of the frozen weight.
-        adapter: Parameters of the adapter.
+        weight: Parameters of the frozen weight or module.
+        adapter: Parameters of the adapter; those that it holds in common
+            with others count in the first row.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Summary:
     """Parameters of an adapted model.
 
     Attributes:
-        rows: The adapted weights.
+        rows: The adapted weights and places.
         module: Path of the target module.
         base: Parameters of the target module without adapters.
         adapters: Parameters of all adapters.
@@ -70,7 +71,7 @@ class Summary:
         left = ', '.join(f'{n} {kind}' for kind, n in sorted(self.left.items())) or 'none'
         methods = Counter(row.method for row in self.rows)
         lines = [
-            f'adapted in {self.module or "the model"}: {len(self.rows)} weights'
+            f'adapted in {self.module or "the model"}: {len(self.rows)} weights or places'
             + ''.join(f'\n  {n} x {method}' for method, n in methods.most_common()),
             f'left as they are: {left}',
             f'adapters {self.adapters:,} + unfrozen {self.unfrozen:,} '
@@ -92,26 +93,23 @@ def summary(model: nn.Module) -> Summary:
     path = next((record.targets.module for record in getattr(model, 'peft', [])), '')
     root = model.get_submodule(path)
     prefix = f'{path}.' if path else ''
-    rows, left, counted = [], Counter(), set()
-    for name, layer in layers(root):
-        for tensor, spec in weights_of(layer):
-            adapters = adapters_of(layer, tensor)
-            for adapter in adapters:
-                if id(adapter) in counted:
-                    continue
-                counted.add(id(adapter))
-                rows.append(
-                    Row(
-                        f'{prefix}{name}.{tensor}' if name else f'{prefix}{tensor}',
-                        _kind(spec),
-                        tuple(spec.shape),
-                        str(adapter.method),
-                        original_of(layer, tensor).numel(),
-                        sum(p.numel() for p in adapter.parameters()),
-                    )
+    rows, counted = [], set()
+    for attachment in attachments(root):
+        for adapter in attachment.adapters:
+            if id(adapter) in counted:
+                continue
+            own = [p for p in adapter.parameters() if id(p) not in counted]
+            counted.update(id(p) for p in [adapter, *own])
+            rows.append(
+                Row(
+                    prefix + attachment.name,
+                    _kind(adapter.spec),
+                    tuple(adapter.spec.shape),
+                    str(adapter.method),
+                    adapter.spec.numel,
+                    sum(p.numel() for p in own),
                 )
-            if not adapters and not spec.is_bias:
-                left[_kind(spec)] += 1
+            )
     of_adapters = {id(p) for p in adapter_parameters(root)}
     own = [p for p in root.parameters() if id(p) not in of_adapters]
     inside = {id(p) for p in root.parameters()}
@@ -124,11 +122,25 @@ def summary(model: nn.Module) -> Summary:
         outside=sum(
             p.numel() for p in model.parameters() if p.requires_grad and id(p) not in inside
         ),
-        left=dict(left),
+        left=_left(root),
     )
 
 
+def _left(root):
+    touched = [path for path, layer in layers(root) if adapters_of(layer, '')]
+    left = Counter()
+    for path, layer in layers(root):
+        if any(path == t or path.startswith(f'{t}.') for t in touched):
+            continue
+        for tensor, spec in weights_of(layer):
+            if not spec.is_bias and not adapters_of(layer, tensor):
+                left[_kind(spec)] += 1
+    return dict(left)
+
+
 def _kind(spec):
+    if not isinstance(spec, WeightSpec):
+        return '/'.join(sorted(spec.kinds))
     for kind in ('depthwise', 'conv', 'linear', 'embedding', 'norm'):
         if kind in spec.kinds:
             return f'{kind} bias' if spec.is_bias else kind

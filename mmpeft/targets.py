@@ -1,20 +1,20 @@
-"""Which weights of a model are adapted."""
+"""Which weights and places of a model are adapted."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .errors import UsageError, near
-from .methods import Adapter, Method
-from .weights import KINDS, WeightSpec, original_of, weights_of
+from .methods import Method
+from .places import PLACES, Place
+from .weights import KINDS, WeightSpec, original_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """A selection of weights below a sub-module.
+    """A selection of weights or places below a sub-module.
 
     Patterns are regular expressions searched for in a weight's path below
     ``module``, such as ``stages_0.blocks.1.mlp.fc1.weight``.
@@ -23,7 +23,9 @@ class Targets:
         module: Path of the sub-module; '' for the whole model.
         kinds: Kinds of layers, of ``conv``, ``depthwise``, ``pointwise``,
             ``linear``, ``embedding``, ``norm``; the method's own if None.
-            A depthwise or 1x1 convolution is a ``conv`` too.
+            A depthwise or 1x1 convolution is a ``conv`` too. Methods that
+            act on activations have kinds of places instead
+            (:data:`mmpeft.places.PLACES`).
         exclude_kinds: Kinds that are left out.
         include: Keep only weights that match one of these patterns.
         exclude: Leave out weights that match one of these.
@@ -47,9 +49,10 @@ class Targets:
             if value is not None:
                 value = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, value)
+        known = KINDS + PLACES
         for kind in (self.kinds or ()) + self.exclude_kinds:
-            if kind not in KINDS:
-                raise UsageError(f'targets: there is no kind {kind!r}. {near(kind, KINDS)}')
+            if kind not in known:
+                raise UsageError(f'targets: there is no kind {kind!r}. {near(kind, known)}')
         for pattern in self.include + self.exclude + tuple(self.overrides):
             try:
                 re.compile(pattern)
@@ -76,26 +79,34 @@ class Targets:
 
 @dataclass
 class Site:
-    """One weight to adapt.
+    """One weight, or place in the network, to adapt.
 
     Attributes:
-        name: Path of the weight in the model.
-        module: Its layer.
-        tensor: Its name in the layer.
-        spec: Its role.
+        name: Path of the weight or place in the model.
+        module: The layer.
+        tensor: The weight's name in the layer; '' for a place.
+        spec: The role.
         method: The method with the arguments that hold for it.
     """
 
     name: str
     module: nn.Module
     tensor: str
-    spec: WeightSpec
+    spec: WeightSpec | Place
     method: Method
 
     @property
+    def identity(self) -> int:
+        """Equal for sites that share one weight, and so one adapter."""
+        return id(original_of(self.module, self.tensor) if self.tensor else self.module)
+
+    @property
     def weight(self) -> Tensor:
-        """The stored parameter."""
-        return original_of(self.module, self.tensor)
+        """The weight as it is now; at a place an empty tensor of its dtype and device."""
+        if self.tensor:
+            return getattr(self.module, self.tensor)
+        like = next(iter(self.module.parameters()), torch.empty(0))
+        return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def target_module(model: nn.Module, path: str) -> nn.Module:
@@ -114,27 +125,6 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules below a module with their paths, without the adapters in them."""
-    for path, layer in module.named_modules():
-        if 'parametrizations' not in path.split('.'):
-            yield path, layer
-
-
-def adapters_of(layer: nn.Module, tensor: str) -> list[Adapter]:
-    """The adapters on a layer's weight, in the order in which they apply."""
-    if not parametrize.is_parametrized(layer, tensor):
-        return []
-    return [p for p in layer.parametrizations[tensor] if isinstance(p, Adapter)]
-
-
-def adapter_parameters(model: nn.Module):
-    """The parameters of all adapters in a model."""
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            yield from module.parameters(recurse=False)
-
-
 def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
     """The weights that a method adapts under the given targets.
 
@@ -145,34 +135,31 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
     kinds = method.kinds if targets.kinds is None else targets.kinds
     prefix = f'{targets.module}.' if targets.module else ''
     sites, paths, seen = [], [], set()
-    for path, layer in layers(target_module(model, targets.module)):
-        for tensor, spec in weights_of(layer):
-            name = f'{path}.{tensor}' if path else tensor
-            if not method.accepts(spec):
-                continue
-            paths.append(name)
-            if kinds is not None and not spec.kinds.intersection(kinds):
-                continue
-            if spec.kinds.intersection(targets.exclude_kinds):
-                continue
-            seen.update(p for p in _patterns(targets) if re.search(p, name))
-            if targets.include and not _matches(targets.include, name):
-                continue
-            if _matches(targets.exclude, name):
-                continue
-            chosen = _overridden(method, targets.overrides, name)
-            sites.append(Site(prefix + name, layer, tensor, spec, chosen))
+    root = target_module(model, targets.module)
+    for name, layer, tensor, spec in method.candidates(root):
+        paths.append(name)
+        if kinds is not None and not spec.kinds.intersection(kinds):
+            continue
+        if spec.kinds.intersection(targets.exclude_kinds):
+            continue
+        seen.update(p for p in _patterns(targets) if re.search(p, name))
+        if targets.include and not _matches(targets.include, name):
+            continue
+        if _matches(targets.exclude, name):
+            continue
+        chosen = _overridden(method, targets.overrides, name)
+        sites.append(Site(prefix + name, layer, tensor, spec, chosen))
     for pattern in _patterns(targets):
         if pattern not in seen:
             raise UsageError(
-                f'targets: the pattern {pattern!r} matches no weight of kind '
+                f'targets: the pattern {pattern!r} matches no weight or place of kind '
                 f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, paths)}'
             )
     if not sites and method.adapts:
         raise UsageError(
             f'targets: nothing below {targets.module or "the model"!r} is left for '
-            f'{type(method).__name__} to adapt. It holds {len(paths)} weights that the method is '
-            f'defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
+            f'{type(method).__name__} to adapt. It holds {len(paths)} weights or places that the '
+            f'method is defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
             f'include={targets.include}, exclude={targets.exclude} leave none.'
         )
     return sites

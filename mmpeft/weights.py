@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
+# The children of a layer that adapters live in.
+PARAMETRIZATIONS, ADAPTERS = 'parametrizations', 'peft_adapters'
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear', 'embedding', 'norm')
 
 
@@ -48,6 +50,13 @@ class WeightSpec:
     def input_first(self) -> bool:
         """Whether the stored tensor has the input mode before the output mode."""
         return self.transposed or 'embedding' in self.kinds
+
+
+def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules below a module with their paths, without the adapters in them."""
+    for path, layer in module.named_modules():
+        if not {PARAMETRIZATIONS, ADAPTERS}.intersection(path.split('.')):
+            yield path, layer
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:

@@ -104,7 +104,7 @@ KINDS = ('conv', 'linear', 'embedding')
 
 def randomize(model, std=0.3):
     """Move all adapters off their start, as training would."""
-    from mmpeft.targets import adapter_parameters
+    from mmpeft.attachment import adapter_parameters
 
     with torch.no_grad():
         for parameter in adapter_parameters(model):

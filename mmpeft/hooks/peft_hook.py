@@ -8,21 +8,22 @@ optimizer and schedulers anew. Loading and resuming then find the structure.
 """
 
 import copy
-from pathlib import Path
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.runner import find_latest_checkpoint, load_checkpoint
-from mmengine.runner.checkpoint import _load_checkpoint
 
-from mmpeft.checkpoint import check_fits, complete, describe, frozen_keys
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.allocation import allocate
+from mmpeft.attachment import adapter_parameters
+from mmpeft.checkpoint import check_fits, complete, describe, left_out
+from mmpeft.errors import UsageError
 from mmpeft.injection import inject
 from mmpeft.registry import HOOKS, METHODS
-from mmpeft.targets import Targets, adapter_parameters
+from mmpeft.targets import Targets
 
+from .frozen_base import description_of, load_base
 from .gradient_watch import GradientWatch
+from .penalty_term import add_penalty
 from .recompute import let_inputs_require_grad, recomputed_modules
 
 
@@ -74,6 +75,8 @@ class PEFTHook(Hook):
         self.check_base = check_base
         self.check_iters = check_iters
         self.watch = None
+        self.allocation = None
+        self._resumed_allocation = None
         self._iterations_watched = 0
         self._prepared = False
 
@@ -82,60 +85,19 @@ class PEFTHook(Hook):
         model = _unwrapped(runner)
         if not getattr(model, 'peft', []):
             outer, runner.model = runner.model, model
-            self._load_base(runner)
-            summary = inject(model, self.method, self.targets, self.unfreeze)
+            base = load_base(runner, self.base_checkpoint, _is_training(runner))
+            self.base_checkpoint = base.checkpoint
+            summary = inject(
+                model, self.method, self.targets, self.unfreeze, empty=base.adapters_follow
+            )
             runner.logger.info(f'{self.method}\n{summary}')
             runner.model = outer
         if _is_training(runner) and not self._prepared:
             self._prepared = True
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             self._rebuild_optimizer(runner)
+            add_penalty(model)
             runner.register_hook(_AdapterCheckpointHook(self), 'LOWEST')
-
-    def _load_base(self, runner):
-        source, checkpoint = self._pending_checkpoint(runner)
-        description = None if checkpoint is None else _description(checkpoint)
-        plain = checkpoint is not None and description is None
-        if plain and runner._resume:
-            raise UsageError(
-                f'{source!r} holds no adapters, so there is no adapter training to resume. To '
-                'start from its weights, set load_from to it and leave --resume away.'
-            )
-        base = self.base_checkpoint or (description or {}).get('base_checkpoint')
-        self.base_checkpoint = source if plain else base
-        training = _is_training(runner)
-        if training or not (plain or (description or {}).get('holds_base')):
-            runner._init_model_weights()
-        if plain and not training:
-            runner.logger.warning(
-                f'{source!r} holds no adapters. It is taken as the base, and the adapters are '
-                'as they start.'
-            )
-        if self.base_checkpoint is not None:
-            if '://' not in self.base_checkpoint and not Path(self.base_checkpoint).is_file():
-                raise MissingFileError(
-                    f'The base checkpoint {self.base_checkpoint!r}, which the adapters start '
-                    'from, does not exist. Put it there, or set '
-                    'default_hooks.peft.base_checkpoint to where it is.'
-                )
-            load_checkpoint(
-                runner.model,
-                self.base_checkpoint,
-                map_location='cpu',
-                revise_keys=[(r'^module\.', '')],
-            )
-
-    def _pending_checkpoint(self, runner):
-        if runner._has_loaded:
-            return None, None
-        source = runner._load_from
-        if source is None and runner._resume:
-            source = find_latest_checkpoint(runner.work_dir)
-        if source is None:
-            return None, None
-        if '://' not in str(source) and not Path(source).is_file():
-            raise MissingFileError(f'The checkpoint {str(source)!r} does not exist.')
-        return str(source), _load_checkpoint(str(source), map_location='cpu')
 
     def _rebuild_optimizer(self, runner):
         if 'optim_wrapper' not in runner.cfg:
@@ -153,7 +115,7 @@ class PEFTHook(Hook):
             )
 
     def before_train(self, runner):
-        """Check that the optimizer has the adapters, and watch their gradients."""
+        """Check that the optimizer has the adapters, start what follows its steps."""
         model = _unwrapped(runner)
         groups = runner.optim_wrapper.optimizer.param_groups
         optimized = {id(p) for group in groups for p in group['params']}
@@ -167,6 +129,10 @@ class PEFTHook(Hook):
         for module in recomputed_modules(model, names):
             let_inputs_require_grad(module)
         self.watch = GradientWatch(model)
+        steps = runner.max_iters // runner.optim_wrapper._accumulative_counts
+        self.allocation = allocate(model, runner.optim_wrapper.optimizer, steps)
+        if runner._resume and self._resumed_allocation is not None:
+            self.allocation.load_state_dict(self._resumed_allocation)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Stop the run if gradients do not reach all adapters."""
@@ -181,6 +147,7 @@ class PEFTHook(Hook):
         """The same for runs of few iterations."""
         if self.watch is not None:
             self._judge_gradients(runner, final=True)
+        self.allocation.close()
 
     def _judge_gradients(self, runner, final):
         unreached, zero = self.watch.unreached, self.watch.always_zero
@@ -206,11 +173,12 @@ class PEFTHook(Hook):
         model = _unwrapped(runner)
         if not getattr(model, 'peft', []):
             return
-        description = _description(checkpoint)
+        description = description_of(checkpoint)
         state = checkpoint.get('state_dict', checkpoint)
         if description is not None:
             check_base = self.check_base and not description['holds_base']
             check_fits(model, state, description, 'The checkpoint', check_base)
+        self._resumed_allocation = checkpoint.get('mmpeft_allocation')
         completed = complete(model, state, 'module.' if _is_prefixed(state) else '')
         if description is None:
             own = model.state_dict(keep_vars=True)
@@ -238,8 +206,11 @@ class _AdapterCheckpointHook(Hook):
             holds_base=self.peft.save_frozen,
             base_checkpoint=self.peft.base_checkpoint,
         )
+        allocation = self.peft.allocation
+        if 'optimizer' in checkpoint and allocation is not None:
+            checkpoint['mmpeft_allocation'] = allocation.state_dict()
         if not self.peft.save_frozen:
-            for key in frozen_keys(model):
+            for key in left_out(model):
                 checkpoint['state_dict'].pop(key, None)
                 checkpoint.get('ema_state_dict', {}).pop(f'module.{key}', None)
 
@@ -253,10 +224,6 @@ def _unwrapped(runner):
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
-
-
-def _description(checkpoint):
-    return (checkpoint.get('meta') or {}).get('mmpeft')
 
 
 def _is_prefixed(state):

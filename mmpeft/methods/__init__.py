@@ -7,9 +7,23 @@ being there.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import Adapter, DeltaMethod, Method, RankMethod
+from .activation import ActivationAdapter, ActivationMethod
+from .adapter import Adapter, WeightAdapter
+from .allocator import Allocator
+from .base import Card, DeltaMethod, Method, Ranked, RankMethod
 
 for _module in iter_modules(__path__):
     import_module(f'{__name__}.{_module.name}')
 
-__all__ = ['Adapter', 'DeltaMethod', 'Method', 'RankMethod']
+__all__ = [
+    'ActivationAdapter',
+    'ActivationMethod',
+    'Adapter',
+    'Allocator',
+    'Card',
+    'DeltaMethod',
+    'Method',
+    'RankMethod',
+    'Ranked',
+    'WeightAdapter',
+]

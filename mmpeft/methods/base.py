@@ -1,22 +1,52 @@
 """The contract: a method is a function phi(W) = g(f(W)) on a frozen weight.
 
-A :class:`Method` holds hyper-parameters and pure functions, nothing trained.
-An :class:`Adapter` holds what is trained for one weight and is the module
-that ``torch.nn.utils.parametrize`` calls in place of the weight.
+A :class:`Method` holds hyper-parameters and pure functions, nothing trained;
+what is trained for one weight is held by an :class:`~.adapter.Adapter`.
+Methods that cannot be written on a weight act on activations: see
+:mod:`.activation`.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
-from mmpeft.weights import WeightSpec
+from mmpeft.weights import WeightSpec, layers, weights_of
 
 from .updates import UPDATES
 
 Factors = dict[str, Tensor]
+
+FAMILIES = ('ends', 'reconstruction', 'extension', 'combination', 'activations')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a reader chooses a method by; docs/methods.md is made of these.
+
+    Attributes:
+        family: Of ``FAMILIES``, the branches of subspace tuning.
+        formula: phi(W) in one line.
+        trains: What is trained, and where it starts.
+        paper: Title, equation and arXiv number.
+        cost: What a training step pays beside building and multiplying W',
+            and what an adapter file holds beside the trained values.
+        suits: When to choose it.
+    """
+
+    family: str
+    formula: str
+    trains: str
+    paper: str
+    cost: str
+    suits: str
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f'family={self.family!r} is none of {FAMILIES}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,30 +54,78 @@ class Method:
     """Hyper-parameters of a method and the functions that define it.
 
     Subclasses are frozen dataclasses: their fields are the arguments that a
-    config gives. They define :meth:`init` and :meth:`apply`.
+    config gives. They define :attr:`card`, :meth:`init` and :meth:`apply`.
 
     Attributes:
+        card: The method in a few words.
         kinds: Kinds of layers that are adapted unless the targets say
             otherwise.
         adapts: Whether the method has adapters at all.
         trains_base: Whether the weights of the target module train themselves.
+        merges: Whether adapters can be folded into the weights.
+        shared: Names of factors that all weights of one :meth:`share_key`
+            hold in common.
     """
 
+    card: ClassVar[Card]
     kinds: ClassVar[tuple[str, ...] | None] = ('conv', 'linear')
     adapts: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    def candidates(self, root: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightSpec]]:
+        """All that could be adapted below a module.
+
+        Yields:
+            Path, layer, name of the tensor in the layer, and its role.
+        """
+        for path, layer in layers(root):
+            for tensor, spec in weights_of(layer):
+                if self.accepts(spec):
+                    yield f'{path}.{tensor}' if path else tensor, layer, tensor, spec
 
     def accepts(self, spec: WeightSpec) -> bool:
         """Whether the method is defined on a parameter of this role."""
         return not spec.is_bias and len(spec.shape) > 1
 
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
-        """Initial values of what is trained for a weight, by name."""
+        """Initial values of what an adapter holds for a weight, by name.
+
+        Tensors are trained. An ``nn.Buffer`` is fixed and stored with the
+        adapter, such as the factors of a decomposition of the weight. Runs
+        once in an adapter's life: a loaded adapter takes shapes alone from
+        here, by a weight on the meta device.
+        """
         raise NotImplementedError
+
+    def rebuilt(self, spec: WeightSpec) -> Factors:
+        """What is fixed and not stored: a function of role and arguments alone."""
+        return {}
+
+    def share_key(self, spec: WeightSpec) -> Any:
+        """Weights of equal keys hold the :attr:`shared` factors in common."""
+        return tuple(spec.shape)
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
         """phi(W): the adapted weight, of the shape and dtype of ``weight``."""
         raise NotImplementedError
+
+    def penalty(self, factors: Factors, spec: WeightSpec) -> Tensor | None:
+        """A scalar to add to the training loss, its weight included; None for none."""
+        return None
+
+    def allocator(self, adapters: dict[str, nn.Module], steps: int):
+        """What decides during training where the parameters go, if anything.
+
+        Args:
+            adapters: All adapters of this method in a model, by path.
+            steps: Optimizer steps of the whole run.
+
+        Returns:
+            Allocator | None: See :mod:`.allocator`.
+        """
+        return None
 
     def config(self) -> dict:
         """The method as ``METHODS.build`` takes it; defaults included."""
@@ -103,7 +181,7 @@ class DeltaMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankMethod(DeltaMethod):
+class Ranked(Method):
     """A method whose size is governed by a rank.
 
     Attributes:
@@ -117,7 +195,8 @@ class RankMethod(DeltaMethod):
     budget: int | str | None = None
 
     def __post_init__(self):
-        super().__post_init__()
+        if hasattr(super(), '__post_init__'):
+            super().__post_init__()
         ranks = (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
         object.__setattr__(self, 'rank', self.rank if isinstance(self.rank, int) else ranks)
         if not ranks or any(not isinstance(r, int) or r < 1 for r in ranks):
@@ -130,56 +209,14 @@ class RankMethod(DeltaMethod):
         """The size of the weight's largest channel mode; no rank beyond it makes sense."""
         return max(spec.in_features, spec.out_features)
 
-    def with_rank(self, rank: int) -> 'RankMethod':
+    def with_rank(self, rank: int) -> 'Ranked':
         """The same method at another rank, its budget spent."""
         return replace(self, rank=rank, budget=None)
 
 
-class Adapter(nn.Module):
-    """What is trained for one frozen weight, and the map W -> phi(W).
-
-    Low-precision weights get float32 factors: the map is computed in the
-    factors' dtype, outside autocast, and rounded once to the weight's.
-
-    Args:
-        method: Defines the map.
-        spec: The weight's role.
-        weight: The frozen weight, with its pretrained values.
-    """
-
-    def __init__(self, method: Method, spec: WeightSpec, weight: Tensor):
-        super().__init__()
-        self.method = method
-        self.spec = spec
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.no_grad():
-            for name, value in method.init(weight.detach().to(dtype), spec).items():
-                self.register_parameter(name, nn.Parameter(value))
-
-    @property
-    def factors(self) -> Factors:
-        """What is trained, by name."""
-        return dict(self._parameters)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """phi(W), of the shape and dtype of ``weight``."""
-        device = weight.device.type
-        if device != 'meta' and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.map(weight, self.factors)
-        return self.map(weight, self.factors)
-
-    def map(self, weight: Tensor, factors: Factors) -> Tensor:
-        """phi(W) for given factors, in their precision."""
-        dtype = next(iter(factors.values())).dtype
-        adapted = self.method.apply(weight.to(dtype), factors, self.spec, self.training)
-        if self.spec.padding_idx is not None:
-            row = torch.arange(weight.shape[0], device=weight.device) == self.spec.padding_idx
-            adapted = torch.where(row[:, None], weight.to(dtype), adapted)
-        return adapted.to(weight.dtype)
-
-    def extra_repr(self):
-        return str(self.method)
+@dataclass(frozen=True, kw_only=True)
+class RankMethod(Ranked, DeltaMethod):
+    """A method that gives an update dW of a rank."""
 
 
 def gaussian(weight: Tensor, *shape: int, std: float = 1.0) -> Tensor:

@@ -12,13 +12,22 @@ from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
-from .base import DeltaMethod
+from .base import Card, DeltaMethod
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
 class BitFit(DeltaMethod):
     """A trained shift of each bias, in layers of every kind."""
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='b + Δb',
+        trains='shift Δb of each bias (zero)',
+        paper='BitFit (arXiv:2106.10199); Subspace tuning, Eq. 8 and 9',
+        cost='Nothing: no weight is built.',
+        suits='The smallest budgets, and a first baseline.',
+    )
 
     kinds: ClassVar[None] = None
 

@@ -8,6 +8,7 @@ whose weights are all zero stays zero instead of becoming NaN.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
+from .base import Card
 from .lora import LoRA
 
 
@@ -60,6 +62,15 @@ class DoRA(LoRA):
         detach_norm: Take ||V|| as a constant in backward (the paper's Sec.
             4.3, as peft does): cheaper, and no longer the exact gradient.
     """
+
+    card: ClassVar = Card(
+        family='combination',
+        formula='m · V / ‖V‖ by output channel, V = W + s · B A',
+        trains='A (uniform), B (zero), magnitude m (‖W‖)',
+        paper='DoRA, Eq. 5 (arXiv:2402.09353); Subspace tuning, Eq. 27',
+        cost='One product and a norm of the whole weight.',
+        suits='Low ranks, where LoRA falls short; takes more time a step.',
+    )
 
     detach_norm: bool = False
 

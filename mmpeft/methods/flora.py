@@ -11,6 +11,7 @@ single random number there would only scale the whole update.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Factors, RankMethod, gaussian
+from .base import Card, Factors, RankMethod, gaussian
 
 
 def tucker(core: Tensor, factors: list[Tensor]) -> Tensor:
@@ -49,6 +50,18 @@ class FLoRA(RankMethod):
         scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4.
         init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
     """
+
+    card: ClassVar = Card(
+        family='extension',
+        formula='W + s · G ×₁A₁ ×₂A₂ … ×ₙAₙ',
+        trains='core G (zero), one factor Aₙ a mode (Gaussian)',
+        paper='FLoRA, Eq. 5-7 (arXiv:2405.14739)',
+        cost='N small products to build the update.',
+        suits=(
+            'Convolutional and mixed backbones: a kernel keeps its axes, so that depthwise '
+            'kernels take few parameters.'
+        ),
+    )
 
     kernel_rank: int = 2
     scale: float = 4.0

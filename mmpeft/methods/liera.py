@@ -8,9 +8,11 @@ argument; this name is the paper's, for LoRA.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
+from .base import Card
 from .lora import LoRA
 
 
@@ -23,5 +25,17 @@ class LieRA(LoRA):
         update: ``'lie'`` (first order, the paper's experiments) or
             ``'lie_exact'``.
     """
+
+    card: ClassVar = Card(
+        family='extension',
+        formula='W ⊙ (1 + s · B A), or W ⊙ exp(s · B A)',
+        trains='A (uniform), B (zero)',
+        paper='LieRA, Eq. 5-8 (arXiv:2504.00851)',
+        cost='One product, and the dense gradient of W.',
+        suits=(
+            'Updates in proportion to the pretrained weights: zeros stay zero, and small '
+            'weights move little.'
+        ),
+    )
 
     update: str = 'lie'

@@ -16,6 +16,7 @@ B starts at zero and A as a linear layer does. Two layouts flatten a kernel:
 
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
-from .base import Factors, RankMethod, check_choice
+from .base import Card, Factors, RankMethod, check_choice
 
 
 def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:
@@ -57,6 +58,15 @@ class LoRA(RankMethod):
         scale: In place of ``alpha``, the multiplier itself; 1 with neither.
         layout: How kernels become matrices, ``'loralib'`` or ``'channel'``.
     """
+
+    card: ClassVar = Card(
+        family='extension',
+        formula='W + s · reshape(B A)',
+        trains='A (uniform), B (zero)',
+        paper='LoRA (arXiv:2106.09685); FLoRA, Eq. 2 and 3',
+        cost='One product to build the update.',
+        suits='Linear layers, and comparison with the literature. Flattens kernels.',
+    )
 
     rank: int = 8
     alpha: float | None = None

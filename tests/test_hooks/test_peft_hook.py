@@ -12,9 +12,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmpeft
+from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
 from mmpeft.methods import Adapter
-from mmpeft.targets import adapter_parameters
 from tests.cases import METHODS
 from tests.toy import ToyClassifier, by_iterations, state_of, toy_config, toy_runner
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import mmpeft
+from mmpeft.attachment import adapters_of
 from mmpeft.methods.base import input_dropout_mask
 from mmpeft.methods.dora import DoRA
 from mmpeft.methods.flora import FLoRA
 from mmpeft.methods.lora import LoRA
-from mmpeft.targets import adapters_of
 from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, METHODS, randomize
 

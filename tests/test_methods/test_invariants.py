@@ -7,8 +7,8 @@ import torch
 from torch.func import functional_call
 
 import mmpeft
+from mmpeft.attachment import adapter_parameters
 from mmpeft.methods import Adapter, Method
-from mmpeft.targets import adapter_parameters
 from tests.cases import KINDS, LAYERS, METHODS, randomize
 
 

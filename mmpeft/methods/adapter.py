@@ -1,0 +1,88 @@
+"""What is trained for one frozen weight, or at one place of a network."""
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.weights import WeightSpec
+
+from .base import Factors, Method
+
+
+class Adapter(nn.Module):
+    """The trained and fixed tensors of a method at one site.
+
+    They are float32 where the weight has less precision.
+
+    Args:
+        method: Defines what they mean.
+        spec: The role of the weight, or the place in the network.
+        weight: The frozen weight, with its pretrained values.
+        empty: Leave the stored values open (NaN), to be loaded, and spare
+            what it takes to compute them.
+    """
+
+    def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
+        super().__init__()
+        self.method = method
+        self.spec = spec
+        like = weight.detach()
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
+        with torch.no_grad():
+            factors = method.init(like.to('meta') if empty else like, spec)
+            for name, value in factors.items():
+                kind = nn.Buffer if isinstance(value, nn.Buffer) else nn.Parameter
+                setattr(self, name, kind(_unset(value, like.device) if empty else value))
+            for name, value in method.rebuilt(spec).items():
+                value = value.to(like) if value.is_floating_point() else value.to(like.device)
+                setattr(self, name, nn.Buffer(value, persistent=False))
+
+    @property
+    def factors(self) -> Factors:
+        """All tensors by name."""
+        return {**self._parameters, **self._buffers}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is trained."""
+        return next(self.parameters(recurse=False)).dtype
+
+    def penalty(self) -> Tensor | None:
+        """The method's term of the training loss, a scalar."""
+        return self.method.penalty(self.factors, self.spec)
+
+    def extra_repr(self):
+        return str(self.method)
+
+
+class WeightAdapter(Adapter):
+    """The map W -> phi(W), which ``torch.nn.utils.parametrize`` calls.
+
+    It is computed in the factors' dtype, outside autocast, and rounded once
+    to the weight's.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """phi(W), of the shape and dtype of ``weight``."""
+        device = weight.device.type
+        if device != 'meta' and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.map(weight, self.factors, self.dtype)
+        return self.map(weight, self.factors, self.dtype)
+
+    def in_double(self, weight: Tensor) -> Tensor:
+        """phi(W) computed in float64 and returned in it."""
+        factors = {k: v.double() if v.is_floating_point() else v for k, v in self.factors.items()}
+        return self.map(weight.double(), factors, torch.float64)
+
+    def map(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """phi(W) for given factors, computed in ``dtype``."""
+        adapted = self.method.apply(weight.to(dtype), factors, self.spec, self.training)
+        if self.spec.padding_idx is not None:
+            row = torch.arange(weight.shape[0], device=weight.device) == self.spec.padding_idx
+            adapted = torch.where(row[:, None], weight.to(dtype), adapted)
+        return adapted.to(weight.dtype)
+
+
+def _unset(value, device):
+    fill = float('nan') if value.is_floating_point() else 0
+    return torch.full(value.shape, fill, dtype=value.dtype, device=device)
