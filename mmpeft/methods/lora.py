@@ -26,6 +26,7 @@ from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
 from .base import Card, Factors, RankMethod, check_choice
+from .mpc import MPC
 
 
 def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:
@@ -57,6 +58,9 @@ class LoRA(RankMethod):
         alpha: dW is multiplied by alpha / rank.
         scale: In place of ``alpha``, the multiplier itself; 1 with neither.
         layout: How kernels become matrices, ``'loralib'`` or ``'channel'``.
+        mpc: Pattern constraint on the factors as a term of the loss, ``'o'``
+            or ``'d'`` (:mod:`.mpc`); None for none.
+        mpc_weight: Of that term.
     """
 
     card: ClassVar = Card(
@@ -72,10 +76,13 @@ class LoRA(RankMethod):
     alpha: float | None = None
     scale: float | None = None
     layout: str = 'loralib'
+    mpc: str | None = None
+    mpc_weight: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, 'layout', ('loralib', 'channel'))
+        check_choice(self, 'mpc', (None, *MPC))
         if not isinstance(self.rank, int):
             raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
         if self.alpha is not None and self.scale is not None:
@@ -97,6 +104,11 @@ class LoRA(RankMethod):
             'lora_A': weight.new_empty(inner, columns).uniform_(-bound, bound),
             'lora_B': weight.new_zeros(rows, inner),
         }
+
+    def penalty(self, factors, spec):
+        if self.mpc is None:
+            return None
+        return self.mpc_weight * MPC[self.mpc](factors['lora_B'], factors['lora_A'])
 
     def delta(self, factors, spec) -> Tensor:
         return torch.mm(factors['lora_B'], factors['lora_A']).view(spec.shape)
