@@ -1,6 +1,6 @@
 """How adapters hang on a network: parametrized weights, and modules with hooks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -38,20 +38,24 @@ def make_adapter(method: Method, spec, weight: Tensor, empty: bool = False) -> A
     return kind(method, spec, weight, empty)
 
 
-def share(adapters: Iterable[Adapter]) -> None:
-    """Let adapters hold in common what their method shares among them."""
-    held = {}
-    for adapter in adapters:
-        for name in adapter.method.shared:
-            own = getattr(adapter, name)
-            key = adapter.method, name, adapter.method.share_key(adapter.spec), own.dtype
-            setattr(adapter, name, held.setdefault(key, own))
+def share(adapter: Adapter, held: dict) -> None:
+    """Let an adapter hold in common what its method shares.
+
+    Args:
+        adapter: Takes what others hold already.
+        held: What was shared so far; the adapter's own is added.
+    """
+    for name in adapter.method.shared:
+        own = getattr(adapter, name)
+        key = adapter.method, name, adapter.method.share_key(adapter.spec), own.dtype, own.device
+        setattr(adapter, name, held.setdefault(key, own))
 
 
 def attach(layer: nn.Module, tensor: str, adapter: Adapter) -> None:
     """Put an adapter on a weight, or on a module's activations if ``tensor`` is ''."""
     adapter.train(layer.training)
     if tensor:
+        _own_class(layer)
         parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
         return
     holder = _holder(layer)
@@ -67,6 +71,7 @@ def detach(attachment: Attachment) -> None:
     """Take all adapters off a weight or module, which is then as it was."""
     layer, tensor = attachment.layer, attachment.tensor
     if tensor:
+        _own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
         return
     for adapter in attachment.adapters:
@@ -115,9 +120,11 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
-def count_parameters(adapters: Iterable[Adapter]) -> int:
-    """Parameters of some adapters, those held in common counted once."""
-    return sum({id(p): p.numel() for a in adapters for p in a.parameters()}.values())
+def _own_class(layer):
+    """torch puts properties on a parametrized layer's class, which its copies share."""
+    if parametrize.is_parametrized(layer):
+        kind = type(layer)
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
 
 
 def _holder(layer):

@@ -155,11 +155,12 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _make_adapters(sites, empty):
-    adapters = {}
+    adapters, held = {}, {}
     for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
         if site.identity not in adapters:
-            adapters[site.identity] = make_adapter(site.method, site.spec, site.weight, empty)
-    share(adapters.values())
+            adapter = make_adapter(site.method, site.spec, site.weight, empty)
+            share(adapter, held)
+            adapters[site.identity] = adapter
     return adapters
 
 

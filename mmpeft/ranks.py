@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
-from .attachment import count_parameters, make_adapter, share
 from .errors import UsageError
 from .methods import Method, Ranked
 from .places import Place
@@ -17,10 +17,16 @@ UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
 
 def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | Place]]) -> int:
     """Parameters of adapters of given methods on given weights, shared ones counted once."""
-    empty = torch.empty(0, device='meta')
-    adapters = [make_adapter(method, spec, empty.new_empty(spec.shape)) for method, spec in pairs]
-    share(adapters)
-    return count_parameters(adapters)
+    total, counted = 0, set()
+    for method, spec in pairs:
+        for name, value in method.init(torch.empty(spec.shape, device='meta'), spec).items():
+            shared = (method, name, method.share_key(spec)) if name in method.shared else None
+            if isinstance(value, nn.Buffer) or shared in counted:
+                continue
+            total += value.numel()
+            if shared:
+                counted.add(shared)
+    return total
 
 
 def parse_count(count: int | str) -> int:

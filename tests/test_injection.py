@@ -351,3 +351,18 @@ def test_the_layout_of_memory_is_kept():
 def test_removing_from_a_plain_model_does_nothing():
     model = Net()
     assert mmpeft.remove(model) is model and mmpeft.merge(model) is model
+
+
+@pytest.mark.parametrize('take_off', [mmpeft.merge, mmpeft.remove])
+def test_taking_adapters_off_a_copy_leaves_the_original(take_off):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    mmpeft.inject(model, dict(type='LoRA', rank=2))
+    randomize(model)
+    x = torch.randn(2, 4)
+    before = model(x)
+    copied = copy.deepcopy(model)
+    take_off(copied)
+    assert torch.equal(model(x), before) and type(copied[0]) is nn.Linear
+    further = copy.deepcopy(model)
+    mmpeft.inject(further, dict(type='BitFit'))
+    assert torch.equal(model(x), before) and torch.equal(further(x), before)

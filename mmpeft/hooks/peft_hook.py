@@ -106,7 +106,11 @@ class PEFTHook(Hook):
                 'without one. Use Runner.from_cfg(cfg) with optim_wrapper and param_scheduler in '
                 'it.'
             )
-        runner.optim_wrapper = runner.build_optim_wrapper(copy.deepcopy(runner.cfg.optim_wrapper))
+        config = copy.deepcopy(runner.cfg.optim_wrapper)
+        if config.get('paramwise_cfg'):
+            # Adapters may hold parameters in common, which mmengine else takes for a mistake.
+            config.paramwise_cfg.setdefault('bypass_duplicate', True)
+        runner.optim_wrapper = runner.build_optim_wrapper(config)
         scheduled, runner.param_schedulers = runner.param_schedulers is not None, None
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
         if scheduled:
