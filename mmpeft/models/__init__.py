@@ -1,5 +1,13 @@
 """Backbones that upstream lacks. Importing this needs timm."""
 
+from timm.layers import LayerNorm2d
+
+from mmpeft.registry import MODELS
+
+from .intern_vit import InternViT
 from .timm_backbone import TimmBackbone
 
-__all__ = ['TimmBackbone']
+__all__ = ['InternViT', 'TimmBackbone']
+
+# For norm_cfg=dict(type='mmpeft.LayerNorm2d'), as in the pyramid on InternViT.
+MODELS.register_module(module=LayerNorm2d)

@@ -1,0 +1,9 @@
+_base_ = [
+    '../_base_/models/upernet_internvit.py',
+    '../_base_/datasets/ade20k_504x504.py',
+    '../_base_/schedules/adamw_80k.py',
+    '../_base_/runtime_seg.py',
+    '../_base_/methods/full.py',
+]
+model = dict(backbone=dict(frozen_dtype='float32'))  # nothing is frozen
+default_hooks = dict(peft=_base_.peft)

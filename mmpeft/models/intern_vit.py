@@ -1,0 +1,312 @@
+"""InternViT: the vision transformers of InternVL (arXiv:2312.14238) as a backbone.
+
+Pre-norm blocks with layer scale, x + s1 * attn(norm1(x)), x + s2 * mlp(norm2(x)).
+In the 6B model all norms are RMS norms and queries and keys are normalised over
+the whole width before the heads are split. Parameter names are those of the
+official checkpoints.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from mmpeft.errors import UsageError, near
+from mmpeft.registry import MODELS
+
+from .intern_vit_weights import load_weights
+
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What tells the sizes of InternViT apart.
+
+    Attributes:
+        depth: Number of blocks.
+        width: Channels of a token.
+        heads: Of the attention.
+        hidden: Channels inside the MLP.
+        image_size: Pixels that the position embeddings were trained at.
+        patch_size: Pixels of a patch's side.
+        qk_norm: Normalise queries and keys over the whole width.
+        qkv_bias: Whether the attention's input projection has a bias.
+        norm: ``'rms'`` or ``'layer'``.
+        layer_scale: Initial value of s1 and s2.
+        eps: Of all norms.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    hidden: int
+    image_size: int = 448
+    patch_size: int = 14
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    norm: str = 'rms'
+    layer_scale: float = 0.1
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UsageError(f'InternViT: width={self.width} is no multiple of heads={self.heads}.')
+        if self.image_size % self.patch_size:
+            raise UsageError(
+                f'InternViT: image_size={self.image_size} is no multiple of '
+                f'patch_size={self.patch_size}.'
+            )
+        if self.norm not in NORMS:
+            raise UsageError(f'InternViT: norm={self.norm!r} is none of {", ".join(NORMS)}.')
+
+
+NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
+_6B = dict(width=3200, heads=25, hidden=12800)
+ARCHITECTURES = {
+    '6b-224px': Architecture(depth=48, image_size=224, **_6B),
+    '6b': Architecture(depth=48, **_6B),
+    '6b-45': Architecture(depth=45, **_6B),
+    '300m': Architecture(
+        depth=24, width=1024, heads=16, hidden=4096, qk_norm=False, qkv_bias=True, norm='layer'
+    ),
+}
+
+
+class Embeddings(nn.Module):
+    """Patches to tokens, the class token first, with position embeddings added."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.grid = arch.image_size // arch.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, arch.width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, self.grid**2 + 1, arch.width))
+        self.patch_embedding = nn.Conv2d(3, arch.width, arch.patch_size, arch.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 1 + H/p W/p, C)."""
+        patches = self.patch_embedding(images)
+        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.expand(len(tokens), -1, -1), tokens], 1)
+        return tokens + self.positions(*patches.shape[2:])
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings of a grid, bicubically resized; (1, 1 + height width, C)."""
+        if (height, width) == (self.grid, self.grid):
+            return self.position_embedding
+        first, rest = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        rest = rest.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        rest = F.interpolate(rest, (height, width), mode='bicubic', align_corners=False)
+        return torch.cat([first, rest.flatten(2).transpose(1, 2).to(first.dtype)], 1)
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.heads = arch.heads
+        self.qkv = nn.Linear(arch.width, 3 * arch.width, bias=arch.qkv_bias)
+        if arch.qk_norm:
+            self.q_norm = NORMS[arch.norm](arch.width, eps=arch.eps)
+            self.k_norm = NORMS[arch.norm](arch.width, eps=arch.eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.proj = nn.Linear(arch.width, arch.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.to(v.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.fc1 = nn.Linear(arch.width, arch.hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(arch.hidden, arch.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A transformer block; ``drop_path`` is its rate of stochastic depth."""
+
+    def __init__(self, arch: Architecture, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = NORMS[arch.norm](arch.width, eps=arch.eps)
+        self.attn = Attention(arch)
+        self.ls1 = nn.Parameter(torch.full((arch.width,), arch.layer_scale))
+        self.norm2 = NORMS[arch.norm](arch.width, eps=arch.eps)
+        self.mlp = Mlp(arch)
+        self.ls2 = nn.Parameter(torch.full((arch.width,), arch.layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)) * self.ls1)
+        return x + self.drop_path(self.mlp(self.norm2(x)) * self.ls2)
+
+
+@MODELS.register_module()
+class InternViT(BaseModule):
+    """Maps of some of the blocks, all at the resolution of the patches.
+
+    A pyramid for dense heads is made of them by mmseg's ``Feature2Pyramid``
+    (``rescales=[4, 2, 1, 0.5]``), as in InternVL's UperNet recipe; it trains,
+    and so is a neck of its own.
+
+    Args:
+        arch (str | dict): ``'6b'``, ``'6b-224px'``, ``'6b-45'``, ``'300m'``,
+            or the fields of :class:`Architecture`.
+        checkpoint (str, optional): Weights, read by :meth:`init_weights`: a
+            folder or an index of safetensors shards, or one file
+            (``.safetensors``, ``.pth``, ``.bin``), in the layout of the
+            official checkpoints or of transformers' own InternVL.
+        out_indices (Sequence[int], optional): Blocks whose output is returned;
+            the ends of four equal parts if None (11, 23, 35, 47 of 48).
+        drop_path (float): Stochastic depth rate of the deepest block.
+        with_cp (bool): Recompute blocks in backward.
+        frozen_dtype (str): ``'bfloat16'`` or ``'float16'`` hold the network in
+            half the memory of ``'float32'``; adapters stay in float32. For
+            weights that do not train.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        UsageError: An argument is unknown or does not fit.
+    """
+
+    def __init__(
+        self,
+        arch='6b',
+        checkpoint=None,
+        out_indices=None,
+        drop_path=0.0,
+        with_cp=False,
+        frozen_dtype='float32',
+        init_cfg=None,
+    ):
+        super().__init__(init_cfg)
+        self.arch = arch = _architecture(arch)
+        self.checkpoint = checkpoint
+        self.recomputes = with_cp
+        self.dtype = _dtype(frozen_dtype)
+        self.out_indices = _taps(arch.depth, out_indices)
+        rates = [drop_path * i / max(arch.depth - 1, 1) for i in range(arch.depth)]
+        with _building(self.dtype, empty=checkpoint is not None):
+            self.embeddings = Embeddings(arch)
+            self.encoder = nn.Module()
+            self.encoder.layers = nn.ModuleList(Block(arch, rate) for rate in rates)
+        if checkpoint is not None and torch.get_default_device().type != 'meta':
+            self.to_empty(device=torch.get_default_device())
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+
+    def init_weights(self):
+        """Load the checkpoint, or draw random weights where there is none.
+
+        Raises:
+            MissingFileError: The checkpoint, or one of its shards, does not exist.
+            UsageError: It is damaged or of another model.
+        """
+        if self._is_init:
+            return
+        self._is_init = True
+        if self.checkpoint is not None:
+            load_weights(self, self.checkpoint)
+            return
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the blocks ``out_indices``.
+
+        Args:
+            images: (N, 3, H, W); the patch size divides H and W.
+
+        Returns:
+            (N, C, H / p, W / p) for each, in the dtype of ``images``.
+
+        Raises:
+            UsageError: The patch size does not divide the images' size.
+        """
+        patch = self.arch.patch_size
+        height, width = images.shape[2:]
+        if height % patch or width % patch:
+            raise UsageError(
+                f'InternViT: images of {height}x{width} pixels cannot be cut into patches of '
+                f'{patch}. Set crop_size, the padding (data_preprocessor.size or size_divisor='
+                f'{patch}) and the test mode to multiples of {patch}, such as '
+                f'{-(-height // patch) * patch}x{-(-width // patch) * patch}.'
+            )
+        x = self.embeddings(images.to(self.dtype))
+        grid = height // patch, width // patch
+        maps = []
+        for index, block in enumerate(self.encoder.layers[: self.out_indices[-1] + 1]):
+            if self.recomputes and torch.is_grad_enabled():
+                x = recompute(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if index in self.out_indices:
+                tapped = x[:, 1:].to(images.dtype).transpose(1, 2)
+                maps.append(tapped.unflatten(2, grid).contiguous())
+        return tuple(maps)
+
+
+def _architecture(arch):
+    if isinstance(arch, Architecture):
+        return arch
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise UsageError(f'InternViT: there is no arch={arch!r}. {near(arch, ARCHITECTURES)}')
+        return ARCHITECTURES[arch]
+    known = Architecture.__dataclass_fields__
+    for key in arch:
+        if key not in known:
+            raise UsageError(f'InternViT: arch has no field {key!r}. {near(key, known)}')
+    missing = [k for k in ('depth', 'width', 'heads', 'hidden') if k not in arch]
+    if missing:
+        raise UsageError(f'InternViT: arch lacks {", ".join(missing)}.')
+    return Architecture(**arch)
+
+
+def _dtype(name):
+    if name not in DTYPES:
+        raise UsageError(f'InternViT: frozen_dtype={name!r} is unknown. {near(str(name), DTYPES)}')
+    return DTYPES[name]
+
+
+def _taps(depth, out_indices):
+    if out_indices is None:
+        return tuple(sorted({max(depth * part // 4 - 1, 0) for part in (1, 2, 3, 4)}))
+    taps = tuple(sorted(out_indices))
+    if not taps or taps[0] < 0 or taps[-1] >= depth:
+        raise UsageError(
+            f'InternViT: out_indices={tuple(out_indices)} must be blocks from 0 to {depth - 1}.'
+        )
+    return taps
+
+
+@contextmanager
+def _building(dtype, empty):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device('meta' if empty else torch.get_default_device()):
+            yield
+    finally:
+        torch.set_default_dtype(before)

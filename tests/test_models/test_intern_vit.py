@@ -1,0 +1,359 @@
+"""InternViT against transformers' own, its checkpoints, and what it is told wrongly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mmpeft
+from mmpeft.attachment import adapter_parameters
+from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.models.intern_vit import ARCHITECTURES, InternViT
+from mmpeft.models.intern_vit_weights import official_name, to_transformers
+
+ROOT = Path(__file__).parents[2]
+SMALL = dict(depth=4, width=32, heads=4, hidden=48, image_size=56)
+WITH_QK_NORM = dict(SMALL)
+WITHOUT = dict(SMALL, qk_norm=False, qkv_bias=True, norm='layer')
+
+
+def intern_vit(arch, **kwargs):
+    """With all parameters random, norms and scales too."""
+    torch.manual_seed(0)
+    model = InternViT(arch, **kwargs)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def reference(arch):
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    config = InternVLVisionConfig(
+        hidden_size=arch['width'],
+        num_hidden_layers=arch['depth'],
+        num_attention_heads=arch['heads'],
+        intermediate_size=arch['hidden'],
+        image_size=[arch['image_size']] * 2,
+        patch_size=[14, 14],
+        use_qk_norm=arch.get('qk_norm', True),
+        attention_bias=arch.get('qkv_bias', False),
+        norm_type='layer_norm' if arch.get('norm') == 'layer' else 'rms_norm',
+        layer_norm_eps=1e-6,
+        hidden_act='gelu',
+        use_mean_pooling=True,
+        attn_implementation='eager',
+    )
+    torch.manual_seed(1)
+    model = InternVLVisionModel(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(ours, theirs, size):
+    images = torch.randn(2, 3, *size)
+    hidden = {}
+    for index, layer in enumerate(theirs.encoder.layer):
+        layer.register_forward_hook(
+            lambda _, args, output, index=index: hidden.update({index: output})
+        )
+    theirs(images)
+    grid = size[0] // 14, size[1] // 14
+    for tap, result in zip(ours.out_indices, ours(images), strict=True):
+        expected = hidden[tap][0] if isinstance(hidden[tap], tuple) else hidden[tap]
+        expected = expected[:, 1:].transpose(1, 2).unflatten(2, grid)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('arch', [WITH_QK_NORM, WITHOUT], ids=['qk_norm', 'without'])
+@pytest.mark.parametrize('size', [(56, 56), (70, 42)])
+def test_equals_transformers_with_its_weights(arch, size, tmp_path):
+    theirs = reference(arch)
+    theirs.save_pretrained(tmp_path)
+    ours = InternViT(arch, checkpoint=str(tmp_path)).eval()
+    ours.init_weights()
+    compare(ours, theirs, size)
+
+
+@pytest.mark.parametrize('arch', [WITH_QK_NORM, WITHOUT], ids=['qk_norm', 'without'])
+def test_transformers_equals_it_with_our_weights(arch):
+    ours, theirs = intern_vit(arch), reference(arch)
+    mine = to_transformers(ours.state_dict())
+    missing, unexpected = theirs.load_state_dict(mine, strict=False)
+    assert not unexpected and set(missing) <= {'embeddings.mask_token'}
+    compare(ours, theirs, (56, 56))
+
+
+def layouts(state):
+    """The same weights as the several publishers name them."""
+
+    def segmentation(key):
+        for ours, theirs in {
+            'embeddings.class_embedding': 'cls_token',
+            'embeddings.position_embedding': 'pos_embed',
+            'embeddings.patch_embedding.': 'patch_embed.proj.',
+            'encoder.layers.': 'blocks.',
+        }.items():
+            key = key.replace(ours, theirs)
+        return f'{key}.gamma' if key.endswith(('ls1', 'ls2')) else key
+
+    return dict(
+        official=state,
+        prefixed={f'vision_model.{k}': v for k, v in state.items()},
+        inside_a_chat_model={
+            f'model.vision_tower.{k}': v for k, v in to_transformers(state).items()
+        }
+        | {'model.language_model.layers.0.mlp.weight': torch.zeros(2)},
+        segmentation={segmentation(k): v for k, v in state.items()},
+    )
+
+
+@pytest.mark.parametrize('layout', ['official', 'prefixed', 'inside_a_chat_model', 'segmentation'])
+@pytest.mark.parametrize('ending', ['safetensors', 'pth'])
+def test_layouts(layout, ending, tmp_path):
+    source = intern_vit(WITHOUT)
+    state = {k: v.contiguous() for k, v in layouts(source.state_dict())[layout].items()}
+    path = tmp_path / f'weights.{ending}'
+    if ending == 'pth':
+        torch.save(dict(module=state), path)
+    else:
+        save_file(state, path)
+    model = InternViT(WITHOUT, checkpoint=str(path))
+    model.init_weights()
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_name_that_is_no_part_of_the_network():
+    assert official_name('language_model.layers.0.weight') is None
+    assert official_name('vision_model.encoder.layer.3.attention.k_proj.bias') == (
+        'encoder.layers.3.attn.qkv.bias',
+        1,
+    )
+
+
+def shards(folder, state, count):
+    """Write a checkpoint in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map, keys = {}, list(state)
+    for i in range(count):
+        name = f'model-{i + 1:05}-of-{count:05}.safetensors'
+        part = {k: state[k].contiguous() for k in keys[i::count]}
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=weight_map)))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    source = intern_vit(SMALL)
+    shards(tmp_path / 'shards', source.state_dict(), 5)
+    return source, tmp_path / 'shards'
+
+
+def test_five_shards(sharded):
+    source, folder = sharded
+    for checkpoint in (folder, folder / 'model.safetensors.index.json'):
+        model = InternViT(SMALL, checkpoint=str(checkpoint))
+        model.init_weights()
+        for key, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+
+
+def damaged(folder, how):
+    shard = folder / 'model-00003-of-00005.safetensors'
+    if how == 'truncated':
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == 'missing':
+        shard.unlink()
+    elif how == 'no index':
+        (folder / 'model.safetensors.index.json').write_text('{"metadata": 1}')
+
+
+@pytest.mark.parametrize(
+    'how, error, text',
+    [
+        ('truncated', UsageError, 'model-00003-of-00005.safetensors is damaged'),
+        ('missing', MissingFileError, '1 of the 5 shards.*model-00003-of-00005.safetensors'),
+        ('no index', UsageError, 'is no index of safetensors shards'),
+    ],
+)
+def test_damaged_checkpoints_change_nothing(how, error, text, sharded):
+    _, folder = sharded
+    damaged(folder, how)
+    model = InternViT(SMALL, checkpoint=str(folder))
+    with pytest.raises(error, match=text):
+        model.init_weights()
+    assert not any(p.any() for p in model.parameters())
+
+
+def test_the_file_of_another_model(tmp_path):
+    save_file(intern_vit(WITHOUT).state_dict(), tmp_path / '300m.safetensors')
+    model = InternViT(SMALL, checkpoint=str(tmp_path / '300m.safetensors'))
+    with pytest.raises(UsageError) as error:
+        model.init_weights()
+    text = str(error.value)
+    assert '8 of 56 tensors are missing (such as encoder.layers.0.attn.q_norm.weight' in text
+    assert '12 unexpected (such as encoder.layers.0.attn.qkv.bias' in text and "'300m'" in text
+    with pytest.raises(MissingFileError, match='nothing.safetensors'):
+        InternViT(SMALL, checkpoint='nothing.safetensors').init_weights()
+
+
+def test_a_crop_that_the_patch_does_not_divide():
+    with pytest.raises(UsageError, match='images of 500x504 pixels.*504x504'):
+        intern_vit(SMALL)(torch.zeros(1, 3, 500, 504))
+
+
+@pytest.mark.parametrize(
+    'arguments, text',
+    [
+        (dict(arch='6B-v3'), "no arch='6B-v3'"),
+        (dict(arch=dict(SMALL, widht=3)), "Did you mean 'width'"),
+        (dict(arch=dict(depth=2)), 'lacks width, heads, hidden'),
+        (dict(arch=dict(SMALL, heads=5)), 'no multiple of heads'),
+        (dict(arch=dict(SMALL, image_size=50)), 'no multiple of patch_size'),
+        (dict(arch=SMALL, out_indices=(1, 4)), 'blocks from 0 to 3'),
+        (dict(arch=SMALL, frozen_dtype='half'), "frozen_dtype='half'"),
+    ],
+)
+def test_bad_arguments(arguments, text):
+    with pytest.raises(UsageError, match=text):
+        InternViT(**arguments)
+
+
+def test_parameters_of_the_published_models():
+    counts = {}
+    for name in ARCHITECTURES:
+        with torch.device('meta'):
+            counts[name] = sum(p.numel() for p in InternViT(name).parameters())
+    # A block: qkv and proj, two MLP layers, biases, four norms, two scales.
+    block = 4 * 3200**2 + 3200 + 2 * 3200 * 12800 + 12800 + 3200 + 6 * 3200
+    stem = 3200 * (3 * 14**2 + 1) + 3200
+    assert counts['6b'] == 48 * block + stem + (32**2 + 1) * 3200
+    assert counts['6b-224px'] == 48 * block + stem + (16**2 + 1) * 3200
+    assert counts['6b-45'] == 45 * block + stem + (32**2 + 1) * 3200
+    assert counts['300m'] == 304_012_288
+
+
+def test_taps():
+    with torch.device('meta'):
+        assert InternViT('6b').out_indices == (11, 23, 35, 47)
+        assert InternViT('300m').out_indices == (5, 11, 17, 23)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('method', ['FLoRA', 'LieRA', 'DoRA', 'BitFit'])
+def test_frozen_in_half_the_memory(dtype, amp, method):
+    model = InternViT(SMALL, frozen_dtype=dtype)
+    model.init_weights()
+    mmpeft.inject(model, dict(type=method))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {getattr(torch, dtype)}
+    assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
+    with torch.autocast('cpu', getattr(torch, dtype), enabled=amp):
+        maps = model(torch.randn(1, 3, 56, 56))
+    assert {m.dtype for m in maps} == {torch.float32}
+    sum(m.square().mean() for m in maps).backward()
+    gradients = [p.grad for p in adapter_parameters(model)]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_half_precision_is_near_single():
+    images = torch.randn(1, 3, 56, 56)
+    source = intern_vit(SMALL)
+    single = source(images)
+    half = InternViT(SMALL, frozen_dtype='bfloat16').eval()
+    half.load_state_dict(source.state_dict())
+    for a, b in zip(half(images), single, strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 0.03
+
+
+@pytest.mark.parametrize('method', ['FLoRA', 'LieRA', 'LoRA', 'DoRA', 'BitFit', 'HoulsbyAdapter'])
+def test_recomputation_gives_the_adapters_the_same_gradients(method):
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = InternViT(SMALL, with_cp=with_cp, drop_path=0.3)
+        model.init_weights()
+        mmpeft.inject(model, dict(type=method))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapter_parameters(model):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        torch.manual_seed(2)
+        sum(m.square().mean() for m in model(torch.randn(2, 3, 56, 56))).backward()
+        gradients.append([p.grad for p in adapter_parameters(model)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain.any()
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_recomputation_saves_memory():
+    saved = {}
+    for with_cp in (False, True):
+        model = InternViT(SMALL, with_cp=with_cp)
+        mmpeft.inject(model, dict(type='BitFit'))
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randn(2, 3, 56, 56))
+        saved[with_cp] = sum(sizes.values())
+    assert saved[True] < 0.5 * saved[False]
+
+
+def test_injection_adds_no_copy_of_a_frozen_weight():
+    model = intern_vit(SMALL)
+    before = {p.data_ptr() for p in model.parameters()}
+    mmpeft.inject(model, dict(type='FLoRA', rank=2))
+    adapters = {id(p) for p in adapter_parameters(model)}
+    frozen = [p for p in model.parameters() if id(p) not in adapters]
+    assert {p.data_ptr() for p in frozen} == before and len(frozen) == len(before)
+    assert sum(p.numel() for p in adapter_parameters(model)) < 0.5 * sum(p.numel() for p in frozen)
+
+
+@pytest.mark.slow
+def test_loading_takes_the_model_and_one_shard(tmp_path):
+    arch = dict(depth=20, width=512, heads=8, hidden=4096)
+    with torch.device('meta'):
+        empty = InternViT(arch, frozen_dtype='bfloat16').state_dict()
+    state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in empty.items()}
+    keys = sorted(state)  # shards of equal size, as publishers cut them
+    shards(tmp_path, {k: state[k] for k in keys}, 5)
+    shards(tmp_path / 'warm_up', intern_vit(SMALL).state_dict(), 5)
+    script = tmp_path / 'load.py'
+    script.write_text(
+        'from mmpeft.models.intern_vit import InternViT\n'
+        'def kib(name):\n'
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        '    return next(int(l.split()[1]) for l in lines if l.startswith(name))\n'
+        f'InternViT({SMALL!r}, checkpoint={str(tmp_path / "warm_up")!r}).init_weights()\n'
+        f'model = InternViT({arch!r}, checkpoint={str(tmp_path)!r}, frozen_dtype="bfloat16")\n'
+        'built = kib("VmRSS")\n'
+        'model.init_weights()\n'
+        'size = sum(p.numel() * p.element_size() for p in model.parameters())\n'
+        'print("RESULT", 1024 * (kib("VmHWM") - built), size)\n'
+    )
+    run = subprocess.run(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+    )
+    grown, size = map(int, run.stdout.split('RESULT')[1].split())
+    shard = max(path.stat().st_size for path in tmp_path.glob('*.safetensors'))
+    assert size > 150e6
+    assert grown <= shard + 4e6  # and what the interpreter takes meanwhile
