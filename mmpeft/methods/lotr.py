@@ -1,0 +1,100 @@
+"""LoTR: low tensor rank adaptation (arXiv:2402.01376).
+
+    dW_l = G_l x_1 A x_2 B
+
+The weights of one shape are stacked to a tensor, whose Tucker-2 form has A and
+B in common and a small core for each weight l. A and B act on the two channel
+modes of the stored weight, and the core of a kernel keeps the kernel's axes,
+which the paper has none of.
+
+The core starts at zero, A and B Gaussian with standard deviation 1 / sqrt(r)
+of their own r columns, as FLoRA's factors here. At the start that is the
+published code, which divides by r what it multiplies with standard Gaussians:
+an Adam step on the core moves the entries of W by about ``scale`` times the
+learning rate whatever the rank. The factor of a mode of size 1 starts at 1.
+
+The paper stacks the weights that one chooses (query and value of all blocks);
+here all those of equal shape and role share, unless ``targets.overrides``
+gives some of them other arguments.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+
+from .base import Card, Factors, RankMethod, gaussian
+
+
+def tucker2(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """G x_1 A x_2 B (LoTR).
+
+    Args:
+        core: G (r, s, *kernel).
+        left: A (n, r).
+        right: B (m, s).
+
+    Returns:
+        (n, m, *kernel).
+    """
+    half = torch.tensordot(right, core, dims=([1], [1]))
+    return torch.tensordot(left, half, dims=([1], [1]))
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class LoTR(RankMethod):
+    """A small core for each weight between factors that equal weights share.
+
+    Attributes:
+        rank: Of both channel modes, capped by their sizes.
+        scale: dW is multiplied by it.
+        init_std: Standard deviation of A and B; 1 / sqrt(rank) if None.
+    """
+
+    card: ClassVar = Card(
+        family='extension',
+        formula='Wₗ + s · Gₗ ×₁A ×₂B, A and B shared by all weights of a shape',
+        trains='cores Gₗ (zero), shared A and B (Gaussian)',
+        paper='LoTR (arXiv:2402.01376)',
+        cost='Two small products to build the update.',
+        suits='Deep networks of equal blocks: a further block adds its cores alone.',
+    )
+
+    shared: ClassVar = ('lotr_A', 'lotr_B')
+
+    scale: float = 1.0
+    init_std: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rank, int):
+            raise UsageError(f'LoTR: rank={self.rank!r} must be one integer.')
+
+    @property
+    def scaling(self):
+        return self.scale
+
+    def max_rank(self, spec):
+        return max(spec.shape[:2])
+
+    def share_key(self, spec):
+        return tuple(spec.shape), spec.input_first, spec.groups
+
+    def init(self, weight, spec) -> Factors:
+        def factor(size):
+            if size == 1:
+                return weight.new_ones(1, 1)
+            rank = min(self.rank, size)
+            return gaussian(weight, size, rank, std=self.init_std or rank**-0.5)
+
+        left, right = map(factor, spec.shape[:2])
+        core = weight.new_zeros(left.shape[1], right.shape[1], *spec.kernel_size)
+        return {'lotr_A': left, 'lotr_B': right, 'core': core}
+
+    def delta(self, factors, spec) -> Tensor:
+        return tucker2(factors['core'], factors['lotr_A'], factors['lotr_B'])
