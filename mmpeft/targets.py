@@ -183,7 +183,7 @@ def _overridden(method, overrides, name):
                         f'targets.overrides[{pattern!r}]: {type(method).__name__} has no argument '
                         f'{argument!r}. {near(argument, known)}'
                     )
-            if 'rank' in arguments:
+            if 'rank' in arguments and 'budget' in known:
                 arguments = dict(budget=None) | arguments
             method = replace(method, **arguments)
     return method

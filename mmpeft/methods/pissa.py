@@ -1,0 +1,139 @@
+"""PiSSA and MiLoRA: LoRA that starts at singular triplets (arXiv:2404.02948, arXiv:2406.09044).
+
+    W' = (W - s B0 A0) + s B A          the papers' form: residual and adapter
+       = W + s (B A - B0 A0)            dW = B A - B0 A0
+
+    s B0 A0 = U_r S_r V_r^T,   B0 = U_r (S_r / s)^1/2,   A0 = (S_r / s)^1/2 V_r^T
+
+PiSSA takes the r largest singular values of the pretrained weight, MiLoRA the
+r smallest. The decomposition is taken once. The second form leaves the base
+as it is and starts at W to the last bit whatever the decomposition's error;
+with ``update='lie'`` it is the dW that LieRA applies.
+
+What is trained are the differences of A and B from A0 and B0, which start at
+zero. For an optimizer without weight decay, as in PiSSA's paper, this is the
+same; with it, A and B are drawn to the pretrained weight, where the papers'
+form would draw a part of W itself to zero.
+
+The decomposition is one of a matrix. Layout ``channel`` unfolds the stored
+kernel along its first mode. ``loralib`` decomposes the matrix that
+:mod:`.lora` reshapes a kernel to: it mixes the kernel's axes with the
+channels and is no natural matrix, so its triplets mean little.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+
+from .base import Card, Factors
+from .decomposition import Triplets, leading, trailing
+from .lora import LoRA, matrix_shape
+
+COST = 'Two products to build the update. The file holds A₀ and B₀ beside what was trained.'
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingularLoRA(LoRA):
+    """LoRA whose factors start at singular triplets of the weight.
+
+    Subclasses choose the triplets.
+
+    Attributes:
+        rank: r, capped by the smaller side of each weight's matrix.
+        layout: How kernels become matrices, ``'channel'`` or ``'loralib'``.
+    """
+
+    layout: str = 'channel'
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scaling <= 0:
+            raise UsageError(
+                f'{type(self).__name__}: a scale of {self.scaling} cannot divide singular values. '
+                'Give a positive alpha or scale, or leave both out.'
+            )
+
+    def triplets(self, matrix: Tensor, rank: int) -> Triplets:
+        """U (n, rank), S (rank,) and V^T (rank, m) of a matrix (n, m)."""
+        raise NotImplementedError
+
+    def max_rank(self, spec):
+        rows, inner, columns = matrix_shape(spec, 1, self.layout)
+        return max(1, min(rows, columns) // inner)
+
+    def init(self, weight, spec) -> Factors:
+        rows, inner, columns = matrix_shape(spec, self.rank, self.layout)
+        matrix = weight.reshape(rows, columns)
+        left, values, right = self.triplets(matrix, min(inner, rows, columns))
+        root = (values / self.scaling).sqrt()
+        return {
+            'lora_A': torch.zeros_like(right),
+            'lora_B': torch.zeros_like(left),
+            'start_A': nn.Buffer(root[:, None] * right),
+            'start_B': nn.Buffer(left * root),
+        }
+
+    def penalty(self, factors, spec):
+        moved = {f'lora_{x}': factors[f'start_{x}'] + factors[f'lora_{x}'] for x in 'AB'}
+        return super().penalty(moved, spec)
+
+    def delta(self, factors, spec):
+        moved = factors['start_A'] + factors['lora_A']
+        delta = torch.mm(factors['lora_B'], moved)
+        return delta.addmm(factors['start_B'], factors['lora_A']).view(spec.shape)
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class PiSSA(SingularLoRA):
+    """LoRA from the largest singular values.
+
+    Attributes:
+        niter: Power iterations of a randomised decomposition, for large
+            weights; the paper's choices are 1 to 16. Exact if None.
+    """
+
+    card: ClassVar = Card(
+        family='combination',
+        formula='W + s · (B A − B₀ A₀)',
+        trains='A, B as differences (zero) from the r largest singular triplets B₀ A₀',
+        paper='PiSSA (arXiv:2404.02948)',
+        cost=COST,
+        suits='Fast fitting: the strongest directions of the weight train.',
+    )
+
+    niter: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.niter is not None and (not isinstance(self.niter, int) or self.niter < 0):
+            raise UsageError(
+                f'PiSSA: niter={self.niter!r} must be a number of power iterations, such as 4, or '
+                'None for the exact decomposition.'
+            )
+
+    def triplets(self, matrix, rank):
+        return leading(matrix, rank, self.niter)
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class MiLoRA(SingularLoRA):
+    """LoRA from the smallest singular values."""
+
+    card: ClassVar = Card(
+        family='combination',
+        formula='W + s · (B A − B₀ A₀)',
+        trains='A, B as differences (zero) from the r smallest singular triplets B₀ A₀',
+        paper='MiLoRA (arXiv:2406.09044)',
+        cost=COST,
+        suits='Keeping what was learnt: the directions that the weight uses least train.',
+    )
+
+    def triplets(self, matrix, rank):
+        return trailing(matrix, rank)

@@ -1,0 +1,116 @@
+"""IA3, SSL and SSB: a scale for each channel (arXiv:2205.05638, arXiv:2407.05417).
+
+    W' = D1 W D2            Subspace tuning, Eq. 7
+
+with W as torch stores it, (out, in), and D1, D2 diagonal; the papers write
+x W, and so their left is our right.
+
+IA3     D2 = 1: the output channels are scaled
+SSL     D1 = 1: the input channels are scaled
+SSB     both
+
+What is trained is the difference of each scale from one, which starts at
+zero. A kernel keeps its axes: all positions of a channel share its scale, and
+a grouped convolution has one scale a channel over all groups.
+
+Two remarks on IA3's paper. Its third vector scales what goes into the second
+layer of an MLP, behind the non-linearity: that is SSL on that layer. Subspace
+tuning's experiments scale the output of the first instead. And a bias, which
+the paper's models do not have, is not scaled.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmpeft.registry import METHODS
+from mmpeft.weights import WeightSpec
+
+from .base import Card, Method
+from .dora import per_output
+
+
+def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
+    """A number for each input channel, shaped to multiply the weight.
+
+    Args:
+        values: (in_features,)
+        spec: The weight's role; a grouped convolution's rows see the channels
+            of their own group.
+
+    Returns:
+        Broadcastable to ``spec.shape``.
+    """
+    ones = (1,) * len(spec.kernel_size)
+    if spec.input_first:
+        return values.view(-1, 1, *ones)
+    rows = values.view(spec.groups, 1, -1).expand(-1, spec.shape[0] // spec.groups, -1)
+    return rows.reshape(spec.shape[0], -1, *ones)
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """A trained scale of each output channel."""
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='D₁ W, D₁ = 1 + diag(d₁)',
+        trains='difference d₁ from a scale of one of each output channel (zero)',
+        paper='(IA)³ (arXiv:2205.05638); Subspace tuning, Eq. 7 (arXiv:2407.05417)',
+        cost='One elementwise product.',
+        suits='Budgets below a thousandth of the model.',
+    )
+
+    def init(self, weight, spec):
+        return {'shift_out': weight.new_zeros(spec.out_features)}
+
+    def apply(self, weight, factors, spec, training=False):
+        return weight * (1 + per_output(factors['shift_out'], spec))
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class SSL(Method):
+    """A trained scale of each input channel."""
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='W D₂, D₂ = 1 + diag(d₂)',
+        trains='difference d₂ from a scale of one of each input channel (zero)',
+        paper='Subspace tuning, Eq. 7 (arXiv:2407.05417)',
+        cost='One elementwise product.',
+        suits='The smallest budgets on layers that widen; half of IA3 where it was published.',
+    )
+
+    def init(self, weight, spec):
+        return {'shift_in': weight.new_zeros(spec.in_features)}
+
+    def apply(self, weight, factors, spec, training=False):
+        return weight * (1 + per_input(factors['shift_in'], spec))
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class SSB(Method):
+    """A trained scale of each output and of each input channel."""
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='D₁ W D₂, D = 1 + diag(d)',
+        trains='differences d₁, d₂ from scales of one of output and input channels (zero)',
+        paper='Subspace tuning, Eq. 7 (arXiv:2407.05417)',
+        cost='Two elementwise products.',
+        suits='Budgets below a thousandth of the model; the strongest of IA3, SSL and SSB.',
+    )
+
+    def init(self, weight, spec):
+        return {
+            'shift_out': weight.new_zeros(spec.out_features),
+            'shift_in': weight.new_zeros(spec.in_features),
+        }
+
+    def apply(self, weight, factors, spec, training=False):
+        rows = 1 + per_output(factors['shift_out'], spec)
+        return weight * rows * (1 + per_input(factors['shift_in'], spec))

@@ -1,0 +1,68 @@
+"""Spectral Adapter: the top singular vectors train (arXiv:2405.13952).
+
+    W' = [U_r + A, U_rest] S [V_r + B, V_rest]^T            Subspace tuning, Eq. 32
+       = W + A S_r V_r^T + U_r S_r B^T + A S_r B^T          Eq. 33
+
+for the r largest singular triplets of the pretrained weight, taken once. A and
+B start at zero; both have a gradient from the first step. This is the paper's
+additive variant. Kernels are unfolded along the first mode of the stored
+weight. B is held transposed, (r, m), as LoRA's A.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+
+from .base import Card, Factors, RankMethod
+from .decomposition import channel_matrix, leading
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class SpectralAdapter(RankMethod):
+    """Trained shifts of the top left and right singular vectors.
+
+    Attributes:
+        rank: r, capped by the smaller side of each weight's matrix.
+    """
+
+    card: ClassVar = Card(
+        family='combination',
+        formula='[Uᵣ + A, U₋ᵣ] Σ [Vᵣ + B, V₋ᵣ]ᵀ',
+        trains='shifts A, B of the top r singular vectors (zero)',
+        paper='Spectral Adapter (arXiv:2405.13952); Subspace tuning, Eq. 32 and 33',
+        cost='Two products to build the update. The file holds the r triplets beside A and B.',
+        suits='Adapters that stay close to the pretrained spectrum.',
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rank, int):
+            raise UsageError(f'SpectralAdapter: rank={self.rank!r} must be one integer.')
+
+    def max_rank(self, spec):
+        return min(spec.shape[0], spec.numel // spec.shape[0])
+
+    def init(self, weight, spec) -> Factors:
+        left, values, right = leading(
+            channel_matrix(weight, spec), min(self.rank, self.max_rank(spec))
+        )
+        return {
+            'shift_left': torch.zeros_like(left),
+            'shift_right': torch.zeros_like(right),
+            'left': nn.Buffer(left),
+            'values': nn.Buffer(values),
+            'right': nn.Buffer(right),
+        }
+
+    def delta(self, factors, spec):
+        values = factors['values']
+        shifted = torch.mm(
+            factors['shift_left'] * values, factors['right'] + factors['shift_right']
+        )
+        return shifted.addmm(factors['left'] * values, factors['shift_right']).view(spec.shape)
