@@ -28,10 +28,14 @@ EXTRAS = {
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
     'dev': [
         'hypothesis>=6',
+        'lycoris-lora>=4.1',
+        'mat4py',  # mmpretrain's multimodal models, which it imports beside transformers
         'onedl-mmpretrain>=1.3.6,<2',
+        'peft>=0.21',
         'pytest>=8',
         'ruff>=0.12',
         'scikit-learn>=1.5',
+        'transformers>=4.53,<5',  # mmpretrain does not import beside transformers 5
     ],
 }
 EXTRAS['all'] = sorted({need for needs in EXTRAS.values() for need in needs})

@@ -99,7 +99,7 @@ class PiSSA(SingularLoRA):
     """
 
     card: ClassVar = Card(
-        family='combination',
+        family='extension',
         formula='W + s · (B A − B₀ A₀)',
         trains='A, B as differences (zero) from the r largest singular triplets B₀ A₀',
         paper='PiSSA (arXiv:2404.02948)',
@@ -127,7 +127,7 @@ class MiLoRA(SingularLoRA):
     """LoRA from the smallest singular values."""
 
     card: ClassVar = Card(
-        family='combination',
+        family='extension',
         formula='W + s · (B A − B₀ A₀)',
         trains='A, B as differences (zero) from the r smallest singular triplets B₀ A₀',
         paper='MiLoRA (arXiv:2406.09044)',

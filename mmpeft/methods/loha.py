@@ -1,0 +1,148 @@
+"""LoHa: an elementwise product of two low-rank updates (arXiv:2108.06098).
+
+    dW = (B1 A1) * (B2 A2)                              FedPara, Prop. 1
+    dW = (T1 x_1 B1 x_2 A1') * (T2 x_1 B2 x_2 A2')      FedPara, Prop. 3
+
+over the modes of the stored weight. FedPara shares such weights between
+clients; LyCORIS (arXiv:2309.14859) fine-tunes with them. The product of two
+matrices of rank r has rank up to r^2, hence r^2 for the parameters of a LoRA
+of rank 2 r. Two layouts treat a kernel:
+
+``tucker``   Keeps its axes, which the cores T of size (r, r, *kernel) hold. A
+             kernel of one element is a matrix.
+``channel``  The stored weight unfolded along its first mode, as LoRA's.
+
+The start is LyCORIS': B2 is zero, B1 and T Gaussian with standard deviation
+0.1, A1 and A2 with 1. A factor that is a single number, that of a depthwise
+kernel's second mode, starts at its standard deviation. Ranks are capped by the
+sizes of the modes. ``alpha / rank`` is applied once (LyCORIS squares it when it
+merges).
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+from mmpeft.weights import WeightSpec
+
+from .base import Card, Factors, RankMethod, check_choice, gaussian
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledRankMethod(RankMethod):
+    """A method of one rank whose update is multiplied as LoRA's.
+
+    Attributes:
+        rank: r.
+        alpha: dW is multiplied by alpha / rank.
+        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
+        layout: ``'tucker'`` or ``'channel'``.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    scale: float | None = None
+    layout: str = 'tucker'
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self, 'layout', ('tucker', 'channel'))
+        if not isinstance(self.rank, int):
+            raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
+        if self.alpha is not None and self.scale is not None:
+            raise UsageError(
+                f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
+                'thing (scale = alpha / rank). Give one of them.'
+            )
+
+    @property
+    def scaling(self):
+        if self.scale is not None:
+            return self.scale
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def keeps_axes(self, spec: WeightSpec) -> bool:
+        """Whether the weight has a kernel whose axes stay apart."""
+        return self.layout == 'tucker' and prod(spec.kernel_size) > 1
+
+
+def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
+    """B A, or T x_1 B x_2 A' (FedPara, Eq. 1 and Prop. 3).
+
+    Args:
+        up: B (n, r).
+        down: A (s, m), with s equal to r without a core.
+        core: T (r, s, *kernel).
+
+    Returns:
+        (n, m, *kernel).
+    """
+    if core is None:
+        return torch.mm(up, down)
+    return torch.einsum('ir,rs...,sj->ij...', up, core, down)
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class LoHa(ScaledRankMethod):
+    """Hadamard product of two low-rank updates.
+
+    Attributes:
+        rank: r, of each of the two.
+        alpha: dW is multiplied by alpha / rank.
+        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
+        layout: ``'tucker'`` keeps the axes of a kernel, ``'channel'`` does not.
+    """
+
+    card: ClassVar = Card(
+        family='extension',
+        formula='W + s · (B₁A₁) ∗ (B₂A₂)',
+        trains='B₁, A₁, A₂ and the cores of kernels (Gaussian), B₂ (zero)',
+        paper='FedPara, Prop. 1 and 3 (arXiv:2108.06098); LyCORIS (arXiv:2309.14859)',
+        cost='Two products to build the update, both of the size of the weight.',
+        suits='Updates of high rank from few parameters: rank r² for those of a LoRA of 2 r.',
+    )
+
+    def ranks(self, spec: WeightSpec) -> tuple[int, int]:
+        """Columns of B and rows of A."""
+        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+        if self.keeps_axes(spec):
+            return min(self.rank, rows), min(self.rank, spec.shape[1])
+        return (min(self.rank, rows, columns),) * 2
+
+    def max_rank(self, spec):
+        if self.keeps_axes(spec):
+            return max(spec.shape[:2])
+        return min(spec.shape[0], spec.numel // spec.shape[0])
+
+    def init(self, weight, spec) -> Factors:
+        def factor(*shape, std=1.0):
+            if prod(shape) == 1:
+                return weight.new_full(shape, std)
+            return gaussian(weight, *shape, std=std)
+
+        rank, inner = self.ranks(spec)
+        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+        factors = {}
+        if self.keeps_axes(spec):
+            columns = spec.shape[1]
+            for name in ('loha_T1', 'loha_T2'):
+                factors[name] = factor(rank, inner, *spec.kernel_size, std=0.1)
+        return factors | {
+            'loha_B1': factor(rows, rank, std=0.1),
+            'loha_A1': factor(inner, columns),
+            'loha_B2': weight.new_zeros(rows, rank),
+            'loha_A2': factor(inner, columns),
+        }
+
+    def delta(self, factors, spec) -> Tensor:
+        one, two = (
+            low_rank(factors[f'loha_B{i}'], factors[f'loha_A{i}'], factors.get(f'loha_T{i}'))
+            for i in (1, 2)
+        )
+        return (one * two).view(spec.shape)
