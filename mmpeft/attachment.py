@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import execution
 from .methods import ActivationAdapter, ActivationMethod, Adapter, Method, WeightAdapter
 from .weights import ADAPTERS, PARAMETRIZATIONS, layers
 
@@ -57,6 +58,7 @@ def attach(layer: nn.Module, tensor: str, adapter: Adapter) -> None:
     if tensor:
         _own_class(layer)
         parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
+        execution.enable(layer)
         return
     holder = _holder(layer)
     if not hasattr(holder, ADAPTERS):
@@ -73,6 +75,7 @@ def detach(attachment: Attachment) -> None:
     if tensor:
         _own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+        execution.enable(layer)
         return
     for adapter in attachment.adapters:
         while adapter.handles:
@@ -122,6 +125,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _own_class(layer):
     """torch puts properties on a parametrized layer's class, which its copies share."""
+    execution.disable(layer)
     if parametrize.is_parametrized(layer):
         kind = type(layer)
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))

@@ -1,7 +1,6 @@
 """From a parameter budget to ranks, and ranks that make sense."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -129,6 +128,6 @@ def _capped(site, max_share):
             f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
         )
     rank = largest(
-        lambda r: adapters_size([(replace(method, rank=r), site.spec)]) <= limit, 1, method.rank
+        lambda r: adapters_size([(method.with_rank(r), site.spec)]) <= limit, 1, method.rank
     )
-    return replace(method, rank=rank)
+    return method.with_rank(rank)

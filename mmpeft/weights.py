@@ -47,6 +47,16 @@ class WeightSpec:
         return self.shape.numel()
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all outputs see all inputs: (out, in, *kernel)."""
+        return self.groups == 1 and not self.input_first and len(self.shape) > 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is (out, in), with a kernel of 1 at most."""
+        return self.is_plain and all(size == 1 for size in self.kernel_size)
+
+    @property
     def input_first(self) -> bool:
         """Whether the stored tensor has the input mode before the output mode."""
         return self.transposed or 'embedding' in self.kinds

@@ -1,4 +1,4 @@
-"""The two tables that the invariants run over: methods and layers."""
+"""The tables that the invariants run over: methods, and the layers and networks that they adapt."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,13 @@ METHODS = dict(
         type='DiffPruning', structured=True, start=0.6, gate_speed=1.0, sample=False
     ),
     fish=dict(type='FISH', share=0.2, samples=2),
+    houlsby=dict(type='HoulsbyAdapter', rank=2),
+    pfeiffer=dict(type='PfeifferAdapter', rank=3, activation='swish'),
+    parallel=dict(type='ParallelAdapter', rank=2),
+    parallel_smooth=dict(type='ParallelAdapter', rank=3, activation='gelu', scale=0.5),
+    scaled_parallel=dict(type='ScaledParallelAdapter', rank=2),
+    vpt=dict(type='VPT', tokens=3),
+    vpt_deep=dict(type='VPT', tokens=2, deep=True),
     bitfit=dict(type='BitFit'),
     frozen=dict(type='Frozen'),
     full=dict(type='Full'),
@@ -135,6 +142,148 @@ LAYERS = dict(
     attention_kdim=Layer(lambda: SelfAttention(kdim=4, vdim=4), (2, 5, 8)),
 )
 KINDS = ('conv', 'linear', 'embedding')
+
+
+class Attention(nn.Module):
+    """Of four heads; over all tokens, or with a table of positions as over windows."""
+
+    def __init__(self, width, window=0):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if window:
+            self.relative_position_bias_table = nn.Parameter(torch.randn(window, window))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + getattr(self, 'relative_position_bias_table', 0)
+        y = scores.softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class TorchAttention(nn.MultiheadAttention):
+    """Returns a tuple."""
+
+    def __init__(self, width):
+        super().__init__(width, 4, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x, x, x)
+
+
+def mlp(width):
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, attention, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn, self.mlp = attention, mlp(width)
+
+    def attend(self, x):
+        y = self.attn(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    def forward(self, x):
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class WindowBlock(TransformerBlock):
+    """On (N, H, W, C) with windows of 2x2."""
+
+    def __init__(self, width):
+        super().__init__(Attention(width, window=4), width)
+
+    def attend(self, x):
+        n, h, w, c = x.shape
+        windows = x.view(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(-1, 4, c)
+        y = super().attend(windows)
+        return y.view(n, h // 2, w // 2, 2, 2, c).transpose(2, 3).reshape(x.shape)
+
+
+class Patches(nn.Module):
+    """Cuts images into channels-last maps, or sequences, of patches of 2x2."""
+
+    def __init__(self, width, flat):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, 2, 2)
+        self.flat = flat
+
+    def forward(self, x):
+        y = self.proj(x).permute(0, 2, 3, 1)
+        return y.flatten(1, 2) if self.flat else y
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width, channels_last):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.GroupNorm(1, width)
+        self.channels_last = channels_last
+        self.mlp = mlp(width) if channels_last else conv_mlp(width)
+
+    def forward(self, x):
+        y = self.norm(self.conv_dw(x))
+        if self.channels_last:
+            return x + self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.mlp(y)
+
+
+def conv_mlp(width):
+    return nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1))
+
+
+class Bottleneck(nn.Module):
+    """ResNeXt's, with a shortcut where it changes the map."""
+
+    def __init__(self, width, out, stride):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, 4, 1), nn.GroupNorm(1, 4)
+        self.conv2 = nn.Conv2d(4, 4, 3, stride, padding=1, groups=2)
+        self.norm2 = nn.GroupNorm(1, 4)
+        self.conv3, self.norm3 = nn.Conv2d(4, out, 1), nn.GroupNorm(1, out)
+        changes = width != out or stride != 1
+        self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride)) if changes else None
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x)).tanh()
+        y = self.norm2(self.conv2(y)).tanh()
+        y = self.norm3(self.conv3(y))
+        return (y + (x if self.downsample is None else self.downsample(x))).tanh()
+
+
+# Small networks for methods that act on activations.
+BLOCKS = dict(
+    vit=Layer(
+        lambda: nn.Sequential(
+            Patches(8, flat=True),
+            TransformerBlock(Attention(8), 8),
+            TransformerBlock(TorchAttention(8), 8),
+        ),
+        (2, 3, 4, 6),
+    ),
+    convnext=Layer(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 2, 2),
+            ConvNeXtBlock(6, channels_last=True),
+            ConvNeXtBlock(6, channels_last=False),
+        ),
+        (2, 3, 8, 6),
+    ),
+    resnet=Layer(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Bottleneck(4, 6, 2), Bottleneck(6, 6, 1)),
+        (2, 3, 8, 7),
+    ),
+    swin=Layer(
+        lambda: nn.Sequential(Patches(8, flat=False), WindowBlock(8), WindowBlock(8)),
+        (2, 3, 8, 4),
+    ),
+)
+# Networks without a place for a method, and those where it does not start as the identity.
+NO_PLACE = {('ScaledParallelAdapter', 'resnet'), ('VPT', 'swin')}
+NO_IDENTITY = {('VPT', 'vit')}
 
 
 def randomize(model, std=0.3):

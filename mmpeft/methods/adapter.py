@@ -46,6 +46,11 @@ class Adapter(nn.Module):
         """Of what is trained."""
         return next(self.parameters(recurse=False)).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Of what is trained."""
+        return next(self.parameters(recurse=False)).device
+
     def penalty(self) -> Tensor | None:
         """The method's term of the training loss, a scalar."""
         return self.method.penalty(self.factors, self.spec)

@@ -156,6 +156,11 @@ class DeltaMethod(Method):
     update: str = 'additive'
     dropout: float = 0.0
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if 'delta' in cls.__dict__ and 'low_rank' not in cls.__dict__:
+            cls.low_rank = DeltaMethod.low_rank  # an inherited one is of another dW
+
     def __post_init__(self):
         check_choice(self, 'update', UPDATES)
         if not 0 <= self.dropout < 1:
@@ -171,6 +176,20 @@ class DeltaMethod(Method):
     def delta(self, factors: Factors, spec: WeightSpec) -> Tensor:
         """dW before scaling, of the weight's shape."""
         raise NotImplementedError
+
+    def low_rank(
+        self, factors: Factors, spec: WeightSpec
+    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """dW before scaling by thin factors of its channel modes, which is faster to train.
+
+        dW[o, i, k] = sum_ab U[o, a] G[a, b, k] V[b, i].
+
+        Returns:
+            U (out, a); G (a, b, *kernel) or None for the identity without a
+            kernel; V (b, in) or None for the identity. None if dW is not of
+            this form, as on grouped and transposed convolutions.
+        """
+        return None
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
         """phi(W) = update(W, scaling * dW)."""

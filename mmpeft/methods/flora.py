@@ -107,3 +107,11 @@ class FLoRA(RankMethod):
 
     def delta(self, factors, spec):
         return tucker(factors['core'], [factors[f'factor{n}'] for n in range(len(spec.shape))])
+
+    def low_rank(self, factors, spec):
+        if not spec.is_plain:
+            return None
+        core = factors['core']
+        for mode in range(2, len(spec.shape)):
+            core = torch.tensordot(core, factors[f'factor{mode}'], dims=([2], [1]))
+        return factors['factor0'], core, factors['factor1'].T

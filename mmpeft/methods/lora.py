@@ -112,3 +112,10 @@ class LoRA(RankMethod):
 
     def delta(self, factors, spec) -> Tensor:
         return torch.mm(factors['lora_B'], factors['lora_A']).view(spec.shape)
+
+    def low_rank(self, factors, spec):
+        if spec.is_matrix:
+            return factors['lora_B'], None, factors['lora_A']
+        if spec.is_plain and self.layout == 'channel':
+            return factors['lora_B'], factors['lora_A'].view(-1, *spec.shape[1:]), None
+        return None

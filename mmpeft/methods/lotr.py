@@ -98,3 +98,8 @@ class LoTR(RankMethod):
 
     def delta(self, factors, spec) -> Tensor:
         return tucker2(factors['core'], factors['lotr_A'], factors['lotr_B'])
+
+    def low_rank(self, factors, spec):
+        if not spec.is_plain:
+            return None
+        return factors['lotr_A'], factors['core'], factors['lotr_B'].T

@@ -68,3 +68,8 @@ class MoSLoRA(LoRA):
 
     def delta(self, factors, spec) -> Tensor:
         return (factors['lora_B'] @ factors['mixer'] @ factors['lora_A']).view(spec.shape)
+
+    def low_rank(self, factors, spec):
+        if not spec.is_matrix:
+            return None
+        return factors['lora_B'] @ factors['mixer'], None, factors['lora_A']

@@ -87,6 +87,13 @@ class SingularLoRA(LoRA):
         delta = torch.mm(factors['lora_B'], moved)
         return delta.addmm(factors['start_B'], factors['lora_A']).view(spec.shape)
 
+    def low_rank(self, factors, spec):
+        if not spec.is_matrix:
+            return None
+        up = torch.cat([factors['lora_B'], factors['start_B']], 1)
+        down = torch.cat([factors['start_A'] + factors['lora_A'], factors['lora_A']])
+        return up, None, down
+
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)

@@ -84,3 +84,8 @@ class TriLoRA(LoRA):
     def delta(self, factors, spec) -> Tensor:
         product = diagonal_product(factors['lora_B'], factors['lora_lambda'], factors['lora_A'])
         return product.view(spec.shape)
+
+    def low_rank(self, factors, spec):
+        if not spec.is_matrix:
+            return None
+        return factors['lora_B'] * factors['lora_lambda'], None, factors['lora_A']

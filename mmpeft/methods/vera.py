@@ -118,3 +118,9 @@ class VeRA(RankMethod):
     def delta(self, factors, spec) -> Tensor:
         product = torch.mm(factors['vera_B'] * factors['vera_d'], factors['vera_A'])
         return (factors['vera_b'][:, None] * product).view(spec.shape)
+
+    def low_rank(self, factors, spec):
+        if not spec.is_matrix:
+            return None
+        up = factors['vera_b'][:, None] * factors['vera_B'] * factors['vera_d']
+        return up, None, factors['vera_A']

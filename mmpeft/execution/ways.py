@@ -1,0 +1,190 @@
+"""Which way to compute with an adapted weight, from the layer, its input and the method."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.methods import WeightAdapter
+from mmpeft.methods.base import DeltaMethod, input_dropout_mask
+from mmpeft.methods.dora import DoRA
+
+from .convolution import DepthwiseConv, Geometry, TuckerConv
+from .matrix import Decomposed, LowRank, Multiplied
+
+# Smaller depthwise maps than this are not worth another way (N C H W elements).
+SMALL_MAP = 2**12
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a layer's output.
+
+    Attributes:
+        name: Shown by ``--explain``.
+        why: Likewise.
+    """
+
+    name: ClassVar[str]
+    why: ClassVar[str]
+
+    def run(self, layer: nn.Module, x: Tensor, thin: tuple) -> Tensor:
+        """The layer's output; ``thin`` is the method's ``low_rank``."""
+        raise NotImplementedError
+
+
+class Matrix(Way):
+    """A linear layer or 1x1 convolution whose update is a product of thin matrices."""
+
+    name = 'thin products'
+    why = 'the gradients of the factors come from products as wide as the rank'
+
+    def run(self, layer, x, thin):
+        adapter = layer.parametrizations.weight[0]
+        weight = layer.parametrizations.weight.original
+        x, columns, shape_back = _as_tokens(layer, x)
+        x, weight, bias = _in_one_dtype(x, weight, layer.bias)
+        weight = weight.flatten(1)
+        method = adapter.method
+        up, down = _as_matrices(thin, adapter)
+        if isinstance(method, DoRA):
+            y = Decomposed.apply(
+                x,
+                weight,
+                bias,
+                up,
+                down,
+                adapter.magnitude,
+                method.scaling,
+                method.detach_norm,
+                columns,
+            )
+        elif method.update == 'additive':
+            up, down = up.to(x.dtype), down.to(x.dtype)
+            y = LowRank.apply(x, weight, bias, up, down, method.scaling, columns)
+        else:
+            exact = method.update == 'lie_exact'
+            y = Multiplied.apply(x, weight, bias, up, down, method.scaling, exact, columns)
+        return shape_back(y)
+
+
+class Kernel(Way):
+    """A convolution whose update is thin in both channel modes."""
+
+    name = 'thin convolutions'
+    why = 'the gradients of the factors come from convolutions with as many channels as the rank'
+
+    def run(self, layer, x, thin):
+        adapter = layer.parametrizations.weight[0]
+        x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
+        up, core, down = (None if t is None else t.to(x.dtype) for t in thin)
+        return TuckerConv.apply(
+            x, weight, bias, up, core, down, adapter.method.scaling, Geometry.of(layer)
+        )
+
+
+class Depthwise(Way):
+    """A depthwise convolution, its weight built, its gradient another way."""
+
+    name = 'kernel gradient as a convolution'
+    why = 'the built weight is small; its gradient is a grouped convolution of the input with dy'
+
+    def run(self, layer, x, thin):
+        x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
+        return DepthwiseConv.apply(x, weight, bias, Geometry.of(layer))
+
+
+MATRIX, KERNEL, DEPTHWISE = Matrix(), Kernel(), Depthwise()
+
+
+def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
+    """The fastest way for a layer and an input, and the update's thin form.
+
+    None to build the weight and go on as torch does.
+    """
+    if not torch.is_grad_enabled() or x.device.type == 'meta' or not has_one_adapter(layer):
+        return None
+    adapter = layer.parametrizations.weight[0]
+    method, spec = adapter.method, adapter.spec
+    is_conv = not isinstance(layer, nn.Linear)
+    if is_conv and (x.ndim != len(spec.shape) or not _is_zero_padded(layer)):
+        return None
+    if 'depthwise' in spec.kinds:
+        return (DEPTHWISE, None) if _is_plain_depthwise(layer, x) else None
+    if not isinstance(method, DeltaMethod) or (is_conv and layer.groups > 1):
+        return None
+    if type(method).apply not in (DeltaMethod.apply, DoRA.apply):
+        return None
+    decomposed = isinstance(method, DoRA)
+    additive = method.update == 'additive'
+    if not is_conv or _is_pointwise(layer):
+        thin = None if decomposed and (not additive or _is_low(x)) else _thin(adapter)
+        return None if thin is None else (MATRIX, thin)
+    if not additive or decomposed or (method.dropout and adapter.training):
+        return None
+    thin = _thin(adapter)
+    return None if thin is None else (KERNEL, thin)
+
+
+def has_one_adapter(layer: nn.Module) -> bool:
+    """Whether a layer's weight carries one adapter and nothing else."""
+    chain = layer.parametrizations.weight
+    return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
+
+
+def _thin(adapter):
+    with torch.autocast(adapter.device.type, enabled=False):
+        return adapter.method.low_rank(adapter.factors, adapter.spec)
+
+
+def _is_plain_depthwise(layer, x):
+    return (
+        isinstance(layer, nn.Conv2d)
+        and set(layer.stride) == set(layer.dilation) == {1}
+        and layer.in_channels == layer.out_channels == layer.groups
+        and x.device.type == 'cpu'
+        and x.numel() >= SMALL_MAP
+    )
+
+
+def _is_pointwise(layer):
+    return set(layer.kernel_size) == set(layer.stride) == {1} and not any(layer.padding)
+
+
+def _is_zero_padded(layer):
+    return layer.padding_mode == 'zeros' and not isinstance(layer.padding, str)
+
+
+def _is_low(x):
+    return x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
+
+
+def _as_matrices(thin, adapter):
+    up, core, down = thin
+    if core is not None:
+        up = up @ core.flatten(1) if down is not None else up
+        down = core.flatten(1) if down is None else down
+    if adapter.training and adapter.method.dropout:
+        mask = input_dropout_mask(down, adapter.spec, adapter.method.dropout)
+        down = down * mask[0].flatten()
+    return up, down
+
+
+def _in_one_dtype(x, weight, bias):
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def _as_tokens(layer, x):
+    """The input as tokens in rows or columns, and the way back for the output."""
+    if isinstance(layer, nn.Linear):
+        return x, False, lambda y: y
+    if not x.is_contiguous():
+        return x.movedim(1, -1), False, lambda y: y.movedim(-1, 1)
+    size = x.shape[2:]
+    return x.flatten(2), True, lambda y: y.unflatten(2, size)

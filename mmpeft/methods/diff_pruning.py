@@ -1,0 +1,207 @@
+"""Diff pruning: a sparse difference of the weights (arXiv:2012.07463).
+
+    W' = W + z * delta          elementwise, z in [0, 1]
+
+A gate z is hard concrete (Louizos et al., arXiv:1712.01312): a stretched
+sigmoid, cut off so that it is exactly 0 or 1 with a probability of its own,
+
+    z = min(1, max(0, (h - l) sigmoid(log_alpha + log u - log(1 - u)) + l))
+
+with l = -1.5, h = 1.5 and u uniform in each training step; evaluation and
+merging take u = 1/2. The expected number of open gates,
+
+    E ||z||_0 = sum sigmoid(log_alpha - log(-l / h))
+
+times ``l0_weight`` is a term of the loss. With ``structured=True`` one gate
+more for each weight multiplies its elements' (the paper's structured
+variant), and so do the probabilities. delta starts at zero, log_alpha at
+``start`` = 5, where 97% of the gates are 1. Nothing is flattened.
+
+Midway the allocator projects: of all entries of all weights the ``share``
+with the largest |z delta| keep z delta as their delta and a gate that is
+exactly 1, the gates of all others are exactly 0, and from there on delta
+trains alone. Gates that training had closed by then stay closed, so that there
+may be fewer.
+
+log_alpha is stored as its distance from ``start`` divided by ``gate_speed``.
+The paper trains it by an optimizer of its own, at 10,000 times the learning
+rate of delta; with Adam a factor of that kind does the same within one. The
+paper finetunes with the mask in a second run, this is its second half; and it
+prunes biases, which are left alone here.
+
+While it trains, a weight has two dense copies (delta and gates) beside it,
+each with a gradient and the optimizer's averages, and an adapter file holds
+both dense copies: it is sparse in what it changes, not in what it takes.
+"""
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+
+from .adalora import best_of_all, check_span, common_method, span
+from .allocator import Allocator
+from .base import Card, Factors, Method
+
+LOW, HIGH = -1.5, 1.5
+# A log_alpha at which a gate is exactly 0 or 1, whatever the noise.
+SHUT, OPEN = -100.0, 100.0
+
+
+def hard_concrete(
+    log_alpha: Tensor, noise: Tensor | None = None, low: float = LOW, high: float = HIGH
+) -> Tensor:
+    """Gates in [0, 1] (Louizos et al., Eq. 10 and 11, at temperature 1).
+
+    Args:
+        log_alpha: Of any shape.
+        noise: Uniform in (0, 1), of the same shape; None for 1/2.
+        low: Where the stretched sigmoid begins, below 0.
+        high: Where it ends, from 1 on.
+    """
+    if noise is not None:
+        log_alpha = log_alpha + noise.logit(1e-6)
+    return (torch.sigmoid(log_alpha) * (high - low) + low).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
+    """Probability that a gate is not 0 (Louizos et al., Eq. 12); arguments as above."""
+    return torch.sigmoid(log_alpha - log(-low / high))
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class DiffPruning(Method):
+    """A gated difference of each weight element, projected onto a share of them.
+
+    Attributes:
+        share: Of the elements of all weights that are changed in the end, at most.
+        project_at: The step after which the others are closed (int), or its
+            share of the run (float below 1).
+        l0_weight: Of the expected number of open gates in the loss; 0 for
+            none.
+        structured: One gate more for each weight.
+        start: log_alpha at the start.
+        gate_speed: Learning rate of log_alpha as a multiple of that of delta
+            under optimizers like Adam; under plain SGD the multiple is its
+            square.
+        sample: Draw the gates in training; if False they are as in
+            evaluation, functions of log_alpha alone.
+    """
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='W + z ⊙ Δ, hard-concrete gates z',
+        trains='Δ (zero), gates (open) of each element',
+        paper='Diff pruning (arXiv:2012.07463); gates: arXiv:1712.01312',
+        cost=(
+            'Two dense copies of each weight while training, with gradients and averages; a file '
+            'holds both.'
+        ),
+        suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
+    )
+
+    share: float = 0.005
+    project_at: int | float = 0.5
+    l0_weight: float = 1.25e-7
+    structured: bool = False
+    start: float = 5.0
+    gate_speed: float = 1000.0
+    sample: bool = True
+
+    def __post_init__(self):
+        check_span(self, 'project_at')
+        if not 0 < self.share <= 1:
+            raise UsageError(
+                f'DiffPruning: share={self.share} is no share above 0 and up to 1, such as 0.005.'
+            )
+        if self.gate_speed <= 0:
+            raise UsageError(f'DiffPruning: gate_speed={self.gate_speed} must be positive.')
+
+    def accepts(self, spec):
+        return not spec.is_bias
+
+    @property
+    def gate_names(self) -> tuple[str, ...]:
+        """Of the factors that hold log_alpha."""
+        return ('gate', 'weight_gate') if self.structured else ('gate',)
+
+    def init(self, weight, spec) -> Factors:
+        shapes = {'gate': spec.shape, 'weight_gate': (1,)}
+        zeros = {name: weight.new_zeros(shapes[name]) for name in self.gate_names}
+        return {'delta': weight.new_zeros(spec.shape)} | zeros
+
+    def log_alpha(self, stored: Tensor) -> Tensor:
+        """log_alpha from what is stored of it."""
+        return self.start + self.gate_speed * stored
+
+    def stored(self, log_alpha: Tensor | float) -> Tensor | float:
+        """The reverse of :meth:`log_alpha`."""
+        return (log_alpha - self.start) / self.gate_speed
+
+    def gates(self, factors: Factors, sample: bool = False) -> Tensor:
+        """z of a weight, of its shape; drawn or as in evaluation."""
+        return self._by_gate(
+            factors, lambda a: hard_concrete(a, torch.rand_like(a) if sample else None)
+        )
+
+    def _by_gate(self, factors, function):
+        values = [function(self.log_alpha(factors[name])) for name in self.gate_names]
+        return values[0] * values[1] if self.structured else values[0]
+
+    def penalty(self, factors, spec):
+        if not self.l0_weight:
+            return None
+        return self.l0_weight * self._by_gate(factors, open_probability).sum()
+
+    def apply(self, weight, factors, spec, training=False):
+        return weight + self.gates(factors, training and self.sample) * factors['delta']
+
+    def allocator(self, adapters, steps):
+        return Projection(adapters, steps)
+
+
+class Projection(Allocator):
+    """Closes all gates but those of the largest differences, once.
+
+    Attributes:
+        at: The step after which it does.
+
+    Raises:
+        UsageError: The run ends before.
+    """
+
+    def __init__(self, adapters, steps):
+        super().__init__(adapters, steps)
+        project_at = common_method(adapters, 'project_at').project_at
+        self.at = max(1, span(project_at, steps))
+        if self.at > steps:
+            raise UsageError(
+                f'DiffPruning: project_at={project_at} is after the {steps} steps of the run. '
+                'Lower it, or give it as a share of the run.'
+            )
+
+    def before_step(self):
+        if self.step >= self.at:
+            for adapter in self.adapters.values():
+                for name in adapter.method.gate_names:
+                    getattr(adapter, name).grad = None
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.step != self.at:
+            return
+        values = {p: a.method.gates(a.factors) * a.delta for p, a in self.adapters.items()}
+        count = round(sum(a.method.share * a.delta.numel() for a in self.adapters.values()))
+        masks = best_of_all({path: value.abs() for path, value in values.items()}, max(1, count))
+        for path, adapter in self.adapters.items():
+            shut, opened = adapter.method.stored(SHUT), adapter.method.stored(OPEN)
+            adapter.delta.copy_(torch.where(masks[path], values[path], 0))
+            adapter.gate.copy_(torch.where(adapter.delta != 0, opened, shut))
+            if adapter.method.structured:
+                adapter.weight_gate.fill_(opened)

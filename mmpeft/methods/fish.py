@@ -1,0 +1,193 @@
+"""FISH mask: the entries of the largest Fisher information (arXiv:2111.09839).
+
+    W' = W, with ``values`` added to k entries of it
+
+k is ``share`` of the weight's entries, in the order in which it is stored.
+The values start at zero; where they stand (``index``) is fixed and stored.
+The empirical Fisher information of an entry is its mean squared gradient,
+
+    F = 1/N sum (dL/dw)^2          Eq. 3
+
+which the allocator collects in the first ``samples`` optimizer steps. No
+value is trained in them; then each weight's k entries of the largest F are
+chosen. Until then, and without an allocator, they are the k entries of the
+largest |W|. Values that were trained before stay where they are.
+
+Three differences from the paper. A sample is the batch of one step in each
+process, since a backward pass gives no single sample's gradient. Each weight
+has its own ``share``, where the paper takes the top of the whole network, so
+that an adapter's shape does not depend on data. Biases have no mask.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from mmpeft.errors import UsageError
+from mmpeft.registry import METHODS
+from mmpeft.weights import WeightSpec
+
+from .adalora import best, common_method
+from .allocator import Allocator
+from .base import Card, Factors, Method
+
+
+def add_at(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A weight with values added to some of its entries.
+
+    Args:
+        weight: Of any shape.
+        index: (k,) int64, places in the flattened weight.
+        values: (k,)
+
+    Returns:
+        A new tensor of the weight's shape.
+    """
+    return weight.flatten().index_add(0, index, values).view(weight.shape)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Places of the largest scores, ascending; of equal ones the first.
+
+    Args:
+        scores: Of any shape.
+        count: k.
+
+    Returns:
+        (k,) int64, places in the flattened scores; left open on the meta device.
+    """
+    if scores.is_meta:
+        return torch.empty(count, dtype=torch.int64, device='meta')
+    return best(scores.flatten(), count).nonzero().flatten()
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class FISH(Method):
+    """A few entries of each weight, trained themselves.
+
+    Attributes:
+        share: Of a weight's entries that are trained, at least one.
+        samples: Optimizer steps that the choice is made from, at most half of
+            the run; 0 keeps the entries of the largest |W|.
+    """
+
+    card: ClassVar = Card(
+        family='reconstruction',
+        formula='W + v at k fixed entries',
+        trains='values v (zero) of the entries of the largest Fisher information',
+        paper='FISH mask, Eq. 3 (arXiv:2111.09839)',
+        cost=(
+            'The dense gradient of W; two dense copies of each weight in the first steps. A file '
+            'holds an integer for each value.'
+        ),
+        suits='Exact control of how many weights change; the first steps choose and do not train.',
+    )
+
+    share: float = 0.005
+    samples: int = 16
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise UsageError(
+                f'FISH: share={self.share} is no share above 0 and up to 1, such as 0.005.'
+            )
+        if not isinstance(self.samples, int) or self.samples < 0:
+            raise UsageError(f'FISH: samples={self.samples!r} is no number of steps, such as 16.')
+
+    def accepts(self, spec):
+        return not spec.is_bias
+
+    def count(self, spec: WeightSpec) -> int:
+        """k of a weight."""
+        return max(1, round(self.share * spec.numel))
+
+    def init(self, weight, spec) -> Factors:
+        count = self.count(spec)
+        return {
+            'values': weight.new_zeros(count),
+            'index': nn.Buffer(largest(weight.abs(), count)),
+        }
+
+    def apply(self, weight, factors, spec, training=False):
+        return add_at(weight, factors['index'], factors['values'])
+
+    def allocator(self, adapters, steps):
+        return FisherMask(adapters, steps)
+
+
+class FisherMask(Allocator):
+    """Collects squared gradients in the first steps, then chooses the entries.
+
+    It sees the gradient of W' by hooks on the adapters, and sums it over all
+    uses of a weight in a step before squaring. A step whose gradient is not
+    finite counts for nothing; gradient scaling multiplies all entries alike.
+
+    Attributes:
+        samples: Steps that the choice is made from.
+        scores: Sums of squared gradients over steps and processes, by path;
+            empty once the choice is made.
+    """
+
+    def __init__(self, adapters, steps):
+        super().__init__(adapters, steps)
+        self.samples = min(common_method(adapters, 'samples').samples, steps // 2)
+        self.scores = {}
+        self._gradients = {}
+        self._handles = []
+        trained = any(bool(adapter.values.any()) for adapter in adapters.values())
+        if self.samples and not trained:
+            for path, adapter in adapters.items():
+                self.scores[path] = adapter.values.detach().new_zeros(adapter.spec.shape)
+                self._handles.append(adapter.register_forward_hook(self._watch(path)))
+
+    def _watch(self, path):
+        def collect(gradient):
+            gradient = gradient.to(self.scores[path].dtype)
+            self._gradients[path] = gradient + self._gradients.get(path, 0)
+
+        def hook(adapter, args, adapted):
+            if adapted.requires_grad:
+                adapted.register_hook(collect)
+
+        return hook
+
+    @torch.no_grad()
+    def before_step(self):
+        for path, score in self.scores.items():
+            square = torch.zeros_like(score)
+            if path in self._gradients:
+                square = self._gradients.pop(path).square()
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(square)
+            if square.isfinite().all():
+                score += square
+            self.adapters[path].values.grad = None
+
+    @torch.no_grad()
+    def after_step(self):
+        if not self.scores or self.step < self.samples:
+            return
+        for path, score in self.scores.items():
+            if score.any():
+                adapter = self.adapters[path]
+                adapter.index.copy_(largest(score, len(adapter.index)))
+        self.close()
+
+    def state_dict(self):
+        scores = {path: score.clone() for path, score in self.scores.items()}
+        return super().state_dict() | dict(scores=scores)
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for path, score in state['scores'].items():
+            self.scores[path].copy_(score)
+        if not state['scores']:
+            self.close()
+
+    def close(self):
+        while self._handles:
+            self._handles.pop().remove()
+        self.scores, self._gradients = {}, {}
