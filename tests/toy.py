@@ -12,11 +12,34 @@ from torch.utils.data import Dataset
 IMAGES = 16
 
 
+class ToyBlock(nn.Module):
+    """A residual block as ConvNeXt's, where adapters of activations find their places."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        return x + self.mlp(self.mix(x).movedim(1, -1)).movedim(-1, 1)
+
+
 @MODELS.register_module()
 class ToyBackbone(BaseModule):
     """Two stages; the weights of a "pretrained" file are loaded by ``init_weights``."""
 
-    def __init__(self, checkpoint=None, dropout=0.1, norm=True, unused=False, init_cfg=None):
+    def __init__(
+        self,
+        checkpoint=None,
+        dropout=0.1,
+        norm=True,
+        unused=False,
+        twice=False,
+        block=False,
+        init_cfg=None,
+    ):
         super().__init__(init_cfg)
         self.checkpoint = checkpoint
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
@@ -27,6 +50,8 @@ class ToyBackbone(BaseModule):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(12, 16)
         self.unused = nn.Linear(3, 3) if unused else None
+        self.block = ToyBlock(12) if block else nn.Identity()
+        self.again = nn.Linear(12, 16) if twice else None
 
     def init_weights(self):
         super().init_weights()
@@ -35,7 +60,8 @@ class ToyBackbone(BaseModule):
 
     def forward(self, x):
         x = self.stage(self.norm(self.stem(x)).relu())
-        return self.fc(self.dropout(x.mean((2, 3))))
+        x = self.dropout(self.block(x).mean((2, 3)))
+        return self.fc(x) if self.again is None else self.fc(x) + self.again(x)
 
 
 @MODELS.register_module()

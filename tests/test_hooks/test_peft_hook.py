@@ -14,7 +14,7 @@ from torch import nn
 import mmpeft
 from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
-from mmpeft.methods import Adapter
+from mmpeft.methods import ActivationMethod, Adapter
 from tests.cases import METHODS
 from tests.toy import ToyClassifier, by_iterations, state_of, toy_config, toy_runner
 
@@ -24,12 +24,15 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters'
 @pytest.fixture
 def pretrained(tmp_path):
     """Weights of a backbone that are not those of its initialisation."""
+    return save_weights(tmp_path / 'pretrained.pth')
+
+
+def save_weights(path, **backbone):
     torch.manual_seed(77)
-    backbone = ToyClassifier(dict(type='ToyBackbone')).backbone
+    backbone = ToyClassifier(dict(type='ToyBackbone', **backbone)).backbone
     for value in backbone.state_dict().values():
         if value.is_floating_point():
             value.add_(0.3 * torch.rand_like(value))
-    path = tmp_path / 'pretrained.pth'
     torch.save(backbone.state_dict(), path)
     return str(path)
 
@@ -47,9 +50,12 @@ def same(a, b):
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_training_moves_what_should_move(name, pretrained, tmp_path):
+def test_training_moves_what_should_move(name, tmp_path):
     config = METHODS[name]
-    runner = toy_runner(tmp_path, config, **{'model.backbone.checkpoint': pretrained})
+    on_activations = isinstance(mmpeft.METHODS.build(config), ActivationMethod)
+    pretrained = save_weights(tmp_path / 'pretrained.pth', block=on_activations)
+    backbone = {'model.backbone.checkpoint': pretrained, 'model.backbone.block': on_activations}
+    runner = toy_runner(tmp_path, config, **backbone)
     runner.train()
     base = torch.load(pretrained)
     plain = {mmpeft.checkpoint.plain_key(k): v for k, v in weights(runner).items()}
