@@ -8,10 +8,12 @@ optimizer and schedulers anew. Loading and resuming then find the structure.
 """
 
 import copy
+from contextlib import ExitStack
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
+from torch.nn.utils import parametrize
 
 from mmpeft.allocation import allocate
 from mmpeft.attachment import adapter_parameters
@@ -77,6 +79,7 @@ class PEFTHook(Hook):
         self.watch = None
         self.allocation = None
         self._resumed_allocation = None
+        self._kept_weights = ExitStack()
         self._iterations_watched = 0
         self._prepared = False
 
@@ -152,6 +155,17 @@ class PEFTHook(Hook):
         if self.watch is not None:
             self._judge_gradients(runner, final=True)
         self.allocation.close()
+
+    def _keep_weights(self, runner, *_):
+        """Build adapted weights once for a whole evaluation."""
+        self._forget_weights()
+        self._kept_weights.enter_context(parametrize.cached())
+
+    def _forget_weights(self, *_, **__):
+        self._kept_weights.close()
+
+    before_val_epoch = before_test_epoch = _keep_weights
+    after_val_epoch = after_test_epoch = before_train_epoch = _forget_weights
 
     def _judge_gradients(self, runner, final):
         unreached, zero = self.watch.unreached, self.watch.always_zero
