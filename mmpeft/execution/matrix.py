@@ -147,7 +147,8 @@ def _change(up, down, scale, exact):
 class Decomposed(Function):
     """y = x (m / ||V|| * V)^T + b by rows of V = W + s U D (DoRA).
 
-    The norm's gradient is exact, or left out with ``detach``.
+    The norm's gradient is exact, or left out with ``detach``. In low precision
+    the change of W is multiplied apart, as in :class:`Multiplied`.
     """
 
     @staticmethod
@@ -155,7 +156,12 @@ class Decomposed(Function):
         direction = torch.addmm(weight.to(up.dtype), up, down, alpha=scale)
         norm = torch.linalg.vector_norm(direction, dim=1)
         ratio = torch.where(norm > 0, magnitude / norm.clamp_min(1e-30), 1)
-        y = times(x, direction.mul_(ratio[:, None]).to(x.dtype), bias, columns)
+        merged = direction.mul_(ratio[:, None])
+        if x.dtype.itemsize >= 4:
+            y = times(x, merged, bias, columns)
+        else:
+            y = times(x, merged.sub_(weight).to(x.dtype), bias, columns)
+            y = _accumulated(y, x, weight, columns)
         ctx.scale, ctx.detach, ctx.columns, ctx.with_bias = scale, detach, columns, bias is not None
         ctx.save_for_backward(x, weight, up, down, magnitude, norm, ratio)
         return y

@@ -103,7 +103,7 @@ def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
 
     None to build the weight and go on as torch does.
     """
-    if not torch.is_grad_enabled() or x.device.type == 'meta' or not has_one_adapter(layer):
+    if not torch.is_grad_enabled() or not has_one_adapter(layer):
         return None
     adapter = layer.parametrizations.weight[0]
     method, spec = adapter.method, adapter.spec
@@ -119,7 +119,7 @@ def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
     decomposed = isinstance(method, DoRA)
     additive = method.update == 'additive'
     if not is_conv or _is_pointwise(layer):
-        thin = None if decomposed and (not additive or _is_low(x)) else _thin(adapter)
+        thin = None if decomposed and not additive else _thin(adapter)
         return None if thin is None else (MATRIX, thin)
     if not additive or decomposed or (method.dropout and adapter.training):
         return None
@@ -154,10 +154,6 @@ def _is_pointwise(layer):
 
 def _is_zero_padded(layer):
     return layer.padding_mode == 'zeros' and not isinstance(layer.padding, str)
-
-
-def _is_low(x):
-    return x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
 
 
 def _as_matrices(thin, adapter):
