@@ -147,7 +147,7 @@ def _only_read(kind: type) -> frozenset[str]:
     torchvision's Swin does so with ``qkv`` and ``proj``: a hook on them never runs.
     """
     code = getattr(inspect.unwrap(kind.forward), '__code__', None)
-    steps = [s for s in dis.get_instructions(code) if s.opname != 'EXTENDED_ARG'] if code else []
+    steps = list(dis.get_instructions(code)) if code else []
     uses = defaultdict(set)
     for step, following in zip(steps, steps[1:], strict=False):
         if step.opname in ('LOAD_ATTR', 'LOAD_METHOD'):

@@ -68,7 +68,8 @@ class TuckerConv(Function):
     def forward(ctx, x, weight, bias, up, core, down, scale, geometry):
         ctx.scale, ctx.geometry, ctx.with_bias = scale, geometry, bias is not None
         ctx.save_for_backward(x, weight, up, core, down)
-        return geometry.convolve(x, _merged(weight, up, core, down, scale), bias)
+        merged = _merged(weight, up, core, down, scale).to(x.dtype)
+        return geometry.convolve(x, merged, bias)
 
     @staticmethod
     @once_differentiable
@@ -76,24 +77,29 @@ class TuckerConv(Function):
         x, weight, up, core, down = ctx.saved_tensors
         geometry, scale = ctx.geometry, ctx.scale
         need_x, _, need_bias = ctx.needs_input_grad[:3]
-        dx = None
+        dx = d_bias = None
         if need_x:
-            dx, _ = geometry.gradients(dy, x, _merged(weight, up, core, down, scale), True, False)
-        narrow_x = x if down is None else _mix(down, x)
-        narrow_dy = _mix(up.T, dy)
+            merged = _merged(weight, up, core, down, scale).to(x.dtype)
+            dx, _ = geometry.gradients(dy, x, merged, True, False)
+        core = core.to(x.dtype)
+        narrow_x = x if down is None else _mix(down.to(x.dtype), x)
+        narrow_dy = _mix(up.T.to(x.dtype), dy)
         d_narrow_x, d_core = geometry.gradients(narrow_dy, narrow_x, core, down is not None, True)
-        d_up = _channels(dy, geometry.convolve(narrow_x, core)).mul_(scale)
-        d_down = None if down is None else _channels(d_narrow_x, x).mul_(scale)
-        d_bias = dy.sum([d for d in range(dy.ndim) if d != 1]) if need_bias else None
-        d_bias = d_bias if ctx.with_bias else None
-        return dx, None, d_bias, d_up, d_core * scale, d_down, None, None
+        d_up = _channels(dy, geometry.convolve(narrow_x, core)).to(up.dtype).mul_(scale)
+        d_core = d_core.to(up.dtype).mul_(scale)
+        d_down = None
+        if down is not None:
+            d_down = _channels(d_narrow_x, x).to(up.dtype).mul_(scale)
+        if need_bias and ctx.with_bias:
+            d_bias = dy.sum([d for d in range(dy.ndim) if d != 1])
+        return dx, None, d_bias, d_up, d_core, d_down, None, None
 
 
 def _merged(weight, up, core, down, scale):
     if down is not None:
         core = torch.tensordot(core, down, dims=([1], [0])).movedim(-1, 1)
     delta = up @ core.flatten(1)
-    return torch.add(weight, delta.view(weight.shape), alpha=scale)
+    return torch.add(weight.to(up.dtype), delta.view(weight.shape), alpha=scale)
 
 
 def _mix(matrix, x):

@@ -78,10 +78,7 @@ class Kernel(Way):
     def run(self, layer, x, thin):
         adapter = layer.parametrizations.weight[0]
         x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
-        up, core, down = (None if t is None else t.to(x.dtype) for t in thin)
-        return TuckerConv.apply(
-            x, weight, bias, up, core, down, adapter.method.scaling, Geometry.of(layer)
-        )
+        return TuckerConv.apply(x, weight, bias, *thin, adapter.method.scaling, Geometry.of(layer))
 
 
 class Depthwise(Way):

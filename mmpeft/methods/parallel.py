@@ -143,7 +143,7 @@ class ParallelAdapter(Ranked, BranchMethod):
         trains='A (uniform), B (zero)',
         paper='He et al. (arXiv:2110.04366); Subspace tuning, Eq. 25, and LoRA + MPC_n, Sec. 4.2',
         cost='A thin layer beside each layer, in inference too; r times the map if depthwise.',
-        suits='LoRA with a non-linearity between its factors, at LoRA’s number of parameters.',
+        suits='LoRA with a non-linearity between its factors, at as many parameters.',
     )
 
     kinds: ClassVar = ('layer',)
