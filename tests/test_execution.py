@@ -8,7 +8,6 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.attachment import adapter_parameters
 from mmpeft.methods import ActivationMethod
 from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
@@ -21,6 +20,7 @@ LARGE = dict(
     linear_without_bias=Layer(lambda: nn.Linear(12, 20, bias=False), (3, 12)),
     pointwise=Layer(lambda: nn.Conv2d(10, 8, 1), (2, 10, 6, 5)),
     kernel=Layer(lambda: nn.Conv2d(8, 10, 3, stride=2, padding=1, dilation=2), (2, 8, 13, 12)),
+    pointwise_strided=Layer(lambda: nn.Conv2d(8, 6, 1, stride=2, padding=1), (2, 8, 7, 6)),
     patches=Layer(lambda: nn.Conv2d(6, 8, 2, stride=2), (2, 6, 8, 8)),
     sequence=Layer(lambda: nn.Conv1d(8, 6, 5, padding=2, bias=False), (3, 8, 11)),
     volume=Layer(lambda: nn.Conv3d(4, 6, 3, padding=(1, 0, 2)), (1, 4, 5, 5, 5)),

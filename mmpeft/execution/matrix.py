@@ -162,14 +162,14 @@ class Decomposed(Function):
         else:
             y = times(x, merged.sub_(weight).to(x.dtype), bias, columns)
             y = _accumulated(y, x, weight, columns)
-        ctx.scale, ctx.detach, ctx.columns, ctx.with_bias = scale, detach, columns, bias is not None
-        ctx.save_for_backward(x, weight, up, down, magnitude, norm, ratio)
+        ctx.scale, ctx.detach, ctx.columns = scale, detach, columns
+        ctx.save_for_backward(x, weight, bias, up, down, norm, ratio, y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, up, down, magnitude, norm, ratio = ctx.saved_tensors
+        x, weight, bias, up, down, norm, ratio, y = ctx.saved_tensors
         scale, columns = ctx.scale, ctx.columns
         need_x, _, need_bias, need_up, need_down, need_magnitude = ctx.needs_input_grad[:6]
         if not columns:
@@ -179,9 +179,14 @@ class Decomposed(Function):
         d_up = outer(dy, narrow, columns).to(up.dtype).mul_(ratio[:, None])
         scaled_up = (up * ratio[:, None]).to(dy.dtype)
         d_down = outer(times(dy, scaled_up.T, None, columns), x, columns).to(up.dtype)
-        # sum_t dy (x V^T) by rows: the part of U D from what is there, W x anew.
-        base = _row_products(dy, x, weight, columns).to(up.dtype)
-        d_ratio = base + scale * (d_up / ratio[:, None] * up).sum(1)
+        d_bias = channel_sum(dy, columns) if bias is not None else None
+        d_ratio = channel_sum(dy * y, columns)
+        if bias is not None:
+            d_ratio -= bias * d_bias
+        d_ratio = d_ratio.to(up.dtype) / ratio
+        if not ratio.all():
+            lost = (outer(dy, x, columns).to(up.dtype) * direction).sum(1)
+            d_ratio = torch.where(ratio == 0, lost, d_ratio)
         d_magnitude = torch.where(norm > 0, d_ratio / norm.clamp_min(1e-30), 0)
         if not ctx.detach:
             # d||V|| / dV = V / ||V||
@@ -189,13 +194,17 @@ class Decomposed(Function):
             pulled = direction * pull[:, None]
             d_up = d_up + pulled @ down.T
             d_down = d_down + up.T @ pulled
-        dx = d_bias = None
+        dx = None
         if need_x:
             dx = times(dy, direction.mul_(ratio[:, None]).to(dy.dtype).T, None, columns)
-        if need_bias and ctx.with_bias:
-            d_bias = channel_sum(dy, columns)
-        return (dx, None, d_bias, d_up * scale, d_down * scale, d_magnitude, None, None, None)
-
-
-def _row_products(dy, x, weight, columns):
-    return (outer(dy, x, columns) * weight).sum(1)
+        return (
+            dx,
+            None,
+            d_bias if need_bias else None,
+            d_up * scale,
+            d_down * scale,
+            d_magnitude,
+            None,
+            None,
+            None,
+        )

@@ -78,7 +78,11 @@ class Kernel(Way):
     def run(self, layer, x, thin):
         adapter = layer.parametrizations.weight[0]
         x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
-        return TuckerConv.apply(x, weight, bias, *thin, adapter.method.scaling, Geometry.of(layer))
+        up, core, down = thin
+        if core is None:
+            core, down = down.view(*down.shape, *layer.kernel_size), None
+        scale, geometry = adapter.method.scaling, Geometry.of(layer)
+        return TuckerConv.apply(x, weight, bias, up, core, down, scale, geometry)
 
 
 class Depthwise(Way):

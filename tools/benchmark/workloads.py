@@ -1,0 +1,123 @@
+"""What is trained: networks with random weights, and batches of fixed size."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import UsageError, near
+from mmpeft.models.intern_vit import ARCHITECTURES, Architecture, Block
+
+# Of a 504x504 image in patches of 14, and the class token.
+TOKENS = 36**2 + 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and the size of its input.
+
+    Attributes:
+        name: As ``--workloads`` takes it.
+        text: What it is, in a line.
+        network: Builds it, with random weights.
+        size: Of the input.
+        dtype: Of the weights and the input.
+        is_inner: Whether it is a part of a network, so that gradients flow on
+            to its input whatever trains in it.
+    """
+
+    name: str
+    text: str
+    network: Callable[[], nn.Module]
+    size: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    is_inner: bool = False
+
+    def build(self, device: str = 'cpu', seed: int = 0) -> nn.Module:
+        """The network in training mode, everything in it frozen."""
+        torch.manual_seed(seed)
+        return self.network().to(device, self.dtype).requires_grad_(False).train()
+
+    def batch(self, device: str = 'cpu', seed: int = 0) -> Tensor:
+        """An input of normal numbers, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.size, generator=generator).to(device, self.dtype)
+
+
+def of_timm(name: str, model: str, height: int, width: int, batch: int) -> Workload:
+    """All levels of a timm network on images."""
+    text = f'{model}, {batch} x {height}x{width}'
+    network = partial(timm.create_model, model, pretrained=False, features_only=True)
+    return Workload(name, text, network, (batch, 3, height, width))
+
+
+def of_intern_vit(name, arch: Architecture, blocks, batch, tokens=TOKENS, dtype=torch.float32):
+    """Blocks from the midst of an InternViT on tokens."""
+    text = f'{blocks} InternViT blocks of width {arch.width}, {batch} x {tokens} tokens'
+    text += f', weights in {str(dtype).removeprefix("torch.")}'
+
+    def network():
+        return nn.Sequential(*(Block(arch) for _ in range(blocks)))
+
+    return Workload(name, text, network, (batch, tokens, arch.width), dtype, is_inner=True)
+
+
+def _named(*workloads):
+    return {workload.name: workload for workload in workloads}
+
+
+SMALL_VIT, LARGE_VIT = ARCHITECTURES['300m'], ARCHITECTURES['6b']
+FOR_CPU = _named(
+    of_timm('convnextv2_base-160', 'convnextv2_base', 160, 160, 2),
+    of_timm('convnextv2_tiny-512', 'convnextv2_tiny', 512, 512, 1),
+    of_timm('resnet50-320', 'resnet50', 320, 320, 1),
+    of_intern_vit('internvit_1024', SMALL_VIT, blocks=2, batch=1),
+)
+# Images of 1333x800 are padded to a multiple of 32.
+FOR_GPU = _named(
+    *(
+        of_timm(f'convnextv2_{model}-{size}', f'convnextv2_{model}', height, width, batch)
+        for model in ('base', 'large')
+        for size, height, width, batch in (
+            (512, 512, 512, 8),
+            (1024, 1024, 1024, 2),
+            (1333, 800, 1344, 2),
+        )
+    ),
+    of_timm('resnet50-1333', 'resnet50', 800, 1344, 2),
+    of_intern_vit('internvit_1024-gpu', SMALL_VIT, blocks=4, batch=8, dtype=torch.bfloat16),
+    of_intern_vit('internvit_3200', LARGE_VIT, blocks=4, batch=2, dtype=torch.bfloat16),
+)
+WORKLOADS = FOR_CPU | FOR_GPU
+FREE_FORM = re.compile(r'(?P<model>[^:]+):(?P<height>\d+)x(?P<width>\d+):(?P<batch>\d+)')
+
+
+def defaults(device: str) -> list[str]:
+    """The workloads that are measured on a kind of device."""
+    return list(FOR_CPU if device == 'cpu' else FOR_GPU)
+
+
+def find(name: str) -> Workload:
+    """The workload of a name, or of ``timm_model:HEIGHTxWIDTH:BATCH``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    free = FREE_FORM.fullmatch(name)
+    if not free:
+        raise UsageError(
+            f'--workloads: {name!r} is none. {near(name, WORKLOADS)} Any timm network can be '
+            'measured as model:HEIGHTxWIDTH:BATCH, such as convnextv2_atto:64x64:1.'
+        )
+    if not timm.is_model(free['model']):
+        close = timm.list_models(f'{free["model"].split("_")[0]}*')
+        raise UsageError(
+            f'--workloads: timm has no model {free["model"]!r}. {near(free["model"], close)}'
+        )
+    return of_timm(name, free['model'], int(free['height']), int(free['width']), int(free['batch']))
