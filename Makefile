@@ -2,9 +2,9 @@
 # make test      install, then run the tests
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
-# Variables: METHOD and TASK choose what the demo runs, DEMO_ARGS is passed on to it,
-# TEST_ARGS to pytest; PYTHON (3.10 to 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer
-# the installation (see tools/install.sh).
+# Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota) choose
+# what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest; PYTHON (3.10 to
+# 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see tools/install.sh).
 
 VENV ?= .venv
 METHOD ?=

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from mmengine.config import Config
+
+from mmpeft.launch import read_config
 
 ROOT = Path(__file__).parents[2]
 CALLER = """
@@ -50,13 +51,15 @@ def upstream(package, tool):
 
 
 @pytest.fixture(scope='module')
-def workplace(tmp_path_factory):
-    """A folder with demo data and a base."""
+def workplace(tmp_path_factory, compose):
+    """A folder with demo data, a base and flora_<task>.py, the demo's configs."""
     folder = tmp_path_factory.mktemp('workplace')
     digits = ROOT / 'tools/dataset_converters/digits.py'
     call(folder, [digits, '--out', 'data/digits', '--train', 4, '--val', 4])
     torch.manual_seed(0)
-    settings = Config.fromfile(ROOT / 'configs/demo/flora_coco.py').model.backbone
+    for task in TASKS:
+        compose('flora', task, folder)
+    settings = read_config(folder / 'flora_coco.py').model.backbone
     base = timm.create_model(settings.name, depths=settings.depths, num_classes=10)
     (folder / 'work_dirs/demo').mkdir(parents=True)
     torch.save(base.state_dict(), folder / 'work_dirs/demo/base.pth')
@@ -100,7 +103,7 @@ def metrics(folder, work_dir):
 @pytest.mark.parametrize('task', TASKS)
 def test_one_score_from_adapters_from_everything_and_from_merged_weights(task, workplace):
     package, names, steps = TASKS[task]
-    config = ROOT / f'configs/demo/flora_{task}.py'
+    config = f'flora_{task}.py'
     train = [
         *[ROOT / 'tools/train.py', config, '--work-dir'],
     ]
@@ -192,7 +195,7 @@ def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
     """A ResNet of mmdet: adapt, merge, and compare with the adapted model tensor by tensor."""
     config = workplace / 'resnet.py'
     config.write_text(
-        f"_base_ = '{ROOT}/configs/demo/flora_coco.py'\n"
+        "_base_ = './flora_coco.py'\n"
         "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, num_stages=4,\n"
         '    out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True,\n'
         "    norm_cfg=dict(type='BN', requires_grad=True)),\n"
@@ -237,7 +240,7 @@ def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
 )
 def test_mistakes_end_in_one_paragraph(option, expected, workplace):
     command = [sys.executable, '-W', 'ignore', ROOT / 'tools/train.py']
-    command += [ROOT / 'configs/demo/flora_coco.py', '--work-dir', 'mistake']
+    command += ['flora_coco.py', '--work-dir', 'mistake']
     done = subprocess.run(
         [*command, '--cfg-options', option, 'log_level=ERROR'],
         cwd=workplace,
@@ -255,7 +258,7 @@ def test_mistakes_end_in_one_paragraph(option, expected, workplace):
 def test_merge_overwrites_nothing(workplace, tmp_path):
     out = tmp_path / 'model.pth'
     out.write_text('precious')
-    command = [sys.executable, ROOT / 'tools/merge.py', ROOT / 'configs/demo/flora_coco.py']
+    command = [sys.executable, ROOT / 'tools/merge.py', 'flora_coco.py']
     checkpoint = tmp_path / 'any.pth'
     torch.save(dict(state_dict={}), checkpoint)
     done = subprocess.run(

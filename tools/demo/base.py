@@ -1,22 +1,28 @@
-"""Train the small ConvNeXt-V2 that the demo adapts, on single digits.
+"""Train the small network that the demo adapts, on single digits.
 
-    python tools/demo/base.py --data data/digits/source --out work_dirs/demo/base.pth
+    python tools/demo/base.py [--network convnext] --out work_dirs/demo/base.pth
 
-The file holds the weights under timm's names, as
-``mmpeft.TimmBackbone(checkpoint=...)`` reads them.
+The file holds the weights as the backbone's ``checkpoint`` argument takes
+them: under timm's names of a ConvNeXt-V2, or under those of InternViT.
 """
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
+from torch import nn
 from tqdm import tqdm
 
+from mmpeft.models import InternViT
+
 MODEL = dict(model_name='convnextv2_atto', depths=(1, 1, 4, 1))
+CONFIG = Path(__file__).parents[2] / 'configs/demo/_base_/internvit.py'
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -28,7 +34,7 @@ def main():
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the layers are too small for a second one to pay
-    model = timm.create_model(**MODEL, num_classes=10)
+    model = NETWORKS[args.network]()
     train(model, *load(args.data, 'train'), args)
     accuracy = evaluate(model, *load(args.data, 'val'))
     print(f'The base tells {accuracy:.1%} of the single digits of the validation set apart.')
@@ -42,6 +48,7 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('--network', default='convnext', choices=NETWORKS)
     parser.add_argument('--data', default='data/digits/source')
     parser.add_argument('--out', default='work_dirs/demo/base.pth')
     parser.add_argument('--epochs', type=int, default=6)
@@ -49,6 +56,26 @@ def parse_args():
     parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
+
+
+class InternViTClassifier(nn.Module):
+    """The InternViT of the demo's config with a linear layer on its mean token."""
+
+    def __init__(self):
+        super().__init__()
+        arch = Config.fromfile(CONFIG).model.backbone.arch
+        self.backbone = InternViT(arch)
+        self.backbone.init_weights()
+        self.norm = nn.LayerNorm(arch['width'])
+        self.head = nn.Linear(arch['width'], 10)
+
+    def forward(self, images):
+        return self.head(self.norm(self.backbone(images)[-1].mean((2, 3))))
+
+
+NETWORKS = dict(
+    convnext=partial(timm.create_model, **MODEL, num_classes=10), internvit=InternViTClassifier
+)
 
 
 def load(folder, split):

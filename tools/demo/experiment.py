@@ -3,32 +3,117 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import Job
 
+from mmpeft.errors import UsageError, near
 from mmpeft.launch import read_config
+from mmpeft.registry import METHODS
 
 TOOLS = Path(__file__).resolve().parents[1]
-CONFIGS = TOOLS.parent / 'configs' / 'demo'
+CONFIGS = TOOLS.parent / 'configs'
 DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
+
+TASKS = ('ade20k', 'coco', 'dota')
+CONFIG = """\
+_base_ = ['mmpeft::demo/_base_/{task}.py', 'mmpeft::_base_/methods/{method}.py']
+default_hooks = dict(peft=_base_.peft)
+"""
+
+
+def methods():
+    """Names of the configs below ``_base_/methods``."""
+    return sorted(path.stem for path in (CONFIGS / '_base_' / 'methods').glob('*.py'))
+
+
+def check_names(method, task):
+    """Raise UsageError unless there are such a method and task."""
+    for kind, name, known in (('method', method, methods()), ('task', task, TASKS)):
+        if name not in known:
+            raise UsageError(f'there is no {kind} {name!r}. {near(name, known)}')
+
+
+def compose(method, task, folder):
+    """Write the config of a method on one of the demo's tasks, for all tools to read.
+
+    Args:
+        method (str): Of :func:`methods`.
+        task (str): Of ``TASKS``.
+        folder (Path): Takes it. The Runner writes the whole config under the
+            same name into its work directory, so this must be another one.
+
+    Returns:
+        Path: ``folder/<method>_<task>.py``.
+
+    Raises:
+        UsageError: There is no such method or task.
+    """
+    check_names(method, task)
+    path = folder / f'{method}_{task}.py'
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(CONFIG.format(method=method, task=task))
+    return path
+
+
+def fingerprint(text, *files):
+    """Equal where a config's text, the data and the files that it stands on are the same."""
+    digest = hashlib.sha256(text.encode())
+    for path in (DATA / 'made_with.json', *files):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def make_data_and_base():
+    """Compose the scenes and train the base, unless they are there."""
+    call('dataset_converters/digits.py', '--out', DATA)
+    call('demo/base.py', '--data', DATA / 'source', '--out', WORK / 'base.pth')
+
+
+def call(tool, *arguments):
+    """Run a tool to its end.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    command = [sys.executable, TOOLS / tool, *arguments]
+    code = subprocess.run([str(part) for part in command]).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def reached(folder):
+    """The step that the training in a folder has reached, and its loss."""
+    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    lines = files[-1].read_text().splitlines() if files else []
+    for line in reversed(lines):
+        scalars = json.loads(line) if line.endswith('}') else {}
+        if 'loss' in scalars:
+            return scalars['step'], f'loss {scalars["loss"]:.2f}'
+    return 0, ''
 
 
 class Experiment:
     """A method on a task, trained from a seed; all its files lie in ``folder``.
 
     Args:
-        method (str): As in the names of ``configs/demo/<method>_<task>.py``.
+        method (str): As in :func:`compose`.
         task (str): Likewise.
         seed (int): Of heads, adapters and batches.
+
+    Attributes:
+        merges: Whether the adapters can be folded into the weights.
     """
 
     def __init__(self, method, task, seed):
         self.method = method
         self.seed = seed
-        self.config = CONFIGS / f'{method}_{task}.py'
+        self.config = compose(method, task, WORK / 'configs')
         self.cfg = read_config(self.config)
+        self.merges = METHODS.build(self.cfg.default_hooks.peft.method).merges
         self.steps = self.cfg.train_cfg.max_iters
         self.folder = WORK / f'{method}_{task}_seed{seed}'
         self.checkpoint = self.folder / f'iter_{self.steps}.pth'
@@ -36,10 +121,8 @@ class Experiment:
 
     def prepare(self):
         """Start anew where config, data or base are no longer what they were."""
-        digest = hashlib.sha256(self.cfg.pretty_text.encode())
-        for path in (DATA / 'made_with.json', WORK / 'base.pth'):
-            digest.update(path.read_bytes())
-        record, made_from = self.folder / 'made_from.txt', digest.hexdigest()
+        record = self.folder / 'made_from.txt'
+        made_from = fingerprint(self.cfg.pretty_text, self.cfg.model.backbone.checkpoint)
         if self.folder.exists() and not (record.exists() and record.read_text() == made_from):
             print(f'{self.folder} was made from another config, data or base: starting anew.')
             shutil.rmtree(self.folder)
@@ -58,17 +141,9 @@ class Experiment:
             command.append('--resume')
         command += ['--cfg-options', f'randomness.seed={self.seed}']
         log = self.folder / 'train.log'
-        return Job(f'train {self.folder.name}', command, log, self.steps, self._reached)
-
-    def _reached(self):
-        """The step that training has reached, and its loss."""
-        files = sorted(self.folder.glob('*/vis_data/scalars.json'))
-        lines = files[-1].read_text().splitlines() if files else []
-        for line in reversed(lines):
-            scalars = json.loads(line) if line.endswith('}') else {}
-            if 'loss' in scalars:
-                return scalars['step'], f'loss {scalars["loss"]:.2f}'
-        return 0, ''
+        return Job(
+            f'train {self.folder.name}', command, log, self.steps, lambda: reached(self.folder)
+        )
 
     def merging(self):
         """The job that folds the adapters into the backbone."""

@@ -29,7 +29,8 @@ def show_report(experiments):
     """Print the report of a frozen and an adapted experiment.
 
     Args:
-        experiments (list[Experiment]): Evaluated; the adapted one last, merged.
+        experiments (list[Experiment]): Evaluated; the adapted one last, merged
+            if its method allows it.
     """
     adapted, console = experiments[-1], Console()
     console.rule('what was adapted')
@@ -39,8 +40,10 @@ def show_report(experiments):
     console.rule('files')
     trained = trained_size(adapted.checkpoint)
     remark = f'adapters, neck and heads {mib(trained)}, the rest is the optimizer'
-    rows = [(adapted.checkpoint, remark), (adapted.merged, 'the whole model, without adapters')]
-    rows.append((adapted.merged.with_suffix('.py'), 'its config'))
+    rows = [(adapted.checkpoint, remark), (adapted.config, 'the config, for tools/test.py')]
+    if adapted.merges:
+        rows.append((adapted.merged, 'the whole model, without adapters'))
+        rows.append((adapted.merged.with_suffix('.py'), 'its config'))
     for experiment in experiments:
         pictures = experiment.evaluation().pictures()
         sheet = contact_sheet(pictures, experiment.folder / 'pictures.png')
@@ -70,15 +73,15 @@ def summary_of(cfg):
         init_default_scope(cfg.default_scope)
         peft = dict(cfg.default_hooks.peft)
         model = MODELS.build(cfg.model)
-        return mmpeft.inject(model, peft['method'], peft['targets'], peft['unfreeze'])
+        return mmpeft.inject(model, peft['method'], peft['targets'], peft.get('unfreeze', ()))
 
 
 def score_table(experiments):
     """One row a model: what trains in its backbone, and its scores."""
     rows = [(e.method, e.evaluation().scores()) for e in experiments]
-    rows.append(
-        (f'{experiments[-1].method}, merged', experiments[-1].evaluation_of_merged().scores())
-    )
+    adapted = experiments[-1]
+    if adapted.merges:
+        rows.append((f'{adapted.method}, merged', adapted.evaluation_of_merged().scores()))
     names = [name for name in SCORES if name in rows[0][1]]
     table = Table('backbone', *(SCORES[name] for name in names))
     for method, scores in rows:

@@ -8,7 +8,10 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(
-        norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=dict(grn=dict(decay_mult=0.0))
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        bypass_duplicate=True,  # factors that adapters hold in common
+        custom_keys=dict(grn=dict(decay_mult=0.0)),
     ),
 )
 param_scheduler = [

@@ -11,7 +11,12 @@ model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=_base_.backbone,
     decode_head=dict(
-        in_channels=_base_.backbone_widths, channels=64, num_classes=11, norm_cfg=norm_cfg
+        in_channels=_base_.backbone_widths,
+        channels=64,
+        num_classes=11,
+        norm_cfg=norm_cfg,
+        # The background fills most pixels and would be all that is learnt for a long time.
+        loss_decode=dict(class_weight=[0.2] + [1.0] * 10),
     ),
     auxiliary_head=None,
     test_cfg=dict(_delete_=True, mode='whole'),

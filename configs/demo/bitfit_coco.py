@@ -1,2 +1,0 @@
-_base_ = ['./_base_/coco.py', '../_base_/methods/bitfit.py']
-default_hooks = dict(peft=_base_.peft)
