@@ -32,13 +32,16 @@ def test_every_method_can_be_run(experiment, compose, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'task, scope', [('coco', 'mmdet'), ('ade20k', 'mmseg'), ('dota', 'mmrotate')]
+    'task, scope',
+    [('coco', 'mmdet'), ('ade20k', 'mmseg'), ('dota', 'mmrotate'), ('internvit', 'mmseg')],
 )
 def test_every_task_can_be_run(task, scope, experiment, compose, tmp_path):
     cfg = read_config(compose('lora', task, tmp_path))
     assert cfg.default_scope == scope and task in experiment.TASKS
     assert cfg.default_hooks.peft.method.type == 'LoRA'
-    assert cfg.train_cfg.max_iters == 600
+    assert cfg.train_cfg.max_iters == (400 if task == 'internvit' else 600)
+    base = experiment.BASES[experiment.TASKS[task]]
+    assert cfg.model.backbone.checkpoint == str(base)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_every_task_can_be_run(task, scope, experiment, compose, tmp_path):
     [
         ('adalor', 'coco', "no method 'adalor'. Did you mean 'adalora'"),
         ('LoRA', 'coco', "Did you mean 'lora'"),
-        ('lora', 'voc', "no task 'voc'. There are 'ade20k', 'coco', 'dota'"),
+        ('lora', 'voc', "no task 'voc'. There are 'ade20k', 'coco', 'dota', 'internvit'"),
     ],
 )
 def test_unknown_names_are_told(method, task, expected, compose, tmp_path):

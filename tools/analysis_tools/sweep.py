@@ -95,7 +95,7 @@ def detector(task):
     Returns:
         Path: Its merged checkpoint, which is a plain one.
     """
-    make_data_and_base()
+    make_data_and_base(task)
     experiment = Experiment('frozen', task, seed=0)
     experiment.prepare()
     if not experiment.is_trained():

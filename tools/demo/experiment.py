@@ -18,11 +18,18 @@ TOOLS = Path(__file__).resolve().parents[1]
 CONFIGS = TOOLS.parent / 'configs'
 DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
 
-TASKS = ('ade20k', 'coco', 'dota')
+# Each task with the network whose base it adapts.
+TASKS = dict(ade20k='convnext', coco='convnext', dota='convnext', internvit='internvit')
+BASES = dict(convnext=WORK / 'base.pth', internvit=WORK / 'base_internvit.pth')
 CONFIG = """\
 _base_ = ['mmpeft::demo/_base_/{task}.py', 'mmpeft::_base_/methods/{method}.py']
-default_hooks = dict(peft=_base_.peft)
+default_hooks = dict(peft={hook})
 """
+# InternViT has no fresh norms that the methods' configs could unfreeze.
+HOOKS = dict(
+    convnext='_base_.peft',
+    internvit="dict(_base_.peft, targets=dict(module='backbone'), unfreeze=())",
+)
 
 
 def methods():
@@ -55,7 +62,8 @@ def compose(method, task, folder):
     check_names(method, task)
     path = folder / f'{method}_{task}.py'
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(CONFIG.format(method=method, task=task))
+    hook = HOOKS[TASKS[task]]
+    path.write_text(CONFIG.format(method=method, task=task, hook=hook))
     return path
 
 
@@ -67,10 +75,12 @@ def fingerprint(text, *files):
     return digest.hexdigest()
 
 
-def make_data_and_base():
-    """Compose the scenes and train the base, unless they are there."""
+def make_data_and_base(task):
+    """Compose the scenes and train the base of a task, unless they are there."""
     call('dataset_converters/digits.py', '--out', DATA)
-    call('demo/base.py', '--data', DATA / 'source', '--out', WORK / 'base.pth')
+    network = TASKS[task]
+    arguments = ('--network', network, '--data', DATA / 'source', '--out', BASES[network])
+    call('demo/base.py', *arguments)
 
 
 def call(tool, *arguments):

@@ -27,7 +27,7 @@ def main():
     if args.method != 'frozen':
         experiments.insert(0, Experiment('frozen', args.task, args.seed))
     avoid_gpu_without_operators()
-    make_data_and_base()
+    make_data_and_base(args.task)
     for experiment in experiments:
         experiment.prepare()
     run_jobs([e.training() for e in experiments if not e.is_trained()])
