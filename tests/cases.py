@@ -53,6 +53,7 @@ METHODS = dict(
         type='DiffPruning', structured=True, start=0.6, gate_speed=1.0, sample=False
     ),
     fish=dict(type='FISH', share=0.2, samples=2),
+    pafi=dict(type='PaFi', share=0.2),
     houlsby=dict(type='HoulsbyAdapter', rank=2),
     pfeiffer=dict(type='PfeifferAdapter', rank=3, activation='swish'),
     parallel=dict(type='ParallelAdapter', rank=2),
