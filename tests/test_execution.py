@@ -8,6 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.execution.ways import choose
 from mmpeft.methods import ActivationMethod
 from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
@@ -91,4 +92,139 @@ def test_same_function_and_gradients(layer, config, channels_last):
         if x.ndim != 4:
             return
         x = x.contiguous(memory_format=torch.channels_last)
+    assert_equal(results(model, x), results(plain, x), 1e-10)
+
+
+SMALL_UPDATES = dict(
+    lora=dict(type='LoRA', rank=4),
+    flora=dict(type='FLoRA', rank=4, scale=1.0),
+    liera=dict(type='LieRA', rank=4),
+    dora=dict(type='DoRA', rank=4),
+)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('name', SMALL_UPDATES)
+def test_small_updates_show_in_low_precision(name, amp, dtype):
+    """An update of 1e-5, far below the weights' rounding, moves the outputs by its own amount."""
+    torch.manual_seed(0)
+    size = 256
+    plain = nn.Linear(size, size, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(plain.weight.to(dtype))
+    layer = copy.deepcopy(plain)
+    if not amp:
+        layer = layer.to(dtype)
+    mmpeft.inject(layer, SMALL_UPDATES[name])
+    adapter = layer.parametrizations.weight[0]
+    spec = adapter.spec
+    with torch.no_grad():
+        # All entries of dW are 1e-5 (of W, for the multiplicative update: 1e-3 of it).
+        wanted = 1e-3 if name == 'liera' else 1e-5
+        for factor in adapter.parameters():
+            if factor.shape != (size,):
+                factor.zero_()
+        if name == 'flora':
+            adapter.factor0[:, 0] = adapter.factor1[:, 0] = 1.0
+            adapter.core[0, 0] = wanted
+        else:
+            adapter.lora_B[:, 0] = wanted
+            adapter.lora_A[0] = 1.0
+        delta = adapter.method.delta(adapter.factors, spec).double()
+        change = plain.weight.double() * delta if name == 'liera' else delta
+    if dtype == torch.bfloat16:
+        rounded = (plain.weight + change.float()).to(dtype)
+        assert (rounded == plain.weight.to(dtype)).double().mean() > 0.7
+    x = torch.rand(4096, size, dtype=torch.float32 if amp else dtype)
+    with torch.autocast('cpu', dtype, enabled=amp):
+        y = layer(x)
+        base = torch.nn.functional.linear(x.to(dtype), plain.weight.to(dtype))
+    assert y.dtype == dtype
+    moved = (y.double() - base.double()).mean(0)
+    expected = (x.to(dtype).double() @ change.T).mean(0)
+    if name == 'dora':  # the norm takes its part of the update back
+        exact = adapter.in_double(plain.weight.double()) - plain.weight.double()
+        expected = (x.to(dtype).double() @ exact.T).mean(0)
+    assert ((moved - expected).norm() / expected.norm()).item() < 0.25
+    y.float().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_most_layers_of_a_network_take_a_faster_way():
+    taken = []
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 7, padding=3, groups=16),
+        nn.Conv2d(16, 32, 1),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(32 * 64 * 4, 8),
+    )
+    mmpeft.inject(model, dict(type='FLoRA', rank=4))
+    x = torch.randn(2, 16, 16, 16)
+    for layer in model:
+        if execution.is_enabled(layer):
+            taken.append(choose(layer, x)[0].name)
+        x = layer(x)
+    assert taken == [
+        'kernel gradient as a convolution',
+        'thin products',
+        'thin convolutions',
+        'thin products',
+    ]
+    with torch.no_grad():
+        assert choose(model[4], torch.randn(1, 8192)) is None
+
+
+def test_nothing_of_the_built_weight_is_kept_for_backward():
+    model, plain = pair(Layer(lambda: nn.Linear(64, 48), (2, 64)), dict(type='LoRA', rank=2))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+    for name, network in dict(fast=model, plain=plain).items():
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        own |= {p.untyped_storage()._cdata for p in network.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            network(torch.randn(2, 64, dtype=torch.float64, requires_grad=True))
+        kept[name] = sum(n for key, (n, _) in sizes.items() if key not in own)
+    assert kept['fast'] == 2 * 64 * 8
+    assert kept['plain'] >= 48 * 64 * 8
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_under_recomputation(reentrant):
+    model, plain = pair(LARGE['kernel'], METHODS['flora'])
+    x = LARGE['kernel'].input().requires_grad_()
+
+    def run(network):
+        y = torch.utils.checkpoint.checkpoint(network, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        gradients = {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
+        return dict(y=y) | gradients
+
+    assert_equal(run(model), run(plain), 1e-10)
+
+
+@pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'dora'])
+@pytest.mark.parametrize('dtype, bound', [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+def test_bounds_in_lower_precision(name, dtype, bound):
+    for key, layer in LARGE.items():
+        model, plain = pair(layer, METHODS[name], dtype)
+        x = layer.input(dtype)
+        fast, built = results(model, x), results(plain, x)
+        for tensor, expected in built.items():
+            if expected is not None:
+                difference = (fast[tensor].double() - expected.double()).norm()
+                assert difference <= bound * max(expected.double().norm(), 1e-3), (key, tensor)
+
+
+def test_dropout_is_that_of_the_plain_form():
+    case = Layer(lambda: nn.Linear(20, 12), (5, 20))
+    model, plain = pair(case, dict(type='LoRA', rank=2, dropout=0.5))
+    x = case.input()
     assert_equal(results(model, x), results(plain, x), 1e-10)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .precision import without_autocast
+
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -65,6 +67,7 @@ class TuckerConv(Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias, up, core, down, scale, geometry):
         ctx.scale, ctx.geometry, ctx.with_bias = scale, geometry, bias is not None
         ctx.save_for_backward(x, weight, up, core, down)
@@ -73,6 +76,7 @@ class TuckerConv(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, up, core, down = ctx.saved_tensors
         geometry, scale = ctx.geometry, ctx.scale
@@ -118,6 +122,7 @@ class DepthwiseConv(Function):
     """A depthwise 2-d convolution of stride 1 with another way to its kernel's gradient."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias, geometry):
         ctx.geometry, ctx.with_bias = geometry, bias is not None
         ctx.save_for_backward(x, weight)
@@ -125,6 +130,7 @@ class DepthwiseConv(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         geometry = ctx.geometry

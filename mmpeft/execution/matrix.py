@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .precision import without_autocast
+
 
 def times(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
     """x W^T + b for rows, W x + b for columns; ``weight`` is (O, I)."""
@@ -50,6 +52,7 @@ class LowRank(Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias, up, down, scale, columns):
         ctx.scale, ctx.columns, ctx.with_bias = scale, columns, bias is not None
         ctx.save_for_backward(x, weight, up, down)
@@ -61,6 +64,7 @@ class LowRank(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, up, down = ctx.saved_tensors
         scale, columns = ctx.scale, ctx.columns
@@ -100,6 +104,7 @@ class Multiplied(Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias, up, down, scale, exact, columns):
         ctx.scale, ctx.exact, ctx.columns = scale, exact, columns
         ctx.with_bias = bias is not None
@@ -111,6 +116,7 @@ class Multiplied(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, up, down = ctx.saved_tensors
         scale, exact, columns = ctx.scale, ctx.exact, ctx.columns
@@ -152,6 +158,7 @@ class Decomposed(Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias, up, down, magnitude, scale, detach, columns):
         direction = torch.addmm(weight.to(up.dtype), up, down, alpha=scale)
         norm = torch.linalg.vector_norm(direction, dim=1)
@@ -168,6 +175,7 @@ class Decomposed(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, weight, bias, up, down, norm, ratio, y = ctx.saved_tensors
         scale, columns = ctx.scale, ctx.columns

@@ -271,3 +271,13 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     draws = torch.stack([layer.weight.detach() for _ in range(4000)])
     assert draws.std(0).max() > 0.05
     torch.testing.assert_close(draws.mean(0), expected, rtol=0.1, atol=0.02)
+
+
+def test_pafi_trains_the_smallest_entries():
+    layer = nn.Conv2d(4, 6, 3)
+    frozen, new, f = adapted(layer, dict(type='PaFi', share=0.1))
+    smallest = np.sort(np.argsort(np.abs(frozen).ravel(), kind='stable')[:22])
+    assert (f['index'] == smallest).all() and f['values'].shape == (22,)
+    expected = frozen.copy().ravel()
+    expected[smallest] += f['values']
+    close(new, expected.reshape(frozen.shape))
