@@ -44,6 +44,15 @@ def tokens(x: Tensor, columns: bool) -> int:
     return len(x) * x.shape[2] if columns else x.numel() // x.shape[-1]
 
 
+def thin_pays(shape: tuple[int, int], rank: int) -> bool:
+    """Whether products as wide as the rank are cheaper than the dense gradient, a token.
+
+    Thin: x V^T, dy U and their products with dy and x, 2 r (O + I). Dense: O I.
+    """
+    out, features = shape
+    return 2 * rank * (out + features) < out * features
+
+
 class LowRank(Function):
     """y = x (W + s U V)^T + b.
 
@@ -71,14 +80,22 @@ class LowRank(Function):
         need_x, _, need_bias, need_up, need_down = ctx.needs_input_grad[:5]
         if not columns:
             dy = dy.contiguous()
-        inner = times(dy, (up * scale).T, None, columns) if need_down or need_x else None
-        dx = d_up = d_down = d_bias = None
-        if need_up:
-            d_up = outer(dy, times(x, down, None, columns), columns).mul_(scale)
-        if need_down:
-            d_down = outer(inner, x, columns)
+        dx = d_up = d_down = d_bias = inner = None
+        if thin_pays(weight.shape, up.shape[1]):
+            inner = times(dy, (up * scale).T, None, columns)
+            if need_up:
+                d_up = outer(dy, times(x, down, None, columns), columns).mul_(scale)
+            if need_down:
+                d_down = outer(inner, x, columns)
+        else:
+            dense = outer(dy, x, columns)
+            d_up = torch.mm(dense, down.T).mul_(scale)
+            d_down = torch.mm(up.T, dense).mul_(scale)
         if need_x:
-            if x.dtype.itemsize < 4 or tokens(x, columns) < weight.shape[0]:
+            low = x.dtype.itemsize < 4
+            if low or (inner is not None and tokens(x, columns) < weight.shape[0]):
+                if inner is None:
+                    inner = times(dy, (up * scale).T, None, columns)
                 branch = times(inner, down.T, None, columns)
                 dx = _accumulated(branch, dy, weight.T, columns)
             else:
