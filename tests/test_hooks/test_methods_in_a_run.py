@@ -85,7 +85,7 @@ def test_one_decomposition_of_the_pretrained_weights(name, pretrained, tmp_path,
 
 def test_the_loss_has_the_methods_term(tmp_path):
     term = dict(type='LoRA', rank=2, mpc='o', mpc_weight=0.3)
-    runner = toy_runner(tmp_path, term)
+    runner = toy_runner(tmp_path, term, experiment_name='with_term')
     runner.train()
     logged = runner.message_hub.get_scalar('train/loss_peft').data[0]
     assert (logged > 0).all()
@@ -95,7 +95,9 @@ def test_the_loss_has_the_methods_term(tmp_path):
         for gram in (adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B):
             expected += 0.3 * ((gram - torch.eye(len(gram))) ** 2).sum().item()
     assert mmpeft.penalty(runner.model).item() == pytest.approx(expected, rel=1e-5)
-    without = toy_runner(tmp_path / 'without', dict(type='LoRA', rank=2))
+    without = toy_runner(
+        tmp_path / 'without', dict(type='LoRA', rank=2), experiment_name='without_term'
+    )
     without.train()
     assert 'train/loss_peft' not in without.message_hub.log_scalars
     assert mmpeft.penalty(without.model) is None
