@@ -388,3 +388,25 @@ def test_injection_into_the_whole_model_is_quick():
     assert time.perf_counter() - start < 5
     assert len(result.rows) == 4 * 48
     assert result.share == pytest.approx(0.0067, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    'config, places',
+    [
+        (dict(type='HoulsbyAdapter'), {'attn', 'mlp'}),
+        (dict(type='PfeifferAdapter'), {'mlp'}),
+        (dict(type='ScaledParallelAdapter'), {'mlp'}),
+        (dict(type='VPT', deep=True), {''}),
+    ],
+    ids=lambda value: value['type'] if isinstance(value, dict) else '',
+)
+def test_adapters_of_activations_find_their_places(config, places):
+    model = InternViT(SMALL, frozen_dtype='bfloat16', with_cp=True)
+    model.init_weights()
+    rows = mmpeft.inject(model, config).rows
+    expected = {
+        f'encoder.layers.{i}.{place}'.rstrip('.') for i in range(SMALL['depth']) for place in places
+    }
+    assert {row.name for row in rows} == expected
+    sum(m.square().mean() for m in model(torch.randn(1, 3, 56, 70))).backward()
+    assert all(p.grad is not None for p in adapter_parameters(model))
