@@ -26,45 +26,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
-from .base import Card, Factors, RankMethod, check_choice, gaussian
+from .base import Card, Factors, gaussian
+from .scaled import ScaledRankMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledRankMethod(RankMethod):
-    """A method of one rank whose update is multiplied as LoRA's.
+class KernelRankMethod(ScaledRankMethod):
+    """One that keeps the axes of a kernel (``layout='tucker'``) or unfolds it (``'channel'``)."""
 
-    Attributes:
-        rank: r.
-        alpha: dW is multiplied by alpha / rank.
-        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
-        layout: ``'tucker'`` or ``'channel'``.
-    """
+    layouts: ClassVar = ('tucker', 'channel')
 
-    rank: int = 8
-    alpha: float | None = None
-    scale: float | None = None
     layout: str = 'tucker'
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice(self, 'layout', ('tucker', 'channel'))
-        if not isinstance(self.rank, int):
-            raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
-        if self.alpha is not None and self.scale is not None:
-            raise UsageError(
-                f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
-                'thing (scale = alpha / rank). Give one of them.'
-            )
-
-    @property
-    def scaling(self):
-        if self.scale is not None:
-            return self.scale
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def keeps_axes(self, spec: WeightSpec) -> bool:
         """Whether the weight has a kernel whose axes stay apart."""
@@ -89,7 +64,7 @@ def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class LoHa(ScaledRankMethod):
+class LoHa(KernelRankMethod):
     """Hadamard product of two low-rank updates.
 
     Attributes:

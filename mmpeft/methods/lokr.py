@@ -35,7 +35,7 @@ from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
 from .base import Card, Factors
-from .loha import ScaledRankMethod, low_rank
+from .loha import KernelRankMethod, low_rank
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def kron(first: Tensor, second: Tensor) -> Tensor:
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class LoKr(ScaledRankMethod):
+class LoKr(KernelRankMethod):
     """Kronecker product of a small matrix and a low-rank block.
 
     Attributes:

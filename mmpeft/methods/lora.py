@@ -21,12 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
-from .base import Card, Factors, RankMethod, check_choice
+from .base import Card, Factors, check_choice
 from .mpc import MPC
+from .scaled import ScaledRankMethod
 
 
 def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:
@@ -50,7 +50,7 @@ def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, in
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class LoRA(RankMethod):
+class LoRA(ScaledRankMethod):
     """Low-rank update of the weight as a matrix.
 
     Attributes:
@@ -72,30 +72,15 @@ class LoRA(RankMethod):
         suits='Linear layers, and comparison with the literature. Flattens kernels.',
     )
 
-    rank: int = 8
-    alpha: float | None = None
-    scale: float | None = None
+    layouts: ClassVar = ('loralib', 'channel')
+
     layout: str = 'loralib'
     mpc: str | None = None
     mpc_weight: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, 'layout', ('loralib', 'channel'))
         check_choice(self, 'mpc', (None, *MPC))
-        if not isinstance(self.rank, int):
-            raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
-        if self.alpha is not None and self.scale is not None:
-            raise UsageError(
-                f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
-                'thing (scale = alpha / rank). Give one of them.'
-            )
-
-    @property
-    def scaling(self):
-        if self.scale is not None:
-            return self.scale
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def init(self, weight, spec) -> Factors:
         rows, inner, columns = matrix_shape(spec, self.rank, self.layout)
