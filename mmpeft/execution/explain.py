@@ -88,7 +88,8 @@ def _explained(path, layer, x, y):
     elif way is KERNEL:
         up, core, down = thin
         taps = prod(spec.kernel_size)
-        inner = up.shape[1] * (down.shape[0] if down is not None else spec.shape[1])
+        whole = core is None or down is None  # V is the kernel itself
+        inner = up.shape[1] * (spec.shape[1] if whole else down.shape[0])
         extra = positions * (2 * sum(spec.shape[:2]) * up.shape[1] + 3 * taps * inner)
         name = way.name
     else:

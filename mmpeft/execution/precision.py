@@ -1,8 +1,8 @@
-"""Mathematics that runs in the dtypes it is given."""
+"""Functions of autograd that autocast leaves alone."""
 
 from functools import wraps
 
-import torch
+from mmpeft.precision import outside_autocast
 
 
 def without_autocast(function):
@@ -14,10 +14,7 @@ def without_autocast(function):
 
     @wraps(function)
     def inner(ctx, tensor, *args):
-        device = tensor.device.type
-        if device == 'meta' or not torch.is_autocast_enabled(device):
-            return function(ctx, tensor, *args)
-        with torch.autocast(device, enabled=False):
+        with outside_autocast(tensor.device.type):
             return function(ctx, tensor, *args)
 
     return inner

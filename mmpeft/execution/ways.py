@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpeft.methods import WeightAdapter
 from mmpeft.methods.base import DeltaMethod, input_dropout_mask
 from mmpeft.methods.dora import DoRA
+from mmpeft.precision import outside_autocast
 
 from .convolution import DepthwiseConv, Geometry, TuckerConv
 from .matrix import Decomposed, LowRank, Multiplied
@@ -22,12 +23,10 @@ class Way:
     """One way to compute a layer's output.
 
     Attributes:
-        name: Shown by ``--explain``.
-        why: Likewise.
+        name: Shown by ``tools/analysis_tools/explain.py``.
     """
 
     name: ClassVar[str]
-    why: ClassVar[str]
 
     def run(self, layer: nn.Module, x: Tensor, thin: tuple) -> Tensor:
         """The layer's output; ``thin`` is the method's ``low_rank``."""
@@ -38,7 +37,6 @@ class Matrix(Way):
     """A linear layer or 1x1 convolution whose update is a product of thin matrices."""
 
     name = 'thin products'
-    why = 'the gradients of the factors come from products as wide as the rank'
 
     def run(self, layer, x, thin):
         adapter = layer.parametrizations.weight[0]
@@ -73,7 +71,6 @@ class Kernel(Way):
     """A convolution whose update is thin in both channel modes."""
 
     name = 'thin convolutions'
-    why = 'the gradients of the factors come from convolutions with as many channels as the rank'
 
     def run(self, layer, x, thin):
         adapter = layer.parametrizations.weight[0]
@@ -89,7 +86,6 @@ class Depthwise(Way):
     """A depthwise convolution, its weight built, its gradient another way."""
 
     name = 'kernel gradient as a convolution'
-    why = 'the built weight is small; its gradient is a grouped convolution of the input with dy'
 
     def run(self, layer, x, thin):
         x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
@@ -135,7 +131,7 @@ def has_one_adapter(layer: nn.Module) -> bool:
 
 
 def _thin(adapter):
-    with torch.autocast(adapter.device.type, enabled=False):
+    with outside_autocast(adapter.device.type):
         return adapter.method.low_rank(adapter.factors, adapter.spec)
 
 

@@ -6,7 +6,6 @@ into a module or what comes out of it, and cannot be folded into a weight.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.places import DESCRIPTIONS, PLACES, Place, places
+from mmpeft.precision import outside_autocast
 from mmpeft.registry import METHODS
 
 from .adapter import Adapter
@@ -116,7 +116,7 @@ class ActivationAdapter(Adapter):
     def before(self, module, args, kwargs):
         """A forward pre-hook with kwargs."""
         x = _first(args, kwargs)
-        with _without_autocast(x.device.type):
+        with outside_autocast(x.device.type):
             changed = self.method.before(x, self.factors, self.spec)
         args = tuple(changed if value is x else value for value in args)
         return args, {key: changed if value is x else value for key, value in kwargs.items()}
@@ -124,16 +124,10 @@ class ActivationAdapter(Adapter):
     def forward(self, module, args, kwargs, output):
         """A forward hook with kwargs."""
         x, y = _first(args, kwargs), output[0] if isinstance(output, tuple) else output
-        with _without_autocast(x.device.type):
+        with outside_autocast(x.device.type):
             changed = self.method.after(x, y, self.factors, self.spec)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 def _first(args, kwargs):
     return next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-
-
-def _without_autocast(device):
-    if device == 'meta' or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

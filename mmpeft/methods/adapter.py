@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mmpeft.precision import outside_autocast
 from mmpeft.weights import WeightSpec
 
 from .base import Factors, Method
@@ -68,11 +69,8 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """phi(W), of the shape and dtype of ``weight``."""
-        device = weight.device.type
-        if device != 'meta' and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.map(weight, self.factors, self.dtype)
-        return self.map(weight, self.factors, self.dtype)
+        with outside_autocast(weight.device.type):
+            return self.map(weight, self.factors, self.dtype)
 
     def in_double(self, weight: Tensor) -> Tensor:
         """phi(W) computed in float64 and returned in it."""

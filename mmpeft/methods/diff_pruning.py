@@ -44,8 +44,7 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .adalora import best_of_all, check_span, common_method, span
-from .allocator import Allocator
+from .allocator import Allocator, best_of_all, check_span, common_method, span
 from .base import Card, Factors, Method
 
 LOW, HIGH = -1.5, 1.5

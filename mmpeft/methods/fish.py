@@ -29,8 +29,7 @@ from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 from mmpeft.weights import WeightSpec
 
-from .adalora import best, common_method
-from .allocator import Allocator
+from .allocator import Allocator, best, common_method
 from .base import Card, Factors, Method
 
 

@@ -12,7 +12,8 @@ from torch import nn
 import mmpeft
 from mmpeft.attachment import named_adapters
 from mmpeft.errors import UsageError
-from mmpeft.methods.adalora import AdaLoRA, best, importance, smoothed, span, triplets_at
+from mmpeft.methods.adalora import AdaLoRA, importance, smoothed, triplets_at
+from mmpeft.methods.allocator import best, span
 from mmpeft.methods.diff_pruning import DiffPruning, hard_concrete, open_probability
 from mmpeft.methods.fish import FISH, largest
 from mmpeft.weights import weights_of
