@@ -52,13 +52,20 @@ def share(adapter: Adapter, held: dict) -> None:
         setattr(adapter, name, held.setdefault(key, own))
 
 
-def attach(layer: nn.Module, tensor: str, adapter: Adapter) -> None:
-    """Put an adapter on a weight, or on a module's activations if ``tensor`` is ''."""
+def attach(layer: nn.Module, tensor: str, adapter: Adapter, way: str = execution.AUTO) -> None:
+    """Put an adapter on a weight, or on a module's activations if ``tensor`` is ''.
+
+    Args:
+        layer: The module.
+        tensor: Name of the weight.
+        adapter: Made for it.
+        way: To compute with the weight, one of ``execution.CHOICES``.
+    """
     adapter.train(layer.training)
     if tensor:
         _own_class(layer)
         parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
-        execution.enable(layer)
+        execution.enable(layer, way)
         return
     holder = _holder(layer)
     if not hasattr(holder, ADAPTERS):
@@ -73,9 +80,10 @@ def detach(attachment: Attachment) -> None:
     """Take all adapters off a weight or module, which is then as it was."""
     layer, tensor = attachment.layer, attachment.tensor
     if tensor:
+        way = execution.execution_of(layer)
         _own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
-        execution.enable(layer)
+        execution.enable(layer, way)
         return
     for adapter in attachment.adapters:
         while adapter.handles:

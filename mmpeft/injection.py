@@ -12,6 +12,7 @@ from torch import nn
 
 from .attachment import adapter_parameters, attach, attachments, detach, make_adapter, share
 from .errors import UsageError, near
+from .execution import AUTO, CHOICES, PLAIN, disable, enable_frozen
 from .freezing import freeze_statistics, unfreeze_statistics
 from .methods import Method
 from .ranks import settle_ranks
@@ -46,7 +47,9 @@ class Injection:
         return json.loads(json.dumps(plain))
 
 
-def inject(model: nn.Module, method, targets=None, unfreeze=(), empty=False) -> Summary:
+def inject(
+    model: nn.Module, method, targets=None, unfreeze=(), empty=False, execution=AUTO
+) -> Summary:
     """Freeze a model's target module and adapt it, in place.
 
     The weights keep their names in the model's state dict but for torch's
@@ -64,6 +67,10 @@ def inject(model: nn.Module, method, targets=None, unfreeze=(), empty=False) -> 
             target module that train themselves, such as norms that are new.
         empty: Leave what the adapters hold open (NaN), to be loaded. Spares
             the decompositions that some methods start from.
+        execution: ``'auto'`` takes for each layer the fastest way that
+            computes the same; ``'merged'`` and ``'branch'`` put thin updates
+            into the weight, or beside the layer; ``'plain'`` builds weights
+            as torch's parametrize does and leaves frozen layers alone.
 
     Returns:
         The summary of the adapted model.
@@ -75,6 +82,8 @@ def inject(model: nn.Module, method, targets=None, unfreeze=(), empty=False) -> 
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
+    if execution not in CHOICES:
+        raise UsageError(f'execution={execution!r} is none of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     root = target_module(model, targets.module)
     sites = select(model, method, targets)
@@ -88,7 +97,9 @@ def inject(model: nn.Module, method, targets=None, unfreeze=(), empty=False) -> 
     for parameter in thawed.values():
         parameter.requires_grad_(True)
     for site in sites:
-        attach(site.module, site.tensor, adapters[site.identity])
+        attach(site.module, site.tensor, adapters[site.identity], execution)
+    if execution != PLAIN and not method.trains_base:
+        enable_frozen(root)
 
     model.peft = [
         *getattr(model, 'peft', []),
@@ -190,7 +201,10 @@ def _check_merges(adapted):
 
 def _restore(model):
     for record in model.__dict__.pop('peft', []):
-        unfreeze_statistics(target_module(model, record.targets.module))
+        root = target_module(model, record.targets.module)
+        unfreeze_statistics(root)
+        for layer in root.modules():
+            disable(layer)
         for name, parameter in model.named_parameters():
             if name in record.trained_before:
                 parameter.requires_grad_(True)

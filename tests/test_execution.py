@@ -52,23 +52,33 @@ def config(request):
     return METHODS[request.param]
 
 
-def pair(layer, config, dtype=torch.float64):
+def pair(layer, config, dtype=torch.float64, way=execution.AUTO):
     """The same adapted layer, executed and plain."""
     model = layer.build(dtype)
-    mmpeft.inject(model, config, dict(kinds=KINDS))
+    mmpeft.inject(model, config, dict(kinds=KINDS), execution=way)
     randomize(model)
+    return model, plain_of(model)
+
+
+def plain_of(model):
+    """A copy that computes as torch's parametrize does."""
     plain = copy.deepcopy(model)
     for module in plain.modules():
         execution.disable(module)
-    return model, plain
+    return plain
 
 
 def results(model, x, seed=1):
     """Output, and gradients of the input and of all that trains."""
+    return results_of(model, model, x, seed)
+
+
+def results_of(network, model, x, seed=1):
+    """The same of a model inside another."""
     if x.is_floating_point():
         x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(seed)
-    y = model(x)
+    y = network(x)
     torch.manual_seed(2)
     (y * torch.randn_like(y)).sum().backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -93,6 +103,75 @@ def test_same_function_and_gradients(layer, config, channels_last):
             return
         x = x.contiguous(memory_format=torch.channels_last)
     assert_equal(results(model, x), results(plain, x), 1e-10)
+
+
+THIN = [name for name in weight_methods() if name.startswith(('lora', 'flora', 'lotr'))]
+
+
+@pytest.mark.parametrize('way', [execution.MERGED, execution.BRANCH, execution.PLAIN])
+@pytest.mark.parametrize('name', THIN)
+@pytest.mark.parametrize('case', LARGE)
+def test_every_way_gives_the_same(case, name, way):
+    model, plain = pair(LARGE[case], METHODS[name], way=way)
+    x = LARGE[case].input()
+    assert_equal(results(model, x), results(plain, x), 1e-10)
+    assert all(execution.is_enabled(m) == (way != execution.PLAIN) for m in adapted(model))
+
+
+def adapted(model):
+    return [m for m in model.modules() if hasattr(m, 'parametrizations')]
+
+
+SIZES = dict(
+    rows=Layer(lambda: nn.Linear(96, 160), (300, 96)),
+    few_rows=Layer(lambda: nn.Linear(512, 640), (2, 9, 512)),
+    columns=Layer(lambda: nn.Conv2d(96, 80, 1, bias=False), (1, 96, 20, 18)),
+    few_columns=Layer(lambda: nn.Conv2d(512, 640, 1, bias=False), (1, 512, 3, 4)),
+    columns_with_bias=Layer(lambda: nn.Conv2d(96, 80, 1), (2, 96, 20, 18)),
+    kernels=Layer(lambda: nn.Conv2d(64, 48, 3, padding=1), (2, 64, 20, 18)),
+    few_positions=Layer(lambda: nn.Conv2d(128, 160, 3, padding=1), (2, 128, 4, 5)),
+    depthwise=Layer(lambda: nn.Conv2d(64, 64, 7, padding=3, groups=64), (2, 64, 20, 18)),
+)
+
+
+@pytest.mark.parametrize('way', [execution.AUTO, execution.MERGED, execution.BRANCH])
+@pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'liera_exact', 'dora'])
+@pytest.mark.parametrize('case', SIZES)
+def test_sizes_at_which_libraries_take_other_kernels(case, name, way):
+    """In float32 against float64, and no further from it than the plain form by much."""
+    model, plain = pair(SIZES[case], METHODS[name], torch.float32, way)
+    x = SIZES[case].input(torch.float32)
+    exact = results(copy.deepcopy(plain).double(), x.double())
+    fast, built = results(model, x), results(plain, x)
+    for tensor, expected in exact.items():
+        if expected is not None:
+            ours = (fast[tensor].double() - expected).norm()
+            theirs = (built[tensor].double() - expected).norm()
+            assert ours <= max(3 * theirs, 1e-6 * expected.norm()), (tensor, ours, theirs)
+
+
+def test_compiled():
+    model, plain = pair(LARGE['linear'], METHODS['flora'])
+    x = LARGE['linear'].input()
+    compiled = torch.compile(model, backend='aot_eager')
+    assert_equal(results_of(compiled, model, x), results(plain, x), 1e-10)
+
+
+def test_under_ddp(tmp_path):
+    model, plain = pair(LARGE['kernel'], METHODS['flora'])
+    x = LARGE['kernel'].input()
+    store = f'file://{tmp_path / "store"}'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert_equal(results_of(wrapped, model, x), results(plain, x), 1e-10)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_choices_are_named():
+    with pytest.raises(mmpeft.errors.UsageError, match="'fast' is none of 'auto', 'plain'"):
+        mmpeft.inject(nn.Linear(4, 4), METHODS['lora'], execution='fast')
 
 
 SMALL_UPDATES = dict(
@@ -192,7 +271,7 @@ def test_nothing_of_the_built_weight_is_kept_for_backward():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             network(torch.randn(2, 64, dtype=torch.float64, requires_grad=True))
         kept[name] = sum(n for key, (n, _) in sizes.items() if key not in own)
-    assert kept['fast'] == 2 * 64 * 8
+    assert kept['fast'] == 2 * (64 + 2) * 8  # the input, and its product with V
     assert kept['plain'] >= 48 * 64 * 8
 
 

@@ -1,5 +1,19 @@
 """How phi(W) is computed fast. Nothing here changes what is computed."""
 
-from .layers import disable, enable, is_enabled
+from .layers import disable, enable, enable_frozen, execution_of, is_enabled
+from .ways import AUTO, BRANCH, MERGED, PLAIN
 
-__all__ = ['disable', 'enable', 'is_enabled']
+CHOICES = (AUTO, PLAIN, MERGED, BRANCH)
+
+__all__ = [
+    'AUTO',
+    'BRANCH',
+    'CHOICES',
+    'MERGED',
+    'PLAIN',
+    'disable',
+    'enable',
+    'enable_frozen',
+    'execution_of',
+    'is_enabled',
+]

@@ -12,6 +12,7 @@ autograd's own for large maps.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
+from .products import as_map, as_tokens, layout_of
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -42,6 +44,13 @@ class Geometry:
         function = CONVOLVE[weight.ndim - 2]
         return function(x, weight, bias, self.stride, self.padding, self.dilation)
 
+    def positions(self, x: Tensor, weight: Tensor) -> int:
+        """Of the output, of one image."""
+        sizes = zip(
+            x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+        )
+        return prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+
     def gradients(self, dy, x, weight, need_x, need_weight, groups=1):
         """Of input and kernel; None where not needed."""
         dx, d_weight, _ = torch.ops.aten.convolution_backward(
@@ -63,59 +72,86 @@ class Geometry:
 class TuckerConv(Function):
     """y = x convolved with W + s G x_1 U x_2 V^T, plus b.
 
-    U (O, a), G (a, b, *k), V (b, I) or None for all I channels.
+    U (O, a), G (a, b, *k), V (b, I) or None for all I channels. The update is
+    put into the weight, or stands beside it (``branch``) as three thin
+    convolutions, whose outputs are then kept for backward.
     """
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, bias, up, core, down, scale, geometry):
+    def forward(ctx, x, weight, bias, up, core, down, scale, geometry, branch):
         ctx.scale, ctx.geometry, ctx.with_bias = scale, geometry, bias is not None
-        ctx.save_for_backward(x, weight, up, core, down)
-        merged = _merged(weight, up, core, down, scale).to(x.dtype)
-        return geometry.convolve(x, merged, bias)
+        ctx.branch = branch
+        narrow = inner = None
+        if branch:
+            narrow = _mix(down, x)
+            inner = geometry.convolve(narrow, core.to(x.dtype))
+            y = _add(geometry.convolve(x, weight, bias), up * scale, inner)
+        else:
+            merged = _merged(weight, up, core, down, scale).to(x.dtype)
+            y = geometry.convolve(x, merged, bias)
+        ctx.save_for_backward(x, weight, up, core, down, narrow, inner)
+        return y
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dy):
-        x, weight, up, core, down = ctx.saved_tensors
+        x, weight, up, core, down, narrow, inner = ctx.saved_tensors
         geometry, scale = ctx.geometry, ctx.scale
         need_x, _, need_bias = ctx.needs_input_grad[:3]
-        dx = d_bias = None
-        if need_x:
+        dx = d_down = d_bias = None
+        kernel = core.to(x.dtype)
+        if narrow is None:
+            narrow = _mix(down, x)
+            inner = geometry.convolve(narrow, kernel)
+        d_inner = _mix(up.T * scale, dy)
+        need_narrow = down is not None
+        d_narrow, d_core = geometry.gradients(d_inner, narrow, kernel, need_narrow, True)
+        d_up = _outer(dy, inner).to(up.dtype).mul_(scale)
+        if need_narrow:
+            d_down = _outer(d_narrow, x).to(up.dtype)
+        if need_x and ctx.branch:
+            dx, _ = geometry.gradients(dy, x, weight, True, False)
+            dx = _add(dx, down.T, d_narrow)
+        elif need_x:
             merged = _merged(weight, up, core, down, scale).to(x.dtype)
             dx, _ = geometry.gradients(dy, x, merged, True, False)
-        core = core.to(x.dtype)
-        narrow_x = x if down is None else _mix(down.to(x.dtype), x)
-        narrow_dy = _mix(up.T.to(x.dtype), dy)
-        d_narrow_x, d_core = geometry.gradients(narrow_dy, narrow_x, core, down is not None, True)
-        d_up = _channels(dy, geometry.convolve(narrow_x, core)).to(up.dtype).mul_(scale)
-        d_core = d_core.to(up.dtype).mul_(scale)
-        d_down = None
-        if down is not None:
-            d_down = _channels(d_narrow_x, x).to(up.dtype).mul_(scale)
         if need_bias and ctx.with_bias:
             d_bias = dy.sum([d for d in range(dy.ndim) if d != 1])
-        return dx, None, d_bias, d_up, d_core, d_down, None, None
+        return dx, None, d_bias, d_up, d_core.to(up.dtype), d_down, None, None, None
 
 
 def _merged(weight, up, core, down, scale):
-    if down is not None:
-        core = torch.tensordot(core, down, dims=([1], [0])).movedim(-1, 1)
-    delta = up @ core.flatten(1)
-    return torch.add(weight.to(up.dtype), delta.view(weight.shape), alpha=scale)
+    """W + s G x_1 U x_2 V^T."""
+    if down is None:
+        spread = core.flatten(1)
+    else:
+        spread = torch.matmul(down.T, core.flatten(2)).flatten(1)
+    merged = torch.addmm(weight.flatten(1).to(up.dtype), up, spread, alpha=scale)
+    return merged.view(weight.shape)
 
 
 def _mix(matrix, x):
-    """Channels of a map through a matrix (out, in)."""
-    return CONVOLVE[x.ndim - 2](x, matrix[(...,) + (None,) * (x.ndim - 2)])
+    """Channels of a map through a matrix (out, in); the map itself without one."""
+    if matrix is None:
+        return x
+    layout = layout_of(x)
+    y = layout.times(as_tokens(x, layout), matrix.to(x.dtype))
+    return as_map(y, layout, x.shape[2:])
 
 
-def _channels(left, right):
+def _add(y, matrix, x):
+    """y + the channels of x through a matrix; ``y`` is used up."""
+    layout = layout_of(y)
+    layout.accumulate(as_tokens(y, layout), as_tokens(x, layout), matrix.to(y.dtype))
+    return y
+
+
+def _outer(left, right):
     """Sum over images and positions of left right^T; (A, B)."""
-    if len(left) == 1 and left.is_contiguous() and right.is_contiguous():
-        return left[0].flatten(1) @ right[0].flatten(1).T
-    return left.movedim(1, -1).flatten(0, -2).T @ right.movedim(1, -1).flatten(0, -2)
+    layout = layout_of(right)
+    return layout.outer(as_tokens(left, layout), as_tokens(right, layout))
 
 
 class DepthwiseConv(Function):

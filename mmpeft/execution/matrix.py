@@ -2,46 +2,20 @@
 
 For W' = W + s U V with U (O, r) and V (r, I), autograd's own way forms W' in
 forward, keeps it, and forms dy^T x (O, I) in backward only to multiply it
-with V and U. Here forward is one product with W', nothing of W' is kept, and
-the gradients of U and V come from products with x V^T and dy U, r wide.
-
-Tensors hold tokens in rows, (..., I), or in columns, (N, I, T) as in a
-contiguous feature map; ``columns`` says which.
+with V and U. Here nothing of W' is kept, and the gradients of U and V come
+from products with x V^T and dy U, r wide. Forward is one product with W', or
+the update goes beside it, ``branch``, where there are few tokens.
 """
 
+import math
+
 import torch
-from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
-
-
-def times(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
-    """x W^T + b for rows, W x + b for columns; ``weight`` is (O, I)."""
-    if not columns:
-        return torch.nn.functional.linear(x, weight, bias)
-    y = torch.matmul(weight, x)
-    return y if bias is None else y.add_(bias[:, None])
-
-
-def outer(left: Tensor, right: Tensor, columns: bool) -> Tensor:
-    """The sum over tokens of left right^T; (O, I) for tensors of O and I channels."""
-    if not columns:
-        return left.flatten(0, -2).T @ right.flatten(0, -2)
-    if len(left) == 1:
-        return left[0] @ right[0].T
-    return torch.einsum('nat,nbt->ab', left, right)
-
-
-def channel_sum(dy: Tensor, columns: bool) -> Tensor:
-    """The gradient of a bias."""
-    return dy.sum((0, 2)) if columns else dy.flatten(0, -2).sum(0)
-
-
-def tokens(x: Tensor, columns: bool) -> int:
-    """How many tokens a tensor holds."""
-    return len(x) * x.shape[2] if columns else x.numel() // x.shape[-1]
+from .products import is_low, linear, together
+from .recipes import to_keep
 
 
 def thin_pays(shape: tuple[int, int], rank: int) -> bool:
@@ -53,6 +27,16 @@ def thin_pays(shape: tuple[int, int], rank: int) -> bool:
     return 2 * rank * (out + features) < out * features
 
 
+def branch_pays(tokens: int, out: int, features: int, taps: int = 1) -> bool:
+    """Whether the update beside the layer is cheaper than in its weight.
+
+    The branch adds to a map of O channels in forward and of I in backward;
+    the weight is built in both. Both are bound by the elements that they read
+    and write.
+    """
+    return tokens * (out + features) < 2 * out * features * taps
+
+
 class LowRank(Function):
     """y = x (W + s U V)^T + b.
 
@@ -62,55 +46,53 @@ class LowRank(Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, bias, up, down, scale, columns):
-        ctx.scale, ctx.columns, ctx.with_bias = scale, columns, bias is not None
-        ctx.save_for_backward(x, weight, up, down)
-        if x.dtype.itemsize >= 4:
-            merged = torch.addmm(weight, up, down, alpha=scale)
-            return times(x, merged, bias, columns)
-        branch = times(times(x, down, None, columns), up * scale, bias, columns)
-        return _accumulated(branch, x, weight, columns)
+    def forward(ctx, x, weight, bias, up, down, scale, layout, branch):
+        ctx.scale, ctx.layout, ctx.branch = scale, layout, branch or is_low(x)
+        ctx.with_bias = bias is not None
+        narrow = None
+        if ctx.branch:
+            narrow = layout.times(x, down)
+            y = together(layout, x, weight, narrow, up * scale, bias)
+        else:
+            y = layout.times(x, _merged(weight, up, down, scale), bias)
+        ctx.input, kept = to_keep(x)
+        ctx.save_for_backward(weight, up, down, narrow, *kept)
+        return y
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dy):
-        x, weight, up, down = ctx.saved_tensors
-        scale, columns = ctx.scale, ctx.columns
+        weight, up, down, narrow, *kept = ctx.saved_tensors
+        x, scale, layout = ctx.input(*kept), ctx.scale, ctx.layout
         need_x, _, need_bias, need_up, need_down = ctx.needs_input_grad[:5]
-        if not columns:
-            dy = dy.contiguous()
+        dy = dy.contiguous()
         dx = d_up = d_down = d_bias = inner = None
-        if thin_pays(weight.shape, up.shape[1]):
-            inner = times(dy, (up * scale).T, None, columns)
+        thin = thin_pays(weight.shape, up.shape[1])
+        if thin or (need_x and ctx.branch):
+            inner = layout.times(dy, (up * scale).T)
+        if thin:
             if need_up:
-                d_up = outer(dy, times(x, down, None, columns), columns).mul_(scale)
+                narrow = layout.times(x, down) if narrow is None else narrow
+                d_up = layout.outer(dy, narrow).mul_(scale)
             if need_down:
-                d_down = outer(inner, x, columns)
+                d_down = layout.outer(inner, x)
         else:
-            dense = outer(dy, x, columns)
+            dense = layout.outer(dy, x)
             d_up = torch.mm(dense, down.T).mul_(scale)
             d_down = torch.mm(up.T, dense).mul_(scale)
-        if need_x:
-            low = x.dtype.itemsize < 4
-            if low or (inner is not None and tokens(x, columns) < weight.shape[0]):
-                if inner is None:
-                    inner = times(dy, (up * scale).T, None, columns)
-                branch = times(inner, down.T, None, columns)
-                dx = _accumulated(branch, dy, weight.T, columns)
-            else:
-                dx = times(dy, torch.addmm(weight, up, down, alpha=scale).T, None, columns)
+        if need_x and ctx.branch:
+            dx = together(layout, dy, weight.T, inner, down.T)
+        elif need_x:
+            dx = layout.times(dy, _merged(weight, up, down, scale).T)
         if need_bias and ctx.with_bias:
-            d_bias = channel_sum(dy, columns)
-        return dx, None, d_bias, d_up, d_down, None, None
+            d_bias = layout.total(dy)
+        return dx, None, d_bias, d_up, d_down, None, None, None
 
 
-def _accumulated(y, x, weight, columns):
-    """y + x W^T, in one product that rounds once; ``y`` is used up."""
-    if columns:
-        return torch.baddbmm(y, weight.expand(len(x), -1, -1), x)
-    shape = y.shape
-    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T).view(shape)
+def _merged(weight, up, down, scale):
+    """W + s U V."""
+    return linear(up * scale, down.T).add_(weight)
 
 
 class Multiplied(Function):
@@ -122,44 +104,45 @@ class Multiplied(Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, bias, up, down, scale, exact, columns):
-        ctx.scale, ctx.exact, ctx.columns = scale, exact, columns
+    def forward(ctx, x, weight, bias, up, down, scale, exact, layout):
+        ctx.scale, ctx.exact, ctx.layout = scale, exact, layout
         ctx.with_bias = bias is not None
-        ctx.save_for_backward(x, weight, up, down)
-        if x.dtype.itemsize >= 4:
-            return times(x, _multiplied(weight, up, down, scale, exact), bias, columns)
+        ctx.input, kept = to_keep(x)
+        ctx.save_for_backward(weight, up, down, *kept)
+        if not is_low(x):
+            return layout.times(x, _multiplied(weight, up, down, scale, exact), bias)
         change = _change(up, down, scale, exact).mul_(weight).to(x.dtype)
-        return _accumulated(times(x, change, bias, columns), x, weight, columns)
+        return layout.accumulate(layout.times(x, change, bias), x, weight)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dy):
-        x, weight, up, down = ctx.saved_tensors
-        scale, exact, columns = ctx.scale, ctx.exact, ctx.columns
+        weight, up, down, *kept = ctx.saved_tensors
+        x, scale, exact, layout = ctx.input(*kept), ctx.scale, ctx.exact, ctx.layout
         need_x, _, need_bias, need_up, need_down = ctx.needs_input_grad[:5]
-        dx = d_up = d_down = d_bias = None
-        if not columns:
-            dy = dy.contiguous()
-        merged = None
+        dx = d_up = d_down = d_bias = merged = None
+        dy = dy.contiguous()
         if need_x or exact:
             merged = _multiplied(weight, up, down, scale, exact)
         if need_x:
-            dx = times(dy, merged.to(dy.dtype).T, None, columns)
+            dx = layout.times(dy, merged.to(dy.dtype).T)
         if need_up or need_down:
-            dense = outer(dy, x, columns).to(up.dtype).mul_(merged if exact else weight)
-            d_up = torch.mm(dense, down.T).mul_(scale)
-            d_down = torch.mm(up.T, dense).mul_(scale)
+            dense = layout.outer(dy, x).to(up.dtype).mul_(merged if exact else weight)
+            d_up = linear(dense, down).mul_(scale)
+            d_down = linear(up.T, dense.T).mul_(scale)
         if need_bias and ctx.with_bias:
-            d_bias = channel_sum(dy, columns)
+            d_bias = layout.total(dy)
         return dx, None, d_bias, d_up, d_down, None, None, None
 
 
 def _multiplied(weight, up, down, scale, exact):
-    delta = torch.mm(up, down)
+    """W * (1 + s U V) or W * exp(s U V)."""
     if exact:
-        return delta.mul_(scale).exp_().mul_(weight)
-    return torch.addcmul(weight, weight, delta, value=scale)
+        # On a CPU torch's powers of 2 take a quarter of the time of its powers of e.
+        return linear(up * (scale / math.log(2)), down.T).exp2_().mul_(weight)
+    delta = linear(up, down.T)
+    return torch.addcmul(weight, weight, delta, value=scale, out=delta)
 
 
 def _change(up, down, scale, exact):
@@ -176,41 +159,41 @@ class Decomposed(Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, weight, bias, up, down, magnitude, scale, detach, columns):
-        direction = torch.addmm(weight.to(up.dtype), up, down, alpha=scale)
+    def forward(ctx, x, weight, bias, up, down, magnitude, scale, detach, layout):
+        direction = _merged(weight, up, down, scale)
         norm = torch.linalg.vector_norm(direction, dim=1)
         ratio = torch.where(norm > 0, magnitude / norm.clamp_min(1e-30), 1)
         merged = direction.mul_(ratio[:, None])
-        if x.dtype.itemsize >= 4:
-            y = times(x, merged, bias, columns)
+        if is_low(x):
+            y = layout.times(x, merged.sub_(weight).to(x.dtype), bias)
+            y = layout.accumulate(y, x, weight)
         else:
-            y = times(x, merged.sub_(weight).to(x.dtype), bias, columns)
-            y = _accumulated(y, x, weight, columns)
-        ctx.scale, ctx.detach, ctx.columns = scale, detach, columns
-        ctx.save_for_backward(x, weight, bias, up, down, norm, ratio, y)
+            y = layout.times(x, merged, bias)
+        ctx.scale, ctx.detach, ctx.layout = scale, detach, layout
+        ctx.input, kept = to_keep(x)
+        ctx.save_for_backward(weight, bias, up, down, norm, ratio, y, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dy):
-        x, weight, bias, up, down, norm, ratio, y = ctx.saved_tensors
-        scale, columns = ctx.scale, ctx.columns
+        weight, bias, up, down, norm, ratio, y, *kept = ctx.saved_tensors
+        x, scale, layout = ctx.input(*kept), ctx.scale, ctx.layout
         need_x, _, need_bias, need_up, need_down, need_magnitude = ctx.needs_input_grad[:6]
-        if not columns:
-            dy = dy.contiguous()
-        direction = torch.addmm(weight.to(up.dtype), up, down, alpha=scale)
-        narrow = times(x, down.to(x.dtype), None, columns)
-        d_up = outer(dy, narrow, columns).to(up.dtype).mul_(ratio[:, None])
+        dy = dy.contiguous()
+        direction = _merged(weight, up, down, scale)
+        narrow = layout.times(x, down.to(x.dtype))
+        d_up = layout.outer(dy, narrow).to(up.dtype).mul_(ratio[:, None])
         scaled_up = (up * ratio[:, None]).to(dy.dtype)
-        d_down = outer(times(dy, scaled_up.T, None, columns), x, columns).to(up.dtype)
-        d_bias = channel_sum(dy, columns) if bias is not None else None
-        d_ratio = channel_sum(dy * y, columns)
+        d_down = layout.outer(layout.times(dy, scaled_up.T), x).to(up.dtype)
+        d_bias = layout.total(dy) if bias is not None else None
+        d_ratio = layout.total(dy * y)
         if bias is not None:
             d_ratio -= bias * d_bias
         d_ratio = d_ratio.to(up.dtype) / ratio
         if not ratio.all():
-            lost = (outer(dy, x, columns).to(up.dtype) * direction).sum(1)
+            lost = (layout.outer(dy, x).to(up.dtype) * direction).sum(1)
             d_ratio = torch.where(ratio == 0, lost, d_ratio)
         d_magnitude = torch.where(norm > 0, d_ratio / norm.clamp_min(1e-30), 0)
         if not ctx.detach:
@@ -221,7 +204,7 @@ class Decomposed(Function):
             d_down = d_down + up.T @ pulled
         dx = None
         if need_x:
-            dx = times(dy, direction.mul_(ratio[:, None]).to(dy.dtype).T, None, columns)
+            dx = layout.times(dy, direction.mul_(ratio[:, None]).to(dy.dtype).T)
         return (
             dx,
             None,
@@ -233,3 +216,19 @@ class Decomposed(Function):
             None,
             None,
         )
+
+
+class Frozen(Function):
+    """y = x W^T + b with nothing in it that trains."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dy):
+        return linear(dy, ctx.saved_tensors[0].T), None, None

@@ -1,6 +1,7 @@
 """Which way to compute with an adapted weight, from the layer, its input and the method."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -12,10 +13,15 @@ from mmpeft.methods.dora import DoRA
 from mmpeft.precision import outside_autocast
 
 from .convolution import DepthwiseConv, Geometry, TuckerConv
-from .matrix import Decomposed, LowRank, Multiplied
+from .matrix import Decomposed, LowRank, Multiplied, branch_pays
+from .products import Rows, as_map, as_tokens, layout_of
+from .recipes import cast
 
 # Smaller depthwise maps than this are not worth another way (N C H W elements).
 SMALL_MAP = 2**12
+
+
+AUTO, PLAIN, MERGED, BRANCH = 'auto', 'plain', 'merged', 'branch'
 
 
 @dataclass(frozen=True)
@@ -40,31 +46,24 @@ class Matrix(Way):
 
     def run(self, layer, x, thin):
         adapter = layer.parametrizations.weight[0]
+        method, scale = adapter.method, adapter.method.scaling
         weight = layer.parametrizations.weight.original
-        x, columns, shape_back = _as_tokens(layer, x)
-        x, weight, bias = _in_one_dtype(x, weight, layer.bias)
-        weight = weight.flatten(1)
-        method = adapter.method
+        size, is_linear = x.shape[2:], isinstance(layer, nn.Linear)
+        layout = Rows if is_linear else layout_of(x)
+        x = x if is_linear else as_tokens(x, layout)
+        x, weight, bias = _in_one_dtype(x, weight.flatten(1), layer.bias)
         up, down = _as_matrices(thin, adapter)
         if isinstance(method, DoRA):
-            y = Decomposed.apply(
-                x,
-                weight,
-                bias,
-                up,
-                down,
-                adapter.magnitude,
-                method.scaling,
-                method.detach_norm,
-                columns,
-            )
+            magnitude, detach = adapter.magnitude, method.detach_norm
+            y = Decomposed.apply(x, weight, bias, up, down, magnitude, scale, detach, layout)
         elif method.update == 'additive':
             up, down = up.to(x.dtype), down.to(x.dtype)
-            y = LowRank.apply(x, weight, bias, up, down, method.scaling, columns)
+            branch = _stands_beside(layer, layout.tokens(x), weight)
+            y = LowRank.apply(x, weight, bias, up, down, scale, layout, branch)
         else:
             exact = method.update == 'lie_exact'
-            y = Multiplied.apply(x, weight, bias, up, down, method.scaling, exact, columns)
-        return shape_back(y)
+            y = Multiplied.apply(x, weight, bias, up, down, scale, exact, layout)
+        return y if is_linear else as_map(y, layout, size)
 
 
 class Kernel(Way):
@@ -79,7 +78,9 @@ class Kernel(Way):
         if core is None:
             core, down = down.view(*down.shape, *layer.kernel_size), None
         scale, geometry = adapter.method.scaling, Geometry.of(layer)
-        return TuckerConv.apply(x, weight, bias, up, core, down, scale, geometry)
+        tokens = len(x) * geometry.positions(x, weight)
+        branch = down is not None and _stands_beside(layer, tokens, weight)
+        return TuckerConv.apply(x, weight, bias, up, core, down, scale, geometry, branch)
 
 
 class Depthwise(Way):
@@ -135,6 +136,14 @@ def _thin(adapter):
         return adapter.method.low_rank(adapter.factors, adapter.spec)
 
 
+def _stands_beside(layer, tokens, weight):
+    """Whether a thin update is computed beside the layer, or put into its weight."""
+    if layer.execution == AUTO:
+        out, features, *kernel = weight.shape
+        return branch_pays(tokens, out, features, prod(kernel))
+    return layer.execution == BRANCH
+
+
 def _is_plain_depthwise(layer, x):
     return (
         isinstance(layer, nn.Conv2d)
@@ -168,16 +177,6 @@ def _in_one_dtype(x, weight, bias):
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = cast(x, dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return x, weight, bias
-
-
-def _as_tokens(layer, x):
-    """The input as tokens in rows or columns, and the way back for the output."""
-    if isinstance(layer, nn.Linear):
-        return x, False, lambda y: y
-    if not x.is_contiguous():
-        return x.movedim(1, -1), False, lambda y: y.movedim(-1, 1)
-    size = x.shape[2:]
-    return x.flatten(2), True, lambda y: y.unflatten(2, size)

@@ -50,6 +50,7 @@ class PEFTHook(Hook):
             to start from.
         save_frozen (bool): Keep the frozen base in checkpoints.
         check_base (bool): Refuse adapters of another base.
+        execution (str): See :func:`mmpeft.inject`.
         check_iters (int): Iterations after which an adapter without a
             gradient stops the run.
 
@@ -67,6 +68,7 @@ class PEFTHook(Hook):
         base_checkpoint=None,
         save_frozen=False,
         check_base=True,
+        execution='auto',
         check_iters=10,
     ):
         self.method = METHODS.build(method)
@@ -75,6 +77,7 @@ class PEFTHook(Hook):
         self.base_checkpoint = base_checkpoint
         self.save_frozen = save_frozen
         self.check_base = check_base
+        self.execution = execution
         self.check_iters = check_iters
         self.watch = None
         self.allocation = None
@@ -91,7 +94,12 @@ class PEFTHook(Hook):
             base = load_base(runner, self.base_checkpoint, _is_training(runner))
             self.base_checkpoint = base.checkpoint
             summary = inject(
-                model, self.method, self.targets, self.unfreeze, empty=base.adapters_follow
+                model,
+                self.method,
+                self.targets,
+                self.unfreeze,
+                empty=base.adapters_follow,
+                execution=self.execution,
             )
             runner.logger.info(f'{self.method}\n{summary}')
             runner.model = outer

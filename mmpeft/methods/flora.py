@@ -113,5 +113,9 @@ class FLoRA(RankMethod):
             return None
         core = factors['core']
         for mode in range(2, len(spec.shape)):
-            core = torch.tensordot(core, factors[f'factor{mode}'], dims=([2], [1]))
+            factor = factors[f'factor{mode}']
+            if factor.numel() == 1:
+                core = (core * factor.view(())).movedim(2, -1)
+            else:
+                core = torch.tensordot(core, factor, dims=([2], [1]))
         return factors['factor0'], core, factors['factor1'].T

@@ -1,7 +1,7 @@
 """Floating-point operations of matrix products, convolutions and attention.
 
-torch's own formulas, but for two cases that it counts wrongly or not at all:
-the kernel gradient of a grouped convolution, and attention on a CPU. A
+torch's own formulas, but for what it counts wrongly or not at all: the kernel
+gradient of a grouped convolution, attention and oneDNN's products on a CPU. A
 multiply-add counts as two. Kernels that are opaque to torch, such as
 Triton's, count nothing.
 """
@@ -44,6 +44,11 @@ def convolution_backward(dy, x, weight, *args, **kwargs):
     return 2 * len(x) * positions * weight.numel() * sum(mask[:2])
 
 
+def onednn_linear(x, weight, *args, **kwargs):
+    """As of any product of matrices."""
+    return 2 * x.numel() * len(weight)
+
+
 def attention(q, k, v, *args, **kwargs):
     """Two products of tokens by tokens."""
     return 2 * prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
@@ -59,3 +64,5 @@ OWN = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
+if hasattr(torch.ops.mkldnn, '_linear_pointwise'):
+    OWN[torch.ops.mkldnn._linear_pointwise] = onednn_linear

@@ -7,7 +7,7 @@ from operations import Operations
 from rounds import Clock, Phases
 from saved import saved_bytes, storage_bytes
 from torch import Tensor, nn
-from variants import FLOOR, Variant, trained
+from variants import Variant, trained
 from workloads import Workload
 
 # Steps leave the weights where they are, and so the numbers that are multiplied.
@@ -46,7 +46,7 @@ class Trial:
     def of(cls, variant: Variant, workload: Workload, network, rank, device='cpu', **kwargs):
         """The trial of a variant of a built workload."""
         model = variant.of(network, rank)
-        needs = workload.is_inner or variant.name == FLOOR
+        needs = workload.is_inner or not trained(model)
         return cls(model, workload.batch(device), device, needs_input_gradient=needs, **kwargs)
 
     def forward(self) -> Tensor:

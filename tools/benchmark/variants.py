@@ -86,10 +86,12 @@ def inject(model, rank, method, kinds=None, is_ranked=True, plain=False):
     method = method | dict(rank=rank) if is_ranked else method
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
-        mmpeft.inject(model, method, kinds and dict(kinds=kinds))
-    if plain:
-        for layer in model.modules():
-            execution.disable(layer)
+        way = execution.PLAIN if plain else execution.AUTO
+        mmpeft.inject(model, method, kinds and dict(kinds=kinds), execution=way)
+    return model
+
+
+def nothing(model, rank):
     return model
 
 
@@ -150,7 +152,13 @@ FLOOR = 'floor'
 VARIANTS = _named(
     Variant(
         FLOOR,
-        'frozen, with gradients flowing to the input',
+        'frozen, as torch runs it, with gradients flowing to the input',
+        nothing,
+        is_ranked=False,
+    ),
+    Variant(
+        'frozen',
+        'the same, as mmpeft runs frozen layers',
         partial(inject, method=dict(type='Frozen'), is_ranked=False),
         is_ranked=False,
     ),
@@ -197,6 +205,7 @@ VARIANTS = _named(
 )
 QUICK = (
     FLOOR,
+    'frozen',
     'full',
     'flora',
     'lora',
