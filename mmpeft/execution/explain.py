@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.methods.dora import DoRA
+
 from .layers import is_enabled
 from .matrix import thin_pays
-from .ways import DEPTHWISE, KERNEL, MATRIX, choose
+from .ways import KERNEL, MATRIX, choose, stands_beside
 
 BUILT = 'weight built'
+DENSE = 'dense gradient, nothing kept'
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,46 @@ def _explained(path, layer, x, y):
     way, thin = chosen or (None, None)
     positions = y.numel() // (y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1])
     dense = positions * spec.numel
+    extra, name = dense, BUILT if way is None else way.name
     if way is MATRIX:
-        rank = _width(thin)
-        out, features = spec.shape[:2]
-        pays = thin_pays((out, features), rank)
-        extra = 2 * positions * rank * (out + features) if pays else dense
-        name = way.name if pays else 'dense gradient, nothing kept'
+        extra, name = _of_matrix(layer, positions, _width(thin))
     elif way is KERNEL:
-        up, core, down = thin
-        taps = prod(spec.kernel_size)
-        whole = core is None or down is None  # V is the kernel itself
-        inner = up.shape[1] * (spec.shape[1] if whole else down.shape[0])
-        extra = positions * (2 * sum(spec.shape[:2]) * up.shape[1] + 3 * taps * inner)
-        name = way.name
-    else:
-        extra, name = dense, way.name if way is DEPTHWISE else BUILT
+        extra, name = _of_kernel(layer, positions, thin)
     return Explanation(path, type(layer).__name__, positions, name, 2 * dense, extra)
+
+
+def _of_matrix(layer, positions, rank):
+    spec, method = layer.parametrizations.weight[0].spec, layer.parametrizations.weight[0].method
+    out, features = spec.shape[:2]
+    weight, ends = out * features, positions * rank * (out + features)
+    if isinstance(method, DoRA):
+        return 2 * ends + 4 * rank * weight, f'{MATRIX.name}, in the weight'
+    if method.update != 'additive':
+        return positions * weight + 4 * rank * weight, DENSE
+    beside = stands_beside(layer, positions, (out, features))
+    moved = ends if beside else 2 * rank * weight
+    if not thin_pays((out, features), rank):
+        return positions * weight + 2 * rank * weight + moved, DENSE
+    return 2 * ends + moved, f'{MATRIX.name}, {_place(beside)}'
+
+
+def _of_kernel(layer, positions, thin):
+    up, core, down = thin
+    shape = layer.parametrizations.weight[0].spec.shape
+    out, features, *kernel = shape
+    taps = prod(kernel)
+    whole = core is None or down is None  # V is the kernel itself
+    rank, inner = up.shape[1], features if whole else down.shape[0]
+    beside = not whole and stands_beside(layer, positions, shape)
+    ends = 2 * positions * (rank * out + (0 if whole else inner * features))
+    middle = (2 if whole else 3) * positions * taps * rank * inner
+    built = 2 * taps * rank * features * (out + (0 if whole else inner))
+    moved = ends // 2 if beside else built
+    return ends + middle + moved, f'{KERNEL.name}, {_place(beside)}'
+
+
+def _place(beside):
+    return 'beside the layer' if beside else 'in the weight'
 
 
 def _width(thin):

@@ -58,7 +58,7 @@ class Matrix(Way):
             y = Decomposed.apply(x, weight, bias, up, down, magnitude, scale, detach, layout)
         elif method.update == 'additive':
             up, down = up.to(x.dtype), down.to(x.dtype)
-            branch = _stands_beside(layer, layout.tokens(x), weight)
+            branch = stands_beside(layer, layout.tokens(x), weight.shape)
             y = LowRank.apply(x, weight, bias, up, down, scale, layout, branch)
         else:
             exact = method.update == 'lie_exact'
@@ -79,7 +79,7 @@ class Kernel(Way):
             core, down = down.view(*down.shape, *layer.kernel_size), None
         scale, geometry = adapter.method.scaling, Geometry.of(layer)
         tokens = len(x) * geometry.positions(x, weight)
-        branch = down is not None and _stands_beside(layer, tokens, weight)
+        branch = down is not None and stands_beside(layer, tokens, weight.shape)
         return TuckerConv.apply(x, weight, bias, up, core, down, scale, geometry, branch)
 
 
@@ -125,6 +125,20 @@ def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
     return None if thin is None else (KERNEL, thin)
 
 
+def stands_beside(layer: nn.Module, tokens: int, shape: tuple[int, ...]) -> bool:
+    """Whether a thin update is computed beside the layer, or put into its weight.
+
+    Args:
+        layer: Enabled.
+        tokens: Positions of the output, over the batch.
+        shape: Of the weight.
+    """
+    if layer.execution == AUTO:
+        out, features, *kernel = shape
+        return branch_pays(tokens, out, features, prod(kernel))
+    return layer.execution == BRANCH
+
+
 def has_one_adapter(layer: nn.Module) -> bool:
     """Whether a layer's weight carries one adapter and nothing else."""
     chain = layer.parametrizations.weight
@@ -134,14 +148,6 @@ def has_one_adapter(layer: nn.Module) -> bool:
 def _thin(adapter):
     with outside_autocast(adapter.device.type):
         return adapter.method.low_rank(adapter.factors, adapter.spec)
-
-
-def _stands_beside(layer, tokens, weight):
-    """Whether a thin update is computed beside the layer, or put into its weight."""
-    if layer.execution == AUTO:
-        out, features, *kernel = weight.shape
-        return branch_pays(tokens, out, features, prod(kernel))
-    return layer.execution == BRANCH
 
 
 def _is_plain_depthwise(layer, x):

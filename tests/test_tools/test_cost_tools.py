@@ -1,5 +1,7 @@
 """What training costs: predicted memory, and the ways that layers take."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -56,10 +58,36 @@ def test_explanations():
     rows = explain(model, lambda: model(torch.randn(1, 64, 8, 8)))
     assert [row.path for row in rows] == ['0', '1', '3', '4']
     kernel, depthwise, linear, small = rows
-    assert kernel.way == 'thin convolutions' and kernel.tokens == 64
-    assert kernel.extra == 64 * (2 * 128 * 2 + 3 * 9 * 4)
+    assert kernel.way == 'thin convolutions, beside the layer' and kernel.tokens == 64
+    assert kernel.extra == 64 * (3 * 128 * 2 + 3 * 9 * 4)
     assert depthwise.way == 'kernel gradient as a convolution'
-    assert linear.floor == 2 * 64 * 64 * 32 and linear.extra == 2 * 64 * 2 * 96
+    assert linear.floor == 2 * 64 * 64 * 32
+    assert linear.way == 'thin products, in the weight'
+    assert linear.extra == 2 * 64 * 2 * 96 + 2 * 2 * 64 * 32
     assert linear.ratio == 1 + linear.extra / linear.floor
-    assert small.way == 'dense gradient, nothing kept' and small.extra == 64 * 32 * 3
+    assert small.way == 'dense gradient, nothing kept'
+    assert small.extra == 64 * 32 * 3 + 2 * 2 * 32 * 3 + 2 * 2 * 32 * 3
     assert not any(module._forward_hooks for module in model)
+
+
+@pytest.mark.parametrize('way', ['merged', 'branch'])
+@pytest.mark.parametrize('method', ['LoRA', 'FLoRA'])
+@pytest.mark.parametrize('layer', [nn.Linear(96, 64), nn.Conv2d(48, 64, 3, padding=1)])
+def test_explained_operations_are_those_counted(layer, method, way, script):
+    """Against torch's own counting of what runs, but for the small products of the factors."""
+    model = copy.deepcopy(layer)
+    mmpeft.inject(model, dict(type=method, rank=4, **LAYOUT[method]), execution=way)
+    conv = isinstance(layer, nn.Conv2d)
+    x = torch.randn(2, 48, 24, 24) if conv else torch.randn(900, 96)
+    (row,) = explain(model, lambda: model(x))
+    counts = {}
+    for name, network in dict(plain=layer.requires_grad_(False), adapted=model).items():
+        one = x.clone().requires_grad_()
+        with script('benchmark', 'operations').Operations() as operations:
+            network(one).sum().backward()
+        counts[name] = operations.count
+    assert counts['plain'] == 2 * row.floor
+    assert counts['adapted'] - counts['plain'] == pytest.approx(2 * row.extra, rel=0.03)
+
+
+LAYOUT = dict(LoRA=dict(layout='channel'), FLoRA={})

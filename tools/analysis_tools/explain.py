@@ -20,6 +20,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
+from mmpeft.execution import CHOICES
 from mmpeft.execution.explain import explain
 from mmpeft.launch import import_task, read_config, run
 from mmpeft.registry import MODELS
@@ -38,7 +39,10 @@ def main():
         backbone = MODELS.build(cfg.model.backbone)
         peft = dict(cfg.default_hooks.peft)
         targets = dict(peft['targets'], module='')
-        mmpeft.inject(backbone, peft['method'], targets, peft.get('unfreeze', ()))
+        execution = args.execution or peft.get('execution', 'auto')
+        mmpeft.inject(
+            backbone, peft['method'], targets, peft.get('unfreeze', ()), execution=execution
+        )
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.randn(args.batch, 3, *args.size)
         show(explain(backbone, lambda: backbone(images)))
@@ -53,6 +57,7 @@ def parse_args():
     parser.add_argument('config')
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1344], help='height, width')
     parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--execution', choices=CHOICES, help="instead of the config's")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     return parser.parse_args()
 

@@ -1,9 +1,9 @@
 """Floating-point operations of matrix products, convolutions and attention.
 
 torch's own formulas, but for what it counts wrongly or not at all: the kernel
-gradient of a grouped convolution, attention and oneDNN's products on a CPU. A
-multiply-add counts as two. Kernels that are opaque to torch, such as
-Triton's, count nothing.
+gradient of a grouped convolution, products in place, attention and oneDNN's
+products on a CPU. A multiply-add counts as two. Kernels that are opaque to
+torch, such as Triton's, count nothing.
 """
 
 from math import prod
@@ -44,6 +44,11 @@ def convolution_backward(dy, x, weight, *args, **kwargs):
     return 2 * len(x) * positions * weight.numel() * sum(mask[:2])
 
 
+def accumulated(y, left, right, **kwargs):
+    """Of the product that is added."""
+    return 2 * left.numel() * right.shape[-1]
+
+
 def onednn_linear(x, weight, *args, **kwargs):
     """As of any product of matrices."""
     return 2 * x.numel() * len(weight)
@@ -60,6 +65,8 @@ def attention_backward(dy, q, k, v, *args, **kwargs):
 
 
 OWN = {
+    aten.addmm_: accumulated,
+    aten.baddbmm_: accumulated,
     aten.convolution_backward: convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
