@@ -150,8 +150,9 @@ def test_sizes_at_which_libraries_take_other_kernels(case, name, way):
             assert ours <= max(3 * theirs, 1e-6 * expected.norm()), (tensor, ours, theirs)
 
 
-def test_compiled():
-    model, plain = pair(LARGE['linear'], METHODS['flora'])
+@pytest.mark.parametrize('name', ['flora', 'liera', 'dora'])
+def test_compiled(name):
+    model, plain = pair(LARGE['linear'], METHODS[name])
     x = LARGE['linear'].input()
     compiled = torch.compile(model, backend='aot_eager')
     assert_equal(results_of(compiled, model, x), results(plain, x), 1e-10)

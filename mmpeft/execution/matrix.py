@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
-from .products import is_low, linear, together
+from .products import as_output, changes_of, is_low, linear, together
 from .recipes import to_keep
 
 
@@ -57,7 +57,7 @@ class LowRank(Function):
             y = layout.times(x, _merged(weight, up, down, scale), bias)
         ctx.input, kept = to_keep(x)
         ctx.save_for_backward(weight, up, down, narrow, *kept)
-        return y
+        return as_output(y)
 
     @staticmethod
     @once_differentiable
@@ -110,9 +110,9 @@ class Multiplied(Function):
         ctx.input, kept = to_keep(x)
         ctx.save_for_backward(weight, up, down, *kept)
         if not is_low(x):
-            return layout.times(x, _multiplied(weight, up, down, scale, exact), bias)
+            return as_output(layout.times(x, _multiplied(weight, up, down, scale, exact), bias))
         change = _change(up, down, scale, exact).mul_(weight).to(x.dtype)
-        return layout.accumulate(layout.times(x, change, bias), x, weight)
+        return as_output(layout.accumulate(layout.times(x, change, bias), x, weight))
 
     @staticmethod
     @once_differentiable
@@ -172,7 +172,11 @@ class Decomposed(Function):
         ctx.scale, ctx.detach, ctx.layout = scale, detach, layout
         ctx.input, kept = to_keep(x)
         ctx.save_for_backward(weight, bias, up, down, norm, ratio, y, *kept)
-        return y
+        # What follows may change the output in place. The map kept is an alias, which autograd
+        # does not refuse then; it is computed again.
+        output = as_output(y)
+        ctx.changes = changes_of(output)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -188,6 +192,8 @@ class Decomposed(Function):
         scaled_up = (up * ratio[:, None]).to(dy.dtype)
         d_down = layout.outer(layout.times(dy, scaled_up.T), x).to(up.dtype)
         d_bias = layout.total(dy) if bias is not None else None
+        if ctx.changes():
+            y = layout.times(x, (direction * ratio[:, None]).to(x.dtype), bias)
         d_ratio = layout.total(dy * y)
         if bias is not None:
             d_ratio -= bias * d_bias
@@ -225,7 +231,7 @@ class Frozen(Function):
     @without_autocast
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
+        return as_output(linear(x, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,8 @@ through oneDNN where torch has it: torch's own go to MKL, which does not use
 all of the vector units of processors of other makers.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -142,6 +144,18 @@ def together(
     if is_low(x):
         return layout.accumulate(layout.times(narrow, up, bias), x, weight)
     return layout.accumulate(layout.times(x, weight, bias), narrow, up)
+
+
+def as_output(y: Tensor) -> Tensor:
+    """The same content, for a Function to return: no view, which activations in place forbid."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def changes_of(y: Tensor) -> Callable[[], bool]:
+    """Tells later whether a tensor was changed in place since, without holding its memory."""
+    counter, before = y.detach(), y._version
+    counter.data = y.new_empty(0)
+    return lambda: counter._version != before
 
 
 def _has_onednn(x, weight):
