@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from .attachment import named_adapters
+from .attachment import adapter_parameters, named_adapters
 from .errors import UsageError
 from .version import __version__
 from .weights import ADAPTERS, PARAMETRIZATIONS
@@ -121,31 +121,52 @@ def complete(model: nn.Module, state: Mapping[str, Tensor], prefix: str = '') ->
     return result
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
     """SHA-256 over the frozen base: names, dtypes, shapes and every element.
 
     Equal before and after :func:`mmpeft.inject`'s renaming, on every device.
 
     Args:
-        model: After :func:`mmpeft.inject`.
+        model: Holds the values, with adapters or without.
+        adapted: Tells what is frozen, after :func:`mmpeft.inject`; the model
+            itself if left out.
 
     Returns:
         64 hexadecimal digits; '' if nothing is frozen.
     """
-    state = model.state_dict()
-    keys = sorted(frozen_keys(model), key=plain_key)
-    if not keys:
+    names = [plain_key(key) for key in frozen_keys(model if adapted is None else adapted)]
+    if not names:
         return ''
+    state = {plain_key(key): value for key, value in model.state_dict().items()}
+    return digest({name: state[name] for name in names})
 
-    def digest(key):
-        value = state[key].detach().cpu().contiguous()
-        title = f'{plain_key(key)} {value.dtype} {tuple(value.shape)}'
-        whole = hashlib.sha256(title.encode())
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors: names, dtypes, shapes and every element, in the order of names.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(b''.join(digests(state).values())).hexdigest()
+
+
+def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """SHA-256 over each tensor: name, dtype, shape and every element.
+
+    Returns:
+        32 bytes each, in the order of names.
+    """
+
+    def digest_one(item):
+        name, value = item
+        value = value.detach().cpu().contiguous()
+        whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         whole.update(_bytes(value))
         return whole.digest()
 
+    items = sorted(state.items())
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256(b''.join(pool.map(digest, keys))).hexdigest()
+        return dict(zip(sorted(state), pool.map(digest_one, items), strict=True))
 
 
 def describe(model: nn.Module) -> dict:
@@ -155,11 +176,14 @@ def describe(model: nn.Module) -> dict:
         model: After :func:`mmpeft.inject`.
 
     Returns:
-        Plain data: ``version``, ``injections`` and ``fingerprint``.
+        Plain data: ``version`` and ``torch``, ``injections``, ``parameters``
+        of the adapters, and ``fingerprint``.
     """
     return dict(
         version=__version__,
+        torch=str(torch.__version__),
         injections=[record.config() for record in getattr(model, 'peft', [])],
+        parameters=sum(p.numel() for p in adapter_parameters(model)),
         fingerprint=fingerprint(model),
     )
 
@@ -208,22 +232,67 @@ def check_fits(
         first = wrong[0]
         raise UsageError(
             f'{source} does not fit this model: {len(wrong)} adapter tensors are missing, '
-            f'unexpected or of another shape. The first is {first}: '
+            f'unexpected or of another shape. The first is {first[:200]}: '
             f'{_shape(given, first)} in the file, {_shape(own, first)} in the model. Use the '
             'rank, targets and backbone that it was trained with: '
             f'targets={description["injections"][0]["targets"]}.'
         )
-    if not check_base or not description.get('fingerprint'):
-        return
-    base = fingerprint(model)
-    if base != description['fingerprint']:
+    if check_base:
+        check_fingerprint(fingerprint(model), description, source)
+
+
+def check_fingerprint(base: str, description: Mapping, source: str) -> None:
+    """Refuse an adapter of another base.
+
+    Args:
+        base: The :func:`fingerprint` of the model's own.
+        description: From :func:`describe`, at the time the adapter was saved.
+        source: What to call the adapter in errors.
+
+    Raises:
+        UsageError: The fingerprints differ.
+    """
+    theirs = description['fingerprint']
+    if base != theirs:
         raise UsageError(
-            f'{source} was trained on another frozen base: fingerprint '
-            f'{description["fingerprint"][:16]} in the file, {base[:16]} in this model. Load the '
-            "pretrained weights that it was trained on (the backbone's checkpoint, or the "
-            "hook's base_checkpoint; a base that was never loaded from a file cannot be found "
-            'again unless save_frozen=True was set), or set check_base=False to use it all the '
-            'same.'
+            f'{source} was trained on another frozen base: fingerprint {theirs[:16] or "none"} in '
+            f'the file, {base[:16] or "none"} in this model. Load the pretrained weights that it '
+            "was trained on (the backbone's checkpoint, or the hook's base_checkpoint; a base "
+            'that was never loaded from a file cannot be found again unless save_frozen=True was '
+            'set), or set check_base=False to use it all the same.'
+        )
+
+
+def check_whole(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, check_dtypes: bool = True
+) -> None:
+    """Refuse tensors that are not all those, and only those, that an adapter of a model holds.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+        state: The adapter's state dict.
+        source: What to call the adapter in errors.
+        check_dtypes: Refuse other floating-point types, too; any other dtype
+            is refused either way.
+
+    Raises:
+        UsageError: Names, shapes or dtypes differ.
+    """
+
+    def kind(value):
+        floating = value.is_floating_point() and not check_dtypes
+        return tuple(value.shape), 'floating point' if floating else value.dtype
+
+    own = {key: kind(value) for key, value in adapter_state_dict(model).items()}
+    given = {key: kind(value) for key, value in state.items()}
+    wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
+    if wrong:
+        first = wrong[0]
+        raise UsageError(
+            f'{source} does not fit this model: {len(wrong)} tensors are missing, unexpected or '
+            f'of another shape or dtype. The first is {first[:200]!r}: {_kind(given, first)} in '
+            f'the file, {_kind(own, first)} in the model. Use the model that it was trained with, '
+            'heads included.'
         )
 
 
@@ -245,6 +314,10 @@ def _listed(methods):
 
 def _shape(shapes, key):
     return tuple(shapes[key]) if key in shapes else 'none'
+
+
+def _kind(kinds, key):
+    return ' '.join(map(str, kinds[key])) if key in kinds else 'none'
 
 
 def _bytes(value):

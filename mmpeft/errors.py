@@ -15,6 +15,14 @@ class MissingFileError(UsageError, FileNotFoundError):
     """A file that was named does not exist."""
 
 
+class DamagedFileError(UsageError):
+    """A file is not whole."""
+
+
+class UnwrittenFileError(UsageError, OSError):
+    """A file could not be written; what was there before is as it was."""
+
+
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
     """A hint such as ``Did you mean 'rank'?`` that ends an error message.
 

@@ -1,12 +1,13 @@
 """Which weights the adapters start from, and loading them before injection."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
-from mmengine.runner.checkpoint import _load_checkpoint
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from mmpeft.errors import MissingFileError, UsageError
+
+from .checkpoint_reading import newest_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,8 @@ def load_base(runner: Runner, checkpoint: str | None, training: bool) -> Base:
             'as they start.'
         )
     if checkpoint is not None:
-        if '://' not in checkpoint and not Path(checkpoint).is_file():
-            raise MissingFileError(
-                f'The base checkpoint {checkpoint!r}, which the adapters start from, does not '
-                'exist. Put it there, or set default_hooks.peft.base_checkpoint to where it is.'
-            )
-        load_checkpoint(
-            runner.model, checkpoint, map_location='cpu', revise_keys=[(r'^module\.', '')]
-        )
+        content = pending if plain else _read_base(checkpoint)
+        _load_checkpoint_to_model(runner.model, content, revise_keys=[(r'^module\.', '')])
     return Base(checkpoint, adapters_follow=description is not None)
 
 
@@ -73,14 +68,24 @@ def description_of(checkpoint: dict) -> dict | None:
     return (checkpoint.get('meta') or {}).get('mmpeft')
 
 
+def _read_base(checkpoint):
+    try:
+        return read_checkpoint(checkpoint)
+    except MissingFileError as error:
+        raise MissingFileError(
+            f'The base checkpoint {checkpoint!r}, which the adapters start from, does not '
+            'exist. Put it there, or set default_hooks.peft.base_checkpoint to where it is.'
+        ) from error
+
+
 def _pending_checkpoint(runner):
+    """What the Runner is going to load; where it is to find the newest, that is found here."""
     if runner._has_loaded:
         return None, None
-    source = runner._load_from
-    if source is None and runner._resume:
-        source = find_latest_checkpoint(runner.work_dir)
-    if source is None:
+    if runner._load_from is None and runner._resume:
+        newest, checkpoint = newest_checkpoint(runner)
+        runner._load_from = newest
+        return newest, checkpoint
+    if runner._load_from is None:
         return None, None
-    if '://' not in str(source) and not Path(source).is_file():
-        raise MissingFileError(f'The checkpoint {str(source)!r} does not exist.')
-    return str(source), _load_checkpoint(str(source), map_location='cpu')
+    return str(runner._load_from), read_checkpoint(runner._load_from)
