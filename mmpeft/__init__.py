@@ -15,14 +15,18 @@ from .adapter_file import load_adapter, save_adapter
 from .allocation import allocate
 from .checkpoint import adapter_state_dict
 from .compat import register_config_packages
-from .injection import inject, merge, remove
+from .injection import inject
+from .library import AdapterLibrary
+from .merging import merge, remove, unmerge
 from .penalty import penalty
 from .registry import METHODS
+from .sharing import share_base
 from .summary import summary
 from .version import __version__
 
 __all__ = [
     'METHODS',
+    'AdapterLibrary',
     '__version__',
     'adapter_state_dict',
     'allocate',
@@ -32,7 +36,9 @@ __all__ = [
     'penalty',
     'remove',
     'save_adapter',
+    'share_base',
     'summary',
+    'unmerge',
 ]
 
 register_config_packages()

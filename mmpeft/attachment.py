@@ -10,6 +10,9 @@ from . import execution
 from .methods import ActivationAdapter, ActivationMethod, Adapter, Method, WeightAdapter
 from .weights import ADAPTERS, PARAMETRIZATIONS, layers
 
+# Where a layer remembers the order of its parameters.
+ORDER = 'peft_order'
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -64,6 +67,7 @@ def attach(layer: nn.Module, tensor: str, adapter: Adapter, way: str = execution
     adapter.train(layer.training)
     if tensor:
         _own_class(layer)
+        layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
         parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
         execution.enable(layer, way)
         return
@@ -83,6 +87,7 @@ def detach(attachment: Attachment) -> None:
         way = execution.execution_of(layer)
         _own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+        _in_order(layer)
         execution.enable(layer, way)
         return
     for adapter in attachment.adapters:
@@ -137,6 +142,16 @@ def _own_class(layer):
     if parametrize.is_parametrized(layer):
         kind = type(layer)
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+
+
+def _in_order(layer):
+    """torch puts a parameter behind all others when it is parametrized no longer."""
+    parameters = layer._parameters
+    for name in layer.__dict__[ORDER]:
+        if name in parameters:
+            parameters[name] = parameters.pop(name)
+    if not any(adapters_of(layer, tensor) for tensor in getattr(layer, PARAMETRIZATIONS, {})):
+        del layer.__dict__[ORDER]
 
 
 def _holder(layer):

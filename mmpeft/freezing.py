@@ -6,9 +6,10 @@ STATISTICS = nn.modules.batchnorm._NormBase
 
 
 class _FrozenStatistics:
-    """A normalisation layer that is in evaluation mode whatever it is told."""
+    """A normalisation layer that is in evaluation mode, and remembers what it was told."""
 
     def train(self, mode=True):
+        self.peft_mode = mode
         return super().train(False)
 
 
@@ -22,7 +23,7 @@ def freeze_statistics(module: nn.Module) -> None:
         if isinstance(layer, STATISTICS) and not isinstance(layer, _FrozenStatistics):
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (_FrozenStatistics, kind), {})
-            layer.train()
+            layer.train(layer.training)
 
 
 def unfreeze_statistics(module: nn.Module) -> None:
@@ -30,4 +31,4 @@ def unfreeze_statistics(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _FrozenStatistics):
             layer.__class__ = type(layer).__bases__[1]
-            layer.train(module.training)
+            layer.train(layer.__dict__.pop('peft_mode'))

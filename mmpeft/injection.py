@@ -1,4 +1,4 @@
-"""Put adapters on a model, take them off, fold them in."""
+"""Put adapters on a model."""
 
 import json
 import re
@@ -6,20 +6,19 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 
-import torch
 from rich.progress import track
 from torch import nn
 
-from .attachment import adapter_parameters, attach, attachments, detach, make_adapter, share
+from .attachment import adapter_parameters, attach, make_adapter, share
 from .errors import UsageError, near
-from .execution import AUTO, CHOICES, PLAIN, disable, enable_frozen
-from .freezing import freeze_statistics, unfreeze_statistics
+from .execution import AUTO, CHOICES
+from .freezing import freeze_statistics
+from .lifting import names_of, speed_up
 from .methods import Method
 from .ranks import settle_ranks
 from .registry import METHODS
 from .summary import Summary, summary
 from .targets import Targets, select, target_module
-from .weights import original_of
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,17 @@ class Injection:
         targets: As given.
         unfreeze: As given.
         trained_before: Parameters that :func:`inject` froze, to be thawed
-            when the adapters go.
+            when the adapters go. Names are those of the model without adapters.
+        frozen_before: Parameters that ``unfreeze`` made train, likewise.
+        execution: As given.
     """
 
     method: Method
     targets: Targets
     unfreeze: tuple[str, ...]
-    trained_before: tuple[str, ...]
+    trained_before: tuple[str, ...] = ()
+    frozen_before: tuple[str, ...] = ()
+    execution: str = AUTO
 
     def config(self) -> dict:
         """Plain data from which an equal injection can be made."""
@@ -90,79 +93,28 @@ def inject(
     method = settle_ranks(method, sites, targets.max_share)
     thawed = _matching(root, unfreeze)
     adapters = _make_adapters(sites, empty)
-    trained_before = []
+    frozen = () if method.trains_base else _to_freeze(model, root, keep=thawed)
+    record = Injection(
+        method,
+        targets,
+        unfreeze,
+        trained_before=names_of(model, frozen),
+        frozen_before=names_of(model, [p for p in thawed.values() if not p.requires_grad]),
+        execution=execution,
+    )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     if not method.trains_base:
-        trained_before = _freeze(model, root, keep=thawed)
         freeze_statistics(root)
     for parameter in thawed.values():
         parameter.requires_grad_(True)
     for site in sites:
         attach(site.module, site.tensor, adapters[site.identity], execution)
-    if execution != PLAIN and not method.trains_base:
-        enable_frozen(root)
-
-    model.peft = [
-        *getattr(model, 'peft', []),
-        Injection(method, targets, unfreeze, tuple(trained_before)),
-    ]
+    speed_up(model, [record])
+    model.peft = [*getattr(model, 'peft', []), record]
     result = summary(model)
     _warn_outgrown(result)
     return result
-
-
-def remove(model: nn.Module) -> nn.Module:
-    """Take all adapters off, in place: the base as it was before.
-
-    Args:
-        model: With adapters or without.
-
-    Returns:
-        The same model.
-    """
-    for attachment in _separable(model):
-        detach(attachment)
-    return _restore(model)
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Fold all adapters into the weights, in place: plain modules, plain keys.
-
-    phi(W) is computed in float64 and rounded once to the weight's dtype.
-
-    Args:
-        model: With adapters or without.
-
-    Returns:
-        The same model, which computes what it did in evaluation mode.
-
-    Raises:
-        UsageError: A method cannot be merged; the model is as it was. Or a
-            merged weight has NaN or infinity; weights before it are merged,
-            those from it on still adapted.
-    """
-    adapted = _separable(model)
-    _check_merges(adapted)
-    was_training = model.training
-    model.eval()
-    merged = set()
-    for attachment in adapted:
-        original = original_of(attachment.layer, attachment.tensor)
-        value = original
-        if id(original) not in merged:
-            value = original.double()
-            for adapter in attachment.adapters:
-                value = adapter.in_double(value)
-            if not value.isfinite().all():
-                raise UsageError(
-                    f'The merged {attachment.name} has NaN or infinite elements. The adapter was '
-                    'trained to destruction: use an earlier checkpoint.'
-                )
-            merged.add(id(original))
-        detach(attachment)
-        original.copy_(value)
-    model.train(was_training)
-    return _restore(model)
 
 
 def _make_adapters(sites, empty):
@@ -175,55 +127,12 @@ def _make_adapters(sites, empty):
     return adapters
 
 
-def _separable(model):
-    adapted = list(attachments(model))
-    for attachment in adapted:
-        tensor = attachment.tensor
-        if tensor and len(attachment.adapters) < len(attachment.layer.parametrizations[tensor]):
-            raise UsageError(
-                f'{attachment.name} carries a parametrization that is not of mmpeft beside the '
-                'adapter, so neither can be taken off alone. Remove it first with '
-                'torch.nn.utils.parametrize.remove_parametrizations.'
-            )
-    return adapted
-
-
-def _check_merges(adapted):
-    fixed = [(a.name, m) for a in adapted for m in (p.method for p in a.adapters) if not m.merges]
-    if fixed:
-        name, method = fixed[0]
-        raise UsageError(
-            f'{type(method).__name__} acts on activations ({len(fixed)} places, such as {name!r}) '
-            'and is no function of a weight, so it cannot be merged. Deploy the model with its '
-            'adapters attached: save_adapter and load_adapter, or the checkpoint itself.'
-        )
-
-
-def _restore(model):
-    for record in model.__dict__.pop('peft', []):
-        root = target_module(model, record.targets.module)
-        unfreeze_statistics(root)
-        for layer in root.modules():
-            disable(layer)
-        for name, parameter in model.named_parameters():
-            if name in record.trained_before:
-                parameter.requires_grad_(True)
-    return model
-
-
-def _freeze(model, root, keep):
-    adapters = {id(p) for p in adapter_parameters(root)}
-    kept = {id(p) for p in keep.values()}
+def _to_freeze(model, root, keep):
+    kept = {id(p) for p in adapter_parameters(root)} | {id(p) for p in keep.values()}
     for record in getattr(model, 'peft', []):
         earlier = target_module(model, record.targets.module)
         kept.update(id(p) for p in _matching(earlier, record.unfreeze).values())
-    names = {id(p): name for name, p in model.named_parameters()}
-    frozen = []
-    for parameter in root.parameters():
-        if parameter.requires_grad and id(parameter) not in adapters | kept:
-            parameter.requires_grad_(False)
-            frozen.append(names[id(parameter)])
-    return frozen
+    return [p for p in root.parameters() if p.requires_grad and id(p) not in kept]
 
 
 def _matching(root, patterns):

@@ -70,16 +70,18 @@ class WeightAdapter(Adapter):
     def forward(self, weight: Tensor) -> Tensor:
         """phi(W), of the shape and dtype of ``weight``."""
         with outside_autocast(weight.device.type):
-            return self.map(weight, self.factors, self.dtype)
+            return self.map(weight, self.factors, self.dtype, self.training)
 
     def in_double(self, weight: Tensor) -> Tensor:
-        """phi(W) computed in float64 and returned in it."""
+        """phi(W) as in evaluation, computed in float64 and returned in it."""
         factors = {k: v.double() if v.is_floating_point() else v for k, v in self.factors.items()}
         return self.map(weight.double(), factors, torch.float64)
 
-    def map(self, weight: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
+    def map(
+        self, weight: Tensor, factors: Factors, dtype: torch.dtype, training: bool = False
+    ) -> Tensor:
         """phi(W) for given factors, computed in ``dtype``."""
-        adapted = self.method.apply(weight.to(dtype), factors, self.spec, self.training)
+        adapted = self.method.apply(weight.to(dtype), factors, self.spec, training)
         if self.spec.padding_idx is not None:
             row = torch.arange(weight.shape[0], device=weight.device) == self.spec.padding_idx
             adapted = torch.where(row[:, None], weight.to(dtype), adapted)

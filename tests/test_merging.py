@@ -1,0 +1,309 @@
+"""Merging all or nothing, and back to the last bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import mmpeft
+from mmpeft.attachment import adapter_parameters
+from mmpeft.errors import UsageError
+from mmpeft.merging import MERGED
+from mmpeft.methods import ActivationMethod
+from tests.cases import KINDS, LAYERS, METHODS, randomize
+from tests.test_injection import Net, Tied
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CHEAP = ('linear', 'conv1d', 'conv2d', 'depthwise', 'transposed2d', 'embedding', 'attention')
+LORA = dict(type='LoRA', rank=2)
+mmpeft.METHODS.import_from_location()
+
+
+def merges(config):
+    kind = mmpeft.METHODS.get(config['type'])
+    return kind.adapts and not issubclass(kind, ActivationMethod)
+
+
+def inject(model, config):
+    mmpeft.inject(model, config, dict(kinds=None if config['type'] == 'BitFit' else KINDS))
+    randomize(model, 0.1)
+
+
+def snapshot(model):
+    """All that unmerging has to bring back."""
+    return dict(
+        state={key: value.clone() for key, value in model.state_dict().items()},
+        objects=[(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        modes=[(name, type(m).__name__, m.training) for name, m in model.named_modules()],
+    )
+
+
+def assert_same(model, before):
+    after = snapshot(model)
+    assert list(after['state']) == list(before['state'])
+    for key, value in before['state'].items():
+        assert after['state'][key].dtype == value.dtype
+        assert torch.equal(bits(after['state'][key]), bits(value)), key
+    assert after['objects'] == before['objects'] and after['modes'] == before['modes']
+
+
+def bits(value):
+    """Of a tensor, so that signs of zeros count."""
+    return value.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize('method', [name for name, config in METHODS.items() if merges(config)])
+@pytest.mark.parametrize('name', CHEAP)
+def test_unmerging_is_exact_in_every_dtype(name, method):
+    for dtype in DTYPES:
+        layer = LAYERS[name]
+        model = layer.build(dtype)
+        inject(model, METHODS[method])
+        before, peft, adapted = snapshot(model), model.peft, model(x := layer.input(dtype))
+        merged = copy.deepcopy(mmpeft.merge(model, reversible=True)).state_dict()
+        assert not any('parametrizations' in key for key in merged)
+        original = {k: v for k, v in before['state'].items() if not k.endswith('original')}
+        assert any(not torch.equal(v, original.get(k, torch.empty(0))) for k, v in merged.items())
+        assert mmpeft.unmerge(model) is model
+        assert_same(model, before)
+        assert model.peft is peft and MERGED not in model.__dict__
+        assert torch.equal(model(x), adapted)
+
+
+@pytest.fixture
+def model():
+    model = Net()
+    mmpeft.inject(model, LORA, dict(module='backbone'))
+    mmpeft.inject(model, dict(type='BitFit'), dict(module='backbone'))
+    mmpeft.inject(model, dict(type='DoRA', rank=2), dict(module='backbone'))
+    mmpeft.inject(model, dict(type='LieRA', rank=1), dict(module='head'))
+    randomize(model, 0.1)
+    return model
+
+
+def test_merging_reversibly_merges_as_for_good(model):
+    other = mmpeft.merge(copy.deepcopy(model))
+    mmpeft.merge(model, reversible=True)
+    merged = model.state_dict()
+    assert merged.keys() == other.state_dict().keys()
+    assert all(torch.equal(value, merged[key]) for key, value in other.state_dict().items())
+
+
+def test_training_goes_on_as_if_nothing_had_been(model):
+    x = torch.randn(4, 8, 6, 6)
+    twin = copy.deepcopy(model).train()
+    before = snapshot(model.train())
+    optimizers = [
+        torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9)
+        for net in (model, twin)
+    ]
+    for _ in range(3):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            if net is model:
+                mmpeft.merge(net, reversible=True)
+                net.eval()(x)
+                mmpeft.unmerge(net).train()
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    after = snapshot(model)
+    assert after['objects'] == before['objects'] and after['modes'] == before['modes']
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    originals = [key for key in before['state'] if key.endswith('original') or 'running' in key]
+    assert originals
+    assert all(torch.equal(after['state'][key], before['state'][key]) for key in originals)
+
+
+def test_statistics_stay_while_merged_reversibly(model):
+    before = snapshot(model)
+    mmpeft.merge(model, reversible=True).train()(torch.randn(4, 8, 6, 6))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert_same(mmpeft.unmerge(model), before)
+
+
+def test_single_modules_keep_their_modes():
+    model = Net()
+    model.backbone[0].norm.eval()
+    model.backbone[1].pw.eval()
+    modes = [(name, m.training) for name, m in model.named_modules()]
+    for take_off in (mmpeft.merge, mmpeft.remove):
+        mmpeft.inject(model, LORA, dict(module='backbone'))
+        take_off(model)
+        assert [(name, m.training) for name, m in model.named_modules()] == modes
+
+
+def test_the_order_of_parameters_is_that_of_the_base(model):
+    names = list(Net().state_dict())
+    assert list(mmpeft.remove(copy.deepcopy(model)).state_dict()) == names
+    assert list(mmpeft.merge(model).state_dict()) == names
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_converting_while_merged(model, dtype):
+    base = mmpeft.remove(copy.deepcopy(model)).to(dtype)
+    mmpeft.merge(model, reversible=True)
+    kept = [piece.adapter for piece in model.__dict__[MERGED].pieces]
+    adapters = [id(p) for adapter in kept for p in adapter.parameters()]
+    mmpeft.unmerge(model.to(dtype))
+    assert adapters == [id(p) for p in adapter_parameters(model)]
+    assert {a.dtype for a in kept} == {torch.promote_types(torch.float32, dtype)}
+    x = torch.randn(2, 8, 6, 6, dtype=dtype)
+    assert model.eval()(x).dtype == dtype
+    removed = mmpeft.remove(model).state_dict()
+    assert all(torch.equal(value, removed[key]) for key, value in base.state_dict().items())
+
+
+def test_a_copy_of_a_merged_model_comes_apart_by_itself(model):
+    before = snapshot(model)
+    mmpeft.merge(model, reversible=True)
+    copied = copy.deepcopy(model)
+    randomize(mmpeft.unmerge(copied))
+    merged = snapshot(model)
+    assert_same(model, merged)
+    assert_same(mmpeft.unmerge(model), before)
+    state = copied.state_dict()
+    for key in (k for k in state if k.endswith('original')):
+        assert torch.equal(state[key], before['state'][key])
+
+
+def test_what_is_kept_aside_is_held_once_and_not_in_the_state_dict(model):
+    original = model.backbone[0].pw.parametrizations.weight.original
+    before = original.data_ptr()
+    mmpeft.merge(model, reversible=True)
+    assert list(model.state_dict()) == list(Net().state_dict())
+    layer = model.backbone[0].pw
+    found = model.__dict__[MERGED].originals
+    (kept,) = [p for owner, name, p in found if owner is layer and name == 'weight']
+    assert kept is original and kept.data_ptr() == before
+
+
+def test_a_second_merge_is_for_good(model):
+    mmpeft.merge(model, reversible=True)
+    merged = {key: value.clone() for key, value in model.state_dict().items()}
+    assert mmpeft.merge(model) is model
+    assert all(torch.equal(value, merged[key]) for key, value in model.state_dict().items())
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net().modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(UsageError, match='nothing to unmerge'):
+        mmpeft.unmerge(model)
+
+
+def test_adapting_what_was_merged_reversibly(model):
+    base = mmpeft.remove(copy.deepcopy(model)).state_dict()
+    mmpeft.merge(model, reversible=True)
+    mmpeft.inject(model, LORA, dict(module='backbone'))
+    randomize(model)
+    with pytest.raises(UsageError, match='adapted or parametrized since'):
+        mmpeft.unmerge(model)
+    with pytest.raises(UsageError, match='merged reversibly already'):
+        mmpeft.merge(model, reversible=True)
+    x = torch.randn(2, 8, 6, 6)
+    other = copy.deepcopy(model).eval()
+    expected = other(x)
+    torch.testing.assert_close(mmpeft.merge(other)(x), expected, rtol=1e-4, atol=1e-4)
+    assert all(p.requires_grad for p in other.parameters())
+    removed = mmpeft.remove(model)
+    assert all(torch.equal(value, base[key]) for key, value in removed.state_dict().items())
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net().modules()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_removing_after_a_reversible_merge(model):
+    base = mmpeft.remove(copy.deepcopy(model)).state_dict()
+    removed = mmpeft.remove(mmpeft.merge(model, reversible=True)).state_dict()
+    assert list(removed) == list(base)
+    assert all(torch.equal(value, base[key]) for key, value in removed.items())
+
+
+def adapter_at(model, place):
+    return [m for m in model.modules() if isinstance(m, mmpeft.methods.Adapter)][place]
+
+
+@pytest.mark.parametrize('reversible', [False, True])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('place, name', [(0, r'backbone\.0\.dw\.weight'), (-1, r'head\.weight')])
+def test_a_bad_weight_leaves_all_as_it_was(model, place, name, value, reversible):
+    with torch.no_grad():
+        next(adapter_at(model, place).parameters()).fill_(value)
+    before = snapshot(model)
+    with pytest.raises(UsageError, match=f'merged {name} has NaN or infinite'):
+        mmpeft.merge(model, reversible)
+    assert_same(model, before)
+    assert len(model.peft) == 4
+
+
+def test_a_weight_beyond_its_dtype_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+    mmpeft.inject(model, LORA)
+    with torch.no_grad():
+        for parameter in adapter_at(model, -1).parameters():
+            parameter.fill_(400.0)
+    before = snapshot(model)
+    with pytest.raises(UsageError, match=r'merged 1\.weight reaches 3\.2e\+05, .*float16 cannot'):
+        mmpeft.merge(model)
+    assert_same(model, before)
+    mmpeft.merge(model.bfloat16())
+
+
+def test_tied_weights_are_merged_once_and_stay_tied():
+    model, index = Tied(), torch.arange(9)
+    mmpeft.inject(model, LORA, dict(kinds=('linear', 'embedding')))
+    randomize(model)
+    before, adapted = snapshot(model), model(index)
+    mmpeft.merge(model, reversible=True)
+    assert model.out.weight is model.embed.weight
+    torch.testing.assert_close(model(index), adapted)
+    mmpeft.unmerge(model)
+    assert_same(model, before)
+    chains = model.out.parametrizations.weight, model.embed.parametrizations.weight
+    assert chains[0].original is chains[1].original and chains[0][0] is chains[1][0]
+    assert torch.equal(model(index), adapted)
+
+
+@pytest.mark.parametrize('kinds', [('linear',), ('embedding',)])
+def test_a_tied_weight_that_one_of_its_layers_reads_without_the_adapter(kinds):
+    model, index = Tied().double(), torch.arange(9)
+    mmpeft.inject(model, LORA, dict(kinds=kinds))
+    randomize(model)
+    before, adapted = snapshot(model), model(index)
+    mmpeft.merge(model, reversible=True)
+    torch.testing.assert_close(model(index), adapted, rtol=1e-12, atol=1e-12)
+    mmpeft.unmerge(model)
+    assert_same(model, before)
+    torch.testing.assert_close(mmpeft.merge(model)(index), adapted, rtol=1e-12, atol=1e-12)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_models_that_share_weights_are_merged_apart():
+    model = Net()
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    x = torch.randn(2, 8, 6, 6)
+    expected = twin.eval()(x)
+    mmpeft.inject(model, LORA, dict(module='backbone'))
+    randomize(model)
+    mmpeft.merge(model)
+    assert torch.equal(twin(x), expected)
+
+
+def test_what_cannot_be_unmerged():
+    with pytest.raises(UsageError, match='nothing to unmerge'):
+        mmpeft.unmerge(Net())
+    model = Net()
+    mmpeft.inject(model, LORA)
+    mmpeft.merge(model, reversible=True)
+    parametrize.register_parametrization(model.head, 'weight', nn.Identity())
+    with pytest.raises(UsageError, match='parametrized since'):
+        mmpeft.unmerge(model)
+    parametrize.remove_parametrizations(model.head, 'weight', leave_parametrized=False)
+    mmpeft.unmerge(model)
+
+
+def test_a_plain_model_stays_plain():
+    model = Net()
+    assert mmpeft.merge(model, reversible=True) is model
+    assert MERGED not in model.__dict__
