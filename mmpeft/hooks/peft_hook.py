@@ -23,9 +23,14 @@ from mmpeft.injection import inject
 from mmpeft.registry import HOOKS, METHODS
 from mmpeft.targets import Targets
 
+from .checkpoint_writing import keep_whole
+from .finite_watch import FiniteWatch
 from .frozen_base import description_of, load_base
+from .frozen_watch import FrozenWatch
 from .gradient_watch import GradientWatch
+from .motion_watch import MotionWatch
 from .penalty_term import add_penalty
+from .rank_agreement import RankAgreement
 from .recompute import let_inputs_require_grad, recomputed_modules
 
 
@@ -49,10 +54,15 @@ class PEFTHook(Hook):
         base_checkpoint (str, optional): A checkpoint of the whole plain model
             to start from.
         save_frozen (bool): Keep the frozen base in checkpoints.
+        save_adapters (bool): Write an adapter file beside each checkpoint.
         check_base (bool): Refuse adapters of another base.
         execution (str): See :func:`mmpeft.inject`.
         check_iters (int): Iterations after which an adapter without a
-            gradient stops the run.
+            gradient stops the run, and other mistakes that show early are
+            looked for.
+        nonfinite_iters (int): Steps in a row with NaN or infinite loss or
+            gradients that stop the run.
+        check_frozen (bool): Stop the run where something frozen has changed.
 
     Raises:
         UsageError: The method or the targets are wrong.
@@ -67,18 +77,24 @@ class PEFTHook(Hook):
         unfreeze=(),
         base_checkpoint=None,
         save_frozen=False,
+        save_adapters=True,
         check_base=True,
         execution='auto',
         check_iters=10,
+        nonfinite_iters=3,
+        check_frozen=True,
     ):
         self.method = METHODS.build(method)
         self.targets = Targets.of(dict(module='backbone') | dict(targets or {}))
         self.unfreeze = unfreeze
         self.base_checkpoint = base_checkpoint
         self.save_frozen = save_frozen
+        self.save_adapters = save_adapters
         self.check_base = check_base
         self.execution = execution
         self.check_iters = check_iters
+        self.nonfinite_iters = nonfinite_iters
+        self.check_frozen = check_frozen
         self.watch = None
         self.allocation = None
         self._resumed_allocation = None
@@ -108,7 +124,18 @@ class PEFTHook(Hook):
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             self._rebuild_optimizer(runner)
             add_penalty(model)
-            runner.register_hook(_AdapterCheckpointHook(self), 'LOWEST')
+            for watch in self._watches(runner):
+                runner.register_hook(watch)
+            runner.register_hook(_AdapterCheckpointHook(self, keep_whole(runner)), 'LOWEST')
+
+    def _watches(self, runner):
+        optim_wrapper = runner.optim_wrapper
+        yield FiniteWatch(optim_wrapper, self.nonfinite_iters, self.check_iters)
+        yield MotionWatch(optim_wrapper.optimizer, self.check_iters)
+        if self.check_frozen:
+            yield FrozenWatch(self.check_iters)
+        if runner.distributed:
+            yield RankAgreement(self.check_iters)
 
     def _rebuild_optimizer(self, runner):
         if 'optim_wrapper' not in runner.cfg:
@@ -220,8 +247,9 @@ class PEFTHook(Hook):
 class _AdapterCheckpointHook(Hook):
     """Takes the frozen base out of checkpoints, after all other hooks had their part."""
 
-    def __init__(self, peft):
+    def __init__(self, peft, files):
         self.peft = peft
+        self.files = files
         self.description = None
 
     def before_save_checkpoint(self, runner, checkpoint):
@@ -235,8 +263,12 @@ class _AdapterCheckpointHook(Hook):
         allocation = self.peft.allocation
         if 'optimizer' in checkpoint and allocation is not None:
             checkpoint['mmpeft_allocation'] = allocation.state_dict()
+        omitted = left_out(model)
+        if self.peft.save_adapters:
+            state = checkpoint['state_dict'].items()
+            self.files.announce({k: v for k, v in state if k not in omitted}, self.description)
         if not self.peft.save_frozen:
-            for key in left_out(model):
+            for key in omitted:
                 checkpoint['state_dict'].pop(key, None)
                 checkpoint.get('ema_state_dict', {}).pop(f'module.{key}', None)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name('distributed_run.py')
+DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[2]
 
 
@@ -85,3 +87,78 @@ def test_an_unused_adapter_is_named_before_ddp_gives_up(tmp_path):
     assert done.returncode != 0
     assert 'No gradient reached 1 of 5 adapters' in done.stderr
     assert 'backbone.unused' in done.stderr
+
+
+@pytest.fixture(scope='module')
+def errors(tmp_path_factory):
+    """What each rank was told of each way to disagree, all in one pair of processes."""
+    folder = tmp_path_factory.mktemp('disagreements')
+    done = launch(2, DISAGREEMENTS, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f'rank{rank}.json').read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    'case, expected',
+    [
+        (
+            'another_file',
+            r'^The ranks disagree before training\. 20 of 33 tensors differ, the first is '
+            r"'backbone\.stem\.parametrizations\.weight\.0\.core': rank 0 against rank 1\.",
+        ),
+        (
+            'another_base',
+            r"before training\. 1 of \d+ tensors differ, the first is 'backbone\.norm\.bias'",
+        ),
+        (
+            'another_decision',
+            r"after iteration 4\. 1 of \d+ tensors differ, the first is 'backbone\.fc\.\S+lora_E'",
+        ),
+        (
+            'one_rank_alone',
+            r'^On rank 1: 1 of \d+ frozen tensors changed between iterations 0 and 4\. The first '
+            r"is 'backbone\.norm\.bias'",
+        ),
+        ('another_seed', '^$'),
+    ],
+)
+def test_ranks_that_disagree_are_told_so_on_all_of_them(case, expected, errors):
+    first, second = (told[case] for told in errors)
+    assert first == second
+    assert re.search(expected, first), first
+
+
+def test_gradients_that_are_not_finite_on_one_rank(errors):
+    first, second = (told['not_finite'] for told in errors)
+    assert 'loss is finite, gradients are NaN' in first and 'all layers are finite' in first
+    assert 'loss is nan' in second and "NaN appears first in 'backbone.stage.1'" in second
+
+
+ALONE = """
+import torch
+from mmengine.dist import get_rank
+
+from mmpeft.launch import build_runner
+from tests.toy import toy_config
+
+runner = build_runner(
+    toy_config({folder!r}, **{{'launcher': 'pytorch', 'experiment_name': 'alone'}})
+)
+if get_rank() == 1:
+    parse = runner.model.module.parse_losses
+
+    def infinite(losses):
+        return parse(dict(losses, loss_far=losses['loss'].detach() + torch.inf))
+
+    runner.model.module.parse_losses = infinite
+runner.train()
+"""
+
+
+def test_an_error_on_one_rank_ends_the_others(tmp_path):
+    """An infinite loss with finite gradients is known to one rank alone."""
+    script = tmp_path / 'alone.py'
+    script.write_text(ALONE.format(folder=str(tmp_path)))
+    done = launch(2, script)
+    assert done.returncode != 0
+    assert 'loss_far is inf, the gradients are finite' in done.stderr
