@@ -133,6 +133,23 @@ class TimmBackbone(BaseModule):
         self.model.load_state_dict(found)
         print_log(f'Loaded {len(found)} tensors of the backbone from {path}', 'current')
 
+    def names_in_whole(self):
+        """How the whole timm network, not cut for features, calls the modules.
+
+        Returns:
+            dict[str, str]: Paths below ``model`` of the modules that hold
+                tensors, each with the one in ``timm.create_model(name)``.
+        """
+        cut = ('features_only', 'out_indices')
+        with torch.device('meta'):
+            own = timm.create_model(**self._create)
+            whole = timm.create_model(**{k: v for k, v in self._create.items() if k not in cut})
+        weights, names = whole.state_dict(), {}
+        for key in own.state_dict():
+            path, _, tensor = key.rpartition('.')
+            names[path] = _name_in(weights, key).removesuffix(f'.{tensor}')
+        return names
+
     def forward(self, x):
         """Return one map a level.
 

@@ -7,6 +7,7 @@ default_hooks.peft says, and counted as ``mmpeft.summary`` does.
 """
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -68,9 +69,19 @@ def summarize(cfg, rank=None):
     targets = dict(module='backbone') | dict(hook.get('targets') or {})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # weights that are outgrown are marked in the table
+        return mmpeft.inject(build(cfg.model), method, targets, hook.get('unfreeze', ()))
+
+
+def build(model):
+    """A model on the meta device; in memory where its code reads numbers off tensors.
+
+    mmdet's Swin and mmseg's MiT do so with their drop-path rates.
+    """
+    try:
         with torch.device('meta'):
-            model = MODELS.build(cfg.model)
-        return mmpeft.inject(model, method, targets, hook.get('unfreeze', ()))
+            return MODELS.build(copy.deepcopy(model))
+    except RuntimeError:
+        return MODELS.build(copy.deepcopy(model))
 
 
 def rows_of(summaries):

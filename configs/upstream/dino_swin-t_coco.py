@@ -1,0 +1,11 @@
+# DINO with Swin-T, DoRA in all linear layers and the patch embedding.
+_base_ = [
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+    './_base_/swin_t.py',
+    '../_base_/methods/dora.py',
+]
+
+model = dict(backbone=_base_.swin_t, neck=dict(in_channels=[192, 384, 768]))
+# Upstream's 0.1 is for pretrained weights that train, not for adapters.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=1.0))))
+default_hooks = dict(peft=_base_.peft)
