@@ -22,6 +22,7 @@ LARGE = dict(
     pointwise=Layer(lambda: nn.Conv2d(10, 8, 1), (2, 10, 6, 5)),
     kernel=Layer(lambda: nn.Conv2d(8, 10, 3, stride=2, padding=1, dilation=2), (2, 8, 13, 12)),
     pointwise_strided=Layer(lambda: nn.Conv2d(8, 6, 1, stride=2, padding=1), (2, 8, 7, 6)),
+    pointwise_steps=Layer(lambda: nn.Conv2d(8, 6, 1, stride=(2, 3)), (2, 8, 7, 6)),
     patches=Layer(lambda: nn.Conv2d(6, 8, 2, stride=2), (2, 6, 8, 8)),
     sequence=Layer(lambda: nn.Conv1d(8, 6, 5, padding=2, bias=False), (3, 8, 11)),
     volume=Layer(lambda: nn.Conv3d(4, 6, 3, padding=(1, 0, 2)), (1, 4, 5, 5, 5)),

@@ -48,9 +48,11 @@ class Matrix(Way):
         adapter = layer.parametrizations.weight[0]
         method, scale = adapter.method, adapter.method.scaling
         weight = layer.parametrizations.weight.original
-        size, is_linear = x.shape[2:], isinstance(layer, nn.Linear)
-        layout = Rows if is_linear else layout_of(x)
-        x = x if is_linear else as_tokens(x, layout)
+        layout, is_linear = Rows, isinstance(layer, nn.Linear)
+        if not is_linear:
+            x = _at_strides(x, layer.stride)
+            layout, size = layout_of(x), x.shape[2:]
+            x = as_tokens(x, layout)
         x, weight, bias = _in_one_dtype(x, weight.flatten(1), layer.bias)
         up, down = _as_matrices(thin, adapter)
         if isinstance(method, DoRA):
@@ -122,7 +124,9 @@ def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
     if not additive or decomposed or (method.dropout and adapter.training):
         return None
     thin = _thin(adapter)
-    return None if thin is None else (KERNEL, thin)
+    if thin is None or (layer.execution == AUTO and not _kernel_pays(thin, spec.shape)):
+        return None
+    return KERNEL, thin
 
 
 def stands_beside(layer: nn.Module, tokens: int, shape: tuple[int, ...]) -> bool:
@@ -161,7 +165,31 @@ def _is_plain_depthwise(layer, x):
 
 
 def _is_pointwise(layer):
-    return set(layer.kernel_size) == set(layer.stride) == {1} and not any(layer.padding)
+    return set(layer.kernel_size) == {1} and not any(layer.padding)
+
+
+def _at_strides(x, stride):
+    """The positions of a map that a kernel of one element sees."""
+    if set(stride) == {1}:
+        return x
+    seen = x[(..., *(slice(None, None, step) for step in stride))]
+    return seen.contiguous() if x.is_contiguous() else seen
+
+
+def _kernel_pays(thin, shape):
+    """Whether thin convolutions are clearly cheaper than the dense gradient, a position.
+
+    They have few channels, and run at a part of a wide one's speed.
+    """
+    up, core, down = thin
+    out, features, *kernel = shape
+    taps, rank = prod(kernel), up.shape[1]
+    if core is None or down is None:
+        cost = 2 * rank * (out + taps * features)
+    else:
+        inner = down.shape[0]
+        cost = 2 * (rank * out + inner * features) + 3 * taps * rank * inner
+    return 2 * cost < taps * out * features
 
 
 def _is_zero_padded(layer):
