@@ -1,6 +1,7 @@
 """Which way to compute with an adapted weight, from the layer, its input and the method."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from mmpeft.precision import outside_autocast
 from .convolution import DepthwiseConv, Geometry, TuckerConv
 from .matrix import Decomposed, LowRank, Multiplied, branch_pays
 from .products import Rows, as_map, as_tokens, layout_of
-from .recipes import cast
+from .recipes import Recipe, cast, remember
 
 # Smaller depthwise maps than this are not worth another way (N C H W elements).
 SMALL_MAP = 2**12
@@ -50,9 +51,7 @@ class Matrix(Way):
         weight = layer.parametrizations.weight.original
         layout, is_linear = Rows, isinstance(layer, nn.Linear)
         if not is_linear:
-            x = _at_strides(x, layer.stride)
-            layout, size = layout_of(x), x.shape[2:]
-            x = as_tokens(x, layout)
+            layout, (x, size) = layout_of(x), _seen(x, layer.stride)
         x, weight, bias = _in_one_dtype(x, weight.flatten(1), layer.bias)
         up, down = _as_matrices(thin, adapter)
         if isinstance(method, DoRA):
@@ -168,12 +167,21 @@ def _is_pointwise(layer):
     return set(layer.kernel_size) == {1} and not any(layer.padding)
 
 
-def _at_strides(x, stride):
-    """The positions of a map that a kernel of one element sees."""
+def _seen(x, stride):
+    """What a kernel of one element sees of a map, as tokens, and its size.
+
+    Every second position is picked again in backward: the map is kept by others.
+    """
     if set(stride) == {1}:
-        return x
+        return as_tokens(x, layout_of(x)), x.shape[2:]
+    size = tuple(-(-n // step) for n, step in zip(x.shape[2:], stride, strict=True))
+    pick = partial(_picked, stride)
+    return remember(pick(x), Recipe(pick, (x,))), size
+
+
+def _picked(stride, x):
     seen = x[(..., *(slice(None, None, step) for step in stride))]
-    return seen.contiguous() if x.is_contiguous() else seen
+    return as_tokens(seen.contiguous() if x.is_contiguous() else seen, layout_of(x))
 
 
 def _kernel_pays(thin, shape):
