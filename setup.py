@@ -22,11 +22,14 @@ OPENMMLAB = [
     'onedl-mmcv>=2.3.6,<3',
 ]
 DET = [*OPENMMLAB, 'onedl-mmdetection>=3.5.1,<4']
+ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 EXTRAS = {
     'det': DET,
     'seg': [*OPENMMLAB, 'onedl-mmsegmentation>=1.4.2,<2'],
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
+    'onnx': ONNX,
     'dev': [
+        *ONNX,
         'hypothesis>=6',
         'lycoris-lora>=4.1',
         'mat4py',  # mmpretrain's multimodal models, which it imports beside transformers

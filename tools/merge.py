@@ -7,22 +7,30 @@ beside it OUT.py, the config without the adapters' hook. mmdet's, mmseg's and
 mmrotate's own tools and inferencers take the two. A timm backbone is still
 mmpeft's; with ``--backbone mmpretrain`` a ConvNeXt becomes mmpretrain's, and
 nothing of mmpeft is left.
+
+``--check`` builds the model that OUT.py and OUT.pth will give, runs a batch
+through it and through the adapted model, and prints how much maps and
+predictions differ. Above a bound it ends with an error and writes nothing.
 """
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint
 
 import mmpeft
-from mmpeft.adapter_file import replacing
+from mmpeft.comparison import default_bound, differences, observe, table
 from mmpeft.errors import UsageError
+from mmpeft.hooks.checkpoint_reading import read_checkpoint
 from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.models.mmpretrain_names import mmpretrain_convnext
+from mmpeft.trial_images import trial_batch
+from mmpeft.whole_files import replacing
 
 MODEL_ONLY = ('model', 'default_scope', 'env_cfg', 'default_hooks', 'log_level', 'randomness')
 
@@ -39,6 +47,24 @@ def parse_args():
         help='whose class a ConvNeXt of timm is to be',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
+    parser.add_argument(
+        '--check', action='store_true', help='compare outputs before and after on a batch'
+    )
+    parser.add_argument(
+        '--check-images',
+        nargs='+',
+        default=(),
+        metavar='IMAGE',
+        help='files to check with; the first of the test data, or noise where that is not there',
+    )
+    parser.add_argument(
+        '--bound',
+        type=float,
+        help='largest relative difference; 1e-4 in float32, 5e-2 where weights are bfloat16',
+    )
+    parser.add_argument(
+        '--write-failed', action='store_true', help='write OUT even if the check fails'
+    )
     add_arguments(parser)
     return parser.parse_args()
 
@@ -46,9 +72,10 @@ def parse_args():
 def load_adapted(cfg, checkpoint):
     """Build the model of a config, adapt it and load a checkpoint, as a test run does."""
     parts = Config({key: cfg[key] for key in MODEL_ONLY if key in cfg})
-    parts.load_from = str(checkpoint)
+    parts.load_from = None if checkpoint is None else str(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         parts.work_dir = folder
+        parts.experiment_name = Path(folder).name  # or mmengine takes a second run for the first
         runner = Runner.from_cfg(parts)
         runner.call_hook('before_run')
         runner.load_or_resume()
@@ -71,6 +98,27 @@ def plain_config(cfg):
     return plain
 
 
+def check(before, plain, state, batch, bound):
+    """Compare the model that a config and state dict give with what was observed before.
+
+    Args:
+        before (dict): Of the adapted model, by :func:`mmpeft.comparison.observe`.
+        plain (Config): Of the merged model.
+        state (dict): Of the merged model.
+        batch (dict): That ``before`` is of.
+        bound (float): Of the relative difference.
+
+    Returns:
+        list[str]: Names of the outputs that differ by more.
+    """
+    model = MODELS.build(copy.deepcopy(plain.model))  # DETR's kin change what they are built from
+    model.load_state_dict(state)
+    model.to(next(iter(state.values())).device)
+    found = differences(observe(model, batch), before)
+    print(table(found, bound))
+    return [row.name for row in found if row.exceeds(bound)]
+
+
 def _is_ours(hook):
     return str((hook or {}).get('type')).startswith('mmpeft.')
 
@@ -88,13 +136,28 @@ def main():
     taken = [str(path) for path in (args.out, config_out) if path.exists()]
     if taken and not args.overwrite:
         raise UsageError(f'{" and ".join(taken)} exist already. Name another OUT, or --overwrite.')
+    checks = args.check or args.check_images or args.bound is not None
+    if checks:
+        batch, words = trial_batch(cfg, args.check_images)
     model = load_adapted(cfg, args.checkpoint)
     adapters = mmpeft.summary(model).adapters
+    if checks:
+        before = observe(model, batch)
+        bound = default_bound(model) if args.bound is None else args.bound
     mmpeft.merge(model)
     plain, state = plain_config(cfg), model.state_dict()
     if args.backbone == 'mmpretrain':
         plain.model.backbone, state = mmpretrain_convnext(plain.model.backbone, state)
-    meta = dict(_load_checkpoint(args.checkpoint, map_location='cpu').get('meta', {}))
+    if checks:
+        print(f'merged against adapted on {words}')
+        failed = check(before, plain, state, batch, bound)
+        if failed and not args.write_failed:
+            raise UsageError(
+                f'merging changes what the model computes: {", ".join(failed)} differ by more '
+                'than the bound. Nothing was written. Give a larger --bound if such differences '
+                'do no harm, or --write-failed to write all the same.'
+            )
+    meta = dict(read_checkpoint(args.checkpoint).get('meta', {}))
     meta.pop('mmpeft', None)
     meta['cfg'] = plain.pretty_text
     with replacing(args.out) as temporary:
