@@ -104,6 +104,7 @@ class PEFTHook(Hook):
 
     def before_run(self, runner):
         """Load the base, inject, and build anew what depends on the parameters."""
+        _check_alone(runner)
         model = _unwrapped(runner)
         if not getattr(model, 'peft', []):
             outer, runner.model = runner.model, model
@@ -271,6 +272,16 @@ class _AdapterCheckpointHook(Hook):
             for key in omitted:
                 checkpoint['state_dict'].pop(key, None)
                 checkpoint.get('ema_state_dict', {}).pop(f'module.{key}', None)
+
+
+def _check_alone(runner):
+    hooks = [hook for hook in runner.hooks if isinstance(hook, PEFTHook)]
+    if len(hooks) > 1:
+        raise UsageError(
+            f'The config has {len(hooks)} hooks of type PEFTHook, and only one can adapt the '
+            'model. Choose all layers with the targets of one: its module may be a common parent, '
+            'or "" for the whole model, narrowed by include and overrides.'
+        )
 
 
 def _is_training(runner):

@@ -397,6 +397,11 @@ def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path)
         ({'default_hooks.peft.targets': dict(include=['fcc'])}, "'fcc' matches no weight.*fc"),
         ({'default_hooks.peft.method.rank': 400}, 'largest possible is 16'),
         ({'default_hooks.peft.unfreeze': ['nrm']}, "'nrm' matches no parameter"),
+        ({'default_hooks.peft.execution': 'fast'}, "'fast' is none of 'auto'"),
+        (
+            {'default_hooks.second': dict(type='mmpeft.PEFTHook', method=dict(type='LoRA'))},
+            '2 hooks of type PEFTHook',
+        ),
     ],
 )
 def test_mistakes_in_a_config_are_told_before_training(changes, expected, tmp_path):
