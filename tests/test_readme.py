@@ -1,18 +1,22 @@
 """The README's examples, as they stand."""
 
+import copy
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import mmpeft
 from mmpeft.data_check import missing_data
 from mmpeft.launch import build_runner, import_task, read_config
 from mmpeft.methods import Adapter
+from tests.cases import randomize
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -94,6 +98,34 @@ def test_adapting_ones_own_config():
     exec(block, names)
     hook = mmpeft.registry.HOOKS.build(names['default_hooks']['peft'])
     assert hook.method.rank == 32 and hook.targets.module == 'backbone'
+
+
+def test_several_adapters_on_one_base(tmp_path, monkeypatch):
+    block = next(b for b in BLOCKS if 'AdapterLibrary' in b)
+    monkeypatch.chdir(tmp_path)
+    detector, x = build_detector(), torch.randn(1, 3, 8, 8)
+    before, expected = detector(x), {}
+    for seed, name in enumerate(re.findall(r"'(\w+)\.safetensors'", block)):
+        adapted = copy.deepcopy(detector)
+        mmpeft.inject(adapted, dict(type='FLoRA', rank=2), dict(module='backbone'))
+        torch.manual_seed(seed)
+        randomize(adapted)
+        nn.init.normal_(adapted.head.weight)
+        expected[name] = adapted(x)
+        mmpeft.save_adapter(adapted, f'{name}.safetensors')
+    names = dict(detector=detector)
+    exec(block, names)
+    assert len(expected) == 2 and names['adapters'].current == 'harbour'
+    for name, output in expected.items():
+        assert torch.equal(names['adapters'].use(name)(x), output)
+    assert not torch.equal(names['adapters'].use('both')(x), expected['city'])
+    assert torch.equal(names['adapters'].use(None)(x), before)
+
+
+def build_detector():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    parts = dict(backbone=backbone, head=nn.Conv2d(8, 2, 1))
+    return nn.Sequential(OrderedDict(parts))
 
 
 def test_the_table_of_families_is_true():
