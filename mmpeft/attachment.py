@@ -69,11 +69,13 @@ def attach(layer: nn.Module, tensor: str, adapter: Adapter, way: str = execution
         _own_class(layer)
         layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
         parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
+        for holder in (layer.parametrizations, layer.parametrizations[tensor]):
+            holder.training = layer.training
         execution.enable(layer, way)
         return
     holder = _holder(layer)
     if not hasattr(holder, ADAPTERS):
-        setattr(holder, ADAPTERS, nn.ModuleList())
+        setattr(holder, ADAPTERS, nn.ModuleList().train(layer.training))
     getattr(holder, ADAPTERS).append(adapter)
     if type(adapter.method).before is not ActivationMethod.before:
         adapter.handles.append(layer.register_forward_pre_hook(adapter.before, with_kwargs=True))

@@ -160,5 +160,7 @@ def _follow(piece):
     if like is None:
         like = next(piece.layer.parameters(), None)
     if like is not None:
-        dtype = torch.promote_types(piece.adapter.dtype, like.dtype)
+        dtype = piece.adapter.dtype
+        if dtype != like.dtype:
+            dtype = torch.promote_types(like.dtype, torch.float32)
         piece.adapter.to(like.device, dtype)

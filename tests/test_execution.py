@@ -171,6 +171,71 @@ def test_under_ddp(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+KEPT = '_mmpeft_kept'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', LARGE)
+def test_in_evaluation_a_weight_is_built_once(case, monkeypatch):
+    model, plain = pair(LARGE[case], METHODS['flora'])
+    model.eval(), plain.eval()
+    x = LARGE[case].input()
+    built = []
+    apply = type(next(iter(adapted(model))).parametrizations.weight[0].method).apply
+    monkeypatch.setattr(
+        'mmpeft.methods.flora.FLoRA.apply',
+        lambda self, *args: built.append(1) or apply(self, *args),
+    )
+    for _ in range(3):
+        y = model(x)
+    assert len(built) == len(adapted(model)) == 1
+    assert torch.equal(y, plain(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('change', ['step', 'load', 'data', 'dtype', 'replaced'])
+def test_a_kept_weight_follows_what_changes(change):
+    model, plain = pair(LARGE['linear'], METHODS['lora'])
+    model.eval(), plain.eval()
+    x = LARGE['linear'].input()
+    before = model(x)
+    (layer,) = adapted(model)
+    assert KEPT in vars(layer)
+    for network in (model, plain):
+        adapter = adapted(network)[0].parametrizations.weight[0]
+        if change == 'step':
+            adapter.lora_B.add_(1)
+        elif change == 'load':
+            network.load_state_dict({k: v + 1 for k, v in network.state_dict().items()})
+        elif change == 'data':
+            adapter.lora_B.data = adapter.lora_B.data + 1
+        elif change == 'dtype':
+            network.float()
+        else:
+            adapter.lora_B = nn.Parameter(adapter.lora_B + 1)
+    x = x.to(layer.bias.dtype)
+    assert torch.equal(model(x), plain(x))
+    assert change == 'dtype' or not torch.equal(model(x), before)
+
+
+def test_training_frees_kept_weights():
+    model, _ = pair(LARGE['linear'], METHODS['lora'])
+    x = LARGE['linear'].input()
+    (layer,) = adapted(model)
+    with torch.no_grad():
+        model.train()(x)
+        assert KEPT not in vars(layer)
+        model.eval()(x)
+        assert KEPT in vars(layer)
+    model.train()(x).sum().backward()
+    assert KEPT not in vars(layer)
+    with torch.inference_mode():
+        y = model.eval()(x)
+    assert torch.equal(y, model(x))
+    mmpeft.merge(model)
+    assert KEPT not in vars(layer)
+
+
 def test_choices_are_named():
     with pytest.raises(mmpeft.errors.UsageError, match="'fast' is none of 'auto', 'plain'"):
         mmpeft.inject(nn.Linear(4, 4), METHODS['lora'], execution='fast')

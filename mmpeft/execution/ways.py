@@ -113,6 +113,8 @@ def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
         return (DEPTHWISE, None) if _is_plain_depthwise(layer, x) else None
     if not isinstance(method, DeltaMethod) or (is_conv and layer.groups > 1):
         return None
+    if layer.parametrizations.weight.original.requires_grad:
+        return None  # the thin ways have no gradient for it
     if type(method).apply not in (DeltaMethod.apply, DoRA.apply):
         return None
     decomposed = isinstance(method, DoRA)

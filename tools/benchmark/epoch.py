@@ -156,8 +156,9 @@ def runner_of(method, args, folder):
 
 def epoch_of(cfg):
     """How many batches the training set makes."""
-    from mmengine.registry import DATASETS
+    from mmengine.registry import DATASETS, init_default_scope
 
+    init_default_scope(cfg.default_scope)
     return len(DATASETS.build(cfg.train_dataloader.dataset)) // cfg.train_dataloader.batch_size
 
 
