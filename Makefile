@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python tools/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 install: $(STAMP)
 

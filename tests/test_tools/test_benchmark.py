@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ sys.path.insert(0, str(FOLDER))
 
 # isort: off
 import around_training  # noqa: E402
+import epoch  # noqa: E402
 import figures  # noqa: E402
 import grids  # noqa: E402
 import measuring  # noqa: E402
@@ -444,3 +446,32 @@ def test_runs_with_torch_mmengine_and_timm_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert set(json.loads(out.read_text())['workloads'][TINY]['entries']) == {'floor', 'flora@16'}
+
+
+def test_runners_take_turns():
+    import threading
+
+    turns, order = epoch.Turns(['a', 'b', 'c']), []
+
+    def work(name, times):
+        for _ in range(times):
+            turns.wait(name)
+            order.append(name)
+            turns.give(name)
+        turns.leave(name)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in dict(c=2, a=3, b=2).items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert order[:6] == ['a', 'b', 'c'] * 2 and order[6:] == ['a']
+
+
+def test_an_epoch_is_compared_iteration_by_iteration():
+    seconds = dict(frozen=[1.0, 10.0, 1.0], flora=[2.0, 20.0, 2.0])
+    grid = epoch.grid_of(seconds, types.SimpleNamespace(task='coco'))
+    assert grid.rows == [
+        ('frozen', '1000.0', '12.0', '1.00 ±0.00'),
+        ('flora', '2000.0', '24.0', '2.00 ±0.00'),
+    ]
