@@ -357,7 +357,9 @@ def test_under_recomputation(reentrant):
 
 
 @pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'dora'])
-@pytest.mark.parametrize('dtype, bound', [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(
+    'dtype, bound', [(torch.float32, 2e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
+)
 def test_bounds_in_lower_precision(name, dtype, bound):
     for key, layer in LARGE.items():
         model, plain = pair(layer, METHODS[name], dtype)
