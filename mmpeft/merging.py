@@ -115,7 +115,7 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     adapted = separable(model)
     _check_methods(adapted)
     earlier = model.__dict__.get(MERGED)
-    if reversible and adapted and earlier is not None:
+    if reversible and earlier is not None and (adapted or getattr(model, 'peft', [])):
         raise UsageError(
             'This model was merged reversibly already, and adapted again since. Write '
             'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to have the first '
