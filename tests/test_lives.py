@@ -625,7 +625,7 @@ class Life(RuleBasedStateMachine):
         if self.is_combined():
             values = {key: named[key] for key in values}
         merged = self._plain_account().copy(values=values)
-        self._untie(merged)
+        self._untie(merged, account)
         if reversible:
             self.aside = account
             merged.trains, merged.still = set(account.trains), set(account.still)
@@ -636,15 +636,22 @@ class Life(RuleBasedStateMachine):
             self.aside = None
             self.account = merged
 
-    def _untie(self, account):
-        """What one layer reads merged and another plain is shared no longer."""
-        account.network, found = copy.deepcopy(account.network), {}
-        for path, module in account.network.named_modules():
-            own = self.model.get_submodule(path)
+    def _untie(self, merged, account):
+        """Only what all its layers read through the same adapters is tied in a merged model."""
+        merged.network, found = copy.deepcopy(account.network), {}
+        for path, module in merged.network.named_modules():
+            own = self.model.get_submodule(path)._parameters
             for name, value in module._parameters.items():
                 if value is not None:
-                    key = id(own._parameters[name])
+                    sites = [
+                        site for site in account.sites if (site.layer, site.tensor) == (path, name)
+                    ]
+                    through = [account.ties[key] for site in sites for key in site.keys.values()]
+                    key = id(own[name]) if self.is_combined() else (id(value), *through)
                     module._parameters[name] = found.setdefault(key, nn.Parameter(value.detach()))
+        every = self.model.named_parameters(remove_duplicate=False)
+        tied = {name for name, _ in every} - {name for name, _ in self.model.named_parameters()}
+        assert merged.tied() == tied
 
     def _back(self):
         values = self.account.values
