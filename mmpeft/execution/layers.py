@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .frozen import kind_for
-from .kept import forget, kept_weight, may_keep
 from .ways import AUTO, PLAIN, choose, has_one_adapter
 
 
@@ -22,9 +21,6 @@ class _Executed:
     execution = AUTO
 
     def forward(self, x):
-        if may_keep(self):
-            return _plain_forward(self, x, kept_weight(self))
-        forget(self)
         chosen = choose(self, x)
         if chosen is None:
             return super().forward(x)
@@ -54,7 +50,6 @@ def enable_frozen(root: nn.Module) -> None:
 
 def disable(layer: nn.Module) -> None:
     """Undo the two above: the layer computes as its own class does."""
-    forget(layer)
     if isinstance(layer, _Exchanged):
         layer.__class__ = type(layer).__bases__[2]
 
@@ -67,12 +62,6 @@ def is_enabled(layer: nn.Module) -> bool:
 def execution_of(layer: nn.Module) -> str:
     """How a layer with an adapter was enabled."""
     return getattr(layer, 'execution', PLAIN)
-
-
-def _plain_forward(layer, x, weight):
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, weight, layer.bias)
-    return layer._conv_forward(x, weight, layer.bias)
 
 
 def _exchange(layer, mixin, **attributes):
