@@ -283,6 +283,11 @@ class Account:
         every = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
         return every - {name for name, _ in self.network.named_parameters()}
 
+    def through(self, path, tensor) -> list[str]:
+        """Keys of all factors that a weight is read through; of tied ones the first."""
+        sites = [site for site in self.sites if (site.layer, site.tensor) == (path, tensor)]
+        return [self.ties.get(key, key) for site in sites for key in site.keys.values()]
+
     def keys(self) -> set[str]:
         """Of the state dict."""
         adapted = self.adapted

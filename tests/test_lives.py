@@ -643,11 +643,8 @@ class Life(RuleBasedStateMachine):
             own = self.model.get_submodule(path)._parameters
             for name, value in module._parameters.items():
                 if value is not None:
-                    sites = [
-                        site for site in account.sites if (site.layer, site.tensor) == (path, name)
-                    ]
-                    through = [account.ties[key] for site in sites for key in site.keys.values()]
-                    key = id(own[name]) if self.is_combined() else (id(value), *through)
+                    through = (id(value), *account.through(path, name))
+                    key = id(own[name]) if self.is_combined() else through
                     module._parameters[name] = found.setdefault(key, nn.Parameter(value.detach()))
         every = self.model.named_parameters(remove_duplicate=False)
         tied = {name for name, _ in every} - {name for name, _ in self.model.named_parameters()}
@@ -736,7 +733,7 @@ def test_lives():
     )
     for name, count in sorted(COUNTS.items()):
         print(f'{count:8,} {name}')
-    missing = [name for name in BASIC + FURTHER * bool(LIVES) if not COUNTS[name]]
+    missing = [name for name in BASIC + FURTHER * (LIVES >= 2000) if not COUNTS[name]]
     assert not missing, f'no life had {missing}'
 
 
