@@ -11,17 +11,17 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
-from .adapter_file import load_adapter, save_adapter
-from .allocation import allocate
-from .checkpoint import adapter_state_dict
-from .compat import register_config_packages
-from .injection import inject
-from .library import AdapterLibrary
-from .merging import merge, remove, unmerge
-from .penalty import penalty
-from .registry import METHODS
-from .sharing import share_base
-from .summary import summary
+from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
+from mmpeft.checkpoint.keys import adapter_state_dict
+from mmpeft.injection.inject import inject
+from mmpeft.injection.merge import merge, remove, unmerge
+from mmpeft.injection.summary import summary
+from mmpeft.serving.library import AdapterLibrary
+from mmpeft.serving.shared_base import share_base
+from mmpeft.training.allocation import allocate
+from mmpeft.training.penalty import penalty
+
+from .registry import METHODS, register_config_packages
 from .version import __version__
 
 __all__ = [

@@ -8,6 +8,7 @@ the registry then imports its ``locations``.
 
 from dataclasses import fields
 
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
@@ -42,5 +43,12 @@ def build_method(cfg, registry, *args, **kwargs):
 
 
 METHODS = Registry('method', build_func=build_method, scope='mmpeft', locations=['mmpeft.methods'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmpeft', locations=['mmpeft.hooks'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmpeft', locations=['mmpeft.engine.hooks'])
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmpeft', locations=['mmpeft.models'])
+
+CONFIG_PACKAGES = ('mmpeft', 'mmseg')
+
+
+def register_config_packages():
+    """Let configs inherit from :data:`CONFIG_PACKAGES` by ``name::path``."""
+    MODULE2PACKAGE.update({name: name for name in CONFIG_PACKAGES})

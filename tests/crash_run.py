@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmpeft.adapter_file import read_adapter
-from mmpeft.hooks.checkpoint_reading import read_checkpoint
+from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.engine.checkpoint_reading import read_checkpoint
 from tests.toy import by_iterations, toy_runner
 
 SAVING, SAVED, RESUMED, NANOSECONDS = range(4)

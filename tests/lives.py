@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.attachment import attachments
+from mmpeft.injection.attach import attachments
 from mmpeft.methods import ActivationMethod
 from tests.cases import Attention, Bottleneck, ConvNeXtBlock, TorchAttention, TransformerBlock
 

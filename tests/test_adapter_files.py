@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import nn
 
 import mmpeft
-from mmpeft.adapter_file import read_adapter
-from mmpeft.checkpoint import adapter_keys, fingerprint
+from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.checkpoint.keys import adapter_keys, fingerprint
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 from tests.test_damaged_files import Net
@@ -186,7 +186,7 @@ def test_the_adapter_of_a_run_loads_into_a_plain_model(tmp_path):
     assert isinstance(plain, ToyClassifier)
     frozen = state_of(tmp_path / 'epoch_3.pth')
     plain.load_state_dict(
-        {mmpeft.checkpoint.plain_key(k): v for k, v in frozen.items()}, strict=False
+        {mmpeft.checkpoint.keys.plain_key(k): v for k, v in frozen.items()}, strict=False
     )
     loaded = mmpeft.load_adapter(plain, tmp_path / 'epoch_3.safetensors')
     assert all(torch.equal(value, frozen[key]) for key, value in loaded.state_dict().items())

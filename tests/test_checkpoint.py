@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.adapter_file import replacing
-from mmpeft.checkpoint import fingerprint, frozen_keys, plain_key
+from mmpeft.checkpoint.adapter_file import replacing
+from mmpeft.checkpoint.keys import fingerprint, frozen_keys
 from mmpeft.errors import UsageError
+from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
 from tests.test_injection import Net, Tied
 

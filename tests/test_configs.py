@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 import mmpeft
-from mmpeft.launch import import_task, read_config
+from mmpeft.engine.launch import import_task, read_config
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / 'configs/_base_/methods').glob('*.py'))
@@ -276,7 +276,7 @@ def test_method_takes_a_step(method):
         cfg.default_hooks.peft.method.rank = 4
     adapt(model, cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    adapters = mmpeft.attachment.named_adapters(model.backbone).values()
+    adapters = mmpeft.injection.attach.named_adapters(model.backbone).values()
     before = [{k: v.clone() for k, v in adapter.state_dict().items()} for adapter in adapters]
 
     data = model.data_preprocessor(batch(cfg.default_scope), training=True)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import mmpeft
-from mmpeft.adapter_file import read_adapter
+from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.engine.checkpoint_reading import read_checkpoint
 from mmpeft.errors import UnwrittenFileError, UsageError
-from mmpeft.hooks.checkpoint_reading import read_checkpoint
-from mmpeft.whole_files import replacing
 from tests.test_damaged_files import Net, Runs
 from tests.toy import toy_runner
 

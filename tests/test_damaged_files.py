@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import mmpeft
-from mmpeft import adapter_file, patterns
+from mmpeft.checkpoint import adapter_file, patterns
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution.ways import choose
+from mmpeft.execution.select import choose
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods import ActivationMethod
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

@@ -11,8 +11,8 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution.products import Columns, Rows, linear
-from mmpeft.execution.recipes import Recipe, recipe_of, remember
+from mmpeft.execution.matmul import Columns, Rows, linear
+from mmpeft.execution.recompute import Recipe, recipe_of, remember
 from mmpeft.execution.response_norm import response_norm
 from tests.cases import METHODS, randomize
 from tests.test_execution import assert_equal, plain_of, results

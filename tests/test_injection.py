@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import mmpeft
 from mmpeft.errors import UsageError
+from mmpeft.injection.ranks import largest, parse_count
 from mmpeft.methods import Adapter
-from mmpeft.ranks import largest, parse_count
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
-from mmpeft.launch import import_task, read_config
+from mmpeft.engine.launch import import_task, read_config
 from tests.test_configs import batch, scope  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapter_parameters
 from mmpeft.methods import Adapter
 from tests.cases import BLOCKS, randomize
 from tests.test_injection import Block, Tied

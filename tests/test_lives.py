@@ -28,9 +28,9 @@ from hypothesis.stateful import (
 from torch import nn
 
 import mmpeft
-from mmpeft.adapter_file import json_beside
+from mmpeft.checkpoint.adapter_file import json_beside
 from mmpeft.errors import UsageError
-from mmpeft.merging import MERGED
+from mmpeft.injection.merge import MERGED
 from mmpeft.methods import ActivationMethod, Adapter
 from tests.cases import METHODS, randomize
 from tests.lives import (

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
-from mmpeft.merging import MERGED
+from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.merge import MERGED
 from mmpeft.methods import ActivationMethod
 from tests.cases import KINDS, LAYERS, METHODS, randomize
 from tests.test_injection import Net, Tied

@@ -20,10 +20,10 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.attachment import named_adapters
-from mmpeft.checkpoint import plain_key
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config
+from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.weights import plain_key
 from tests.test_tools.conftest import script  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import named_adapters
 from mmpeft.errors import UsageError
-from mmpeft.peft_folder import load_peft, read_peft, save_peft
-from mmpeft.peft_format import Names, from_peft, to_peft
+from mmpeft.injection.attach import named_adapters
+from mmpeft.interop.peft_folder import load_peft, read_peft, save_peft
+from mmpeft.interop.peft_format import Names, from_peft, to_peft
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore')

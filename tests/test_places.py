@@ -9,10 +9,11 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
+from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.structure import Network
+from mmpeft.injection.weights import weights_of
+from mmpeft.methods.spec import POINT_KINDS, ConvGeometry
 from mmpeft.models import InternViT, TimmBackbone
-from mmpeft.places import PLACES, places
-from mmpeft.structure import Network, Window
-from mmpeft.weights import weights_of
 from tests.cases import BLOCKS, Attention, TransformerBlock, mlp
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters'
 
 def found(model, *kinds):
     """Path and axis of the places of some kinds."""
-    return [(path, place.axis) for path, _, place in places(model, kinds)]
+    return [(path, place.axis) for path, _, place in insertion_points(model, kinds)]
 
 
 def at(axis, *paths):
@@ -308,7 +309,7 @@ def test_attention_of_other_shapes(attention):
     model = nn.Sequential(attention(), perceptron())
     assert found(model, 'attention') == at(-1, '0')
     assert found(model, 'mlp') == at(-1, '1')
-    place = next(place for _, _, place in places(model, ['attention']))
+    place = next(place for _, _, place in insertion_points(model, ['attention']))
     assert place.shape == (8, 8)
 
 
@@ -519,7 +520,7 @@ NETWORKS = dict(
 def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(name):
     model = NETWORKS[name]().float()
     model.eval()
-    every_kind = list(places(model, PLACES))
+    every_kind = list(insertion_points(model, POINT_KINDS))
     reached = {}
 
     def remember(path):
@@ -545,7 +546,9 @@ def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(nam
 
 def test_what_a_place_is():
     model = timm.create_model('convnextv2_atto', **CONVNEXT)
-    by_path = {path: place for path, _, place in places(model, ['mixer', 'mlp', 'border'])}
+    by_path = {
+        path: place for path, _, place in insertion_points(model, ['mixer', 'mlp', 'border'])
+    }
     mixer, perceptron = by_path['stages.1.blocks.0.conv_dw'], by_path['stages.1.blocks.0.mlp']
     assert mixer.kinds == {'mixer', 'border'} and perceptron.kinds == {'mlp'}
     assert mixer.shape == perceptron.shape == (16, 16)
@@ -553,7 +556,7 @@ def test_what_a_place_is():
     assert perceptron.numel == 2 * 16 * 64 + 64 + 16 + 2 * 64
     convolution = model.stages[1].blocks[0].conv_dw
     assert mixer.layer == dict(weights_of(convolution))['weight'] and perceptron.layer is None
-    assert mixer.window == Window((1, 1), ((3, 3), (3, 3)), 'zeros', (1, 1))
+    assert mixer.window == ConvGeometry((1, 1), ((3, 3), (3, 3)), 'zeros', (1, 1))
     assert [path for path, place in by_path.items() if place.first] == [
         'stages.0.blocks.0.conv_dw',
         'stages.0.blocks.0.mlp',
@@ -562,7 +565,7 @@ def test_what_a_place_is():
 
 def test_a_branch_counts_its_block_and_has_its_widths():
     model = torchvision.models.resnet18()
-    place = {path: place for path, _, place in places(model, ['branch'])}['layer2.0.bn2']
+    place = {path: place for path, _, place in insertion_points(model, ['branch'])}['layer2.0.bn2']
     assert place.shape == (128, 64)
     assert place.numel == sum(p.numel() for p in model.layer2[0].parameters())
 
@@ -585,8 +588,8 @@ def test_layers_can_be_told_apart_by_their_own_kinds():
 )
 def test_window(padding, expected):
     layer = nn.Conv2d(2, 2, (3, 4), dilation=(1, 2), padding=padding)
-    window = Window.of(layer, dict(weights_of(layer))['weight'])
-    assert window == Window((1, 1), expected, 'zeros', (1, 2))
+    window = ConvGeometry.of(layer, dict(weights_of(layer))['weight'])
+    assert window == ConvGeometry((1, 1), expected, 'zeros', (1, 2))
 
 
 @pytest.mark.parametrize('name', BLOCKS)
@@ -594,8 +597,8 @@ def test_an_adapted_network_has_the_places_of_the_plain_one(name):
     plain, model = BLOCKS[name].build(), BLOCKS[name].build()
     mmpeft.inject(model, dict(type='HoulsbyAdapter', rank=2))
     mmpeft.inject(model, dict(type='LoRA', rank=2))
-    assert [(path, place) for path, _, place in places(model, PLACES)] == [
-        (path, place) for path, _, place in places(plain, PLACES)
+    assert [(path, place) for path, _, place in insertion_points(model, POINT_KINDS)] == [
+        (path, place) for path, _, place in insertion_points(plain, POINT_KINDS)
     ]
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapter_parameters
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.data_check import missing_data
-from mmpeft.launch import build_runner, import_task, read_config
+from mmpeft.engine.data_check import missing_data
+from mmpeft.engine.launch import build_runner, import_task, read_config
 from mmpeft.methods import Adapter
 from tests.cases import randomize
 

@@ -20,13 +20,13 @@ import torch
 from merge import load_adapted
 
 import mmpeft
-from mmpeft.checkpoint import adapter_state_dict, describe
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.checkpoint.keys import adapter_state_dict, describe
+from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
-from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
+from mmpeft.interop.peft_folder import read_peft, save_peft
+from mmpeft.interop.peft_format import Names, from_peft
 from mmpeft.models import TimmBackbone
-from mmpeft.peft_folder import read_peft, save_peft
-from mmpeft.peft_format import Names, from_peft
-from mmpeft.whole_files import replacing
 
 
 def parse_args():

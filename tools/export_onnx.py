@@ -34,9 +34,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import mmpeft
-from mmpeft.comparison import BOUNDS, quantity, table
+from mmpeft.analysis.comparison import BOUNDS, quantity, table
+from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
-from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
 
 PARTS = ('backbone', 'neck', 'model')
 LARGEST = 2**31 - 2**20  # bytes that one file of protobuf can hold

@@ -24,13 +24,13 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 import mmpeft
-from mmpeft.comparison import default_bound, differences, observe, table
+from mmpeft.analysis.comparison import default_bound, differences, observe, table
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.engine.checkpoint_reading import read_checkpoint
+from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
+from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
-from mmpeft.hooks.checkpoint_reading import read_checkpoint
-from mmpeft.launch import add_arguments, check_checkpoint, load_config, run
-from mmpeft.models.mmpretrain_names import mmpretrain_convnext
-from mmpeft.trial_images import trial_batch
-from mmpeft.whole_files import replacing
+from mmpeft.interop.mmpretrain import mmpretrain_convnext
 
 MODEL_ONLY = ('model', 'default_scope', 'env_cfg', 'default_hooks', 'log_level', 'randomness')
 
@@ -102,7 +102,7 @@ def check(before, plain, state, batch, bound):
     """Compare the model that a config and state dict give with what was observed before.
 
     Args:
-        before (dict): Of the adapted model, by :func:`mmpeft.comparison.observe`.
+        before (dict): Of the adapted model, by :func:`mmpeft.analysis.comparison.observe`.
         plain (Config): Of the merged model.
         state (dict): Of the merged model.
         batch (dict): That ``before`` is of.

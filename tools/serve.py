@@ -19,8 +19,8 @@ from merge import load_adapted
 from mmengine.registry import DATASETS, init_default_scope
 
 import mmpeft
+from mmpeft.engine.launch import check_checkpoint, import_task, read_config, run
 from mmpeft.errors import MissingFileError, UsageError, near
-from mmpeft.launch import check_checkpoint, import_task, read_config, run
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 

@@ -7,14 +7,14 @@ The checkpoint may hold adapters alone, everything, or merged weights.
 
 import argparse
 
-from mmpeft.errors import UsageError
-from mmpeft.launch import (
+from mmpeft.engine.launch import (
     add_arguments,
     build_runner,
     check_checkpoint,
     load_config,
     run,
 )
+from mmpeft.errors import UsageError
 
 
 def parse_args():
@@ -72,7 +72,7 @@ def main():
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:
-        from mmpeft.models.tta import enable_tta
+        from mmpeft.engine.tta import enable_tta
 
         enable_tta(cfg)
     if args.out and segments:

@@ -7,7 +7,7 @@ What is adapted, and how, is the config's ``default_hooks.peft``.
 
 import argparse
 
-from mmpeft.launch import (
+from mmpeft.engine.launch import (
     add_arguments,
     build_runner,
     check_checkpoint,

@@ -1,7 +1,7 @@
 """How phi(W) is computed fast. Nothing here changes what is computed."""
 
 from .layers import disable, enable, enable_frozen, execution_of, is_enabled
-from .ways import AUTO, BRANCH, MERGED, PLAIN
+from .select import AUTO, BRANCH, MERGED, PLAIN
 
 CHOICES = (AUTO, PLAIN, MERGED, BRANCH)
 

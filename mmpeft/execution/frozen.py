@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .matrix import Frozen
-from .recipes import Recipe, remember
+from .linear import Frozen
+from .recompute import Recipe, remember
 from .response_norm import response_norm
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .frozen import kind_for
-from .ways import AUTO, PLAIN, choose, has_one_adapter
+from .select import AUTO, PLAIN, choose, has_one_adapter
 
 
 class _Exchanged:

@@ -2,7 +2,7 @@
 
 from functools import wraps
 
-from mmpeft.precision import outside_autocast
+from mmpeft.methods.precision import outside_autocast
 
 
 def without_autocast(function):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .matmul import is_low
 from .precision import without_autocast
-from .products import is_low
-from .recipes import Recipe, remember
+from .recompute import Recipe, remember
 
 
 class ResponseNorm(Function):

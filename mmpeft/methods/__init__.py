@@ -10,7 +10,9 @@ from pkgutil import iter_modules
 from .activation import ActivationAdapter, ActivationMethod
 from .adapter import Adapter, WeightAdapter
 from .allocator import Allocator
-from .base import Card, DeltaMethod, Method, Ranked, RankMethod
+from .base import Card, Method
+from .delta import DeltaMethod
+from .ranked import Ranked, RankMethod
 
 for _module in iter_modules(__path__):
     import_module(f'{__name__}.{_module.name}')

@@ -41,12 +41,13 @@ from torch import Tensor
 
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .allocator import Allocator, best_of_all, check_span, common_method, span
-from .base import Card, Factors, RankMethod, check_choice, gaussian
+from .base import Card, Factors, check_choice, gaussian
 from .lora import matrix_shape
 from .mpc import mpc_o
+from .ranked import RankMethod
+from .spec import WeightSpec
 
 
 def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from mmpeft.precision import outside_autocast
-from mmpeft.weights import WeightSpec
-
 from .base import Factors, Method
+from .precision import outside_autocast
+from .spec import WeightSpec
 
 
 class Adapter(nn.Module):

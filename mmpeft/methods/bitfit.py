@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
-from .base import Card, DeltaMethod
+from .base import Card
+from .delta import DeltaMethod
 
 
 @METHODS.register_module()

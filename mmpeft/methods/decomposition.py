@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmpeft.weights import WeightSpec
+from .spec import WeightSpec
 
 OVERSAMPLING = 8
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .base import Card
 from .lora import LoRA
+from .spec import WeightSpec
 
 
 def output_norm(weight: Tensor, spec: WeightSpec) -> Tensor:

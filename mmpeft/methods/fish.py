@@ -27,10 +27,10 @@ from torch import Tensor, distributed, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .allocator import Allocator, best, common_method
 from .base import Card, Factors, Method
+from .spec import WeightSpec
 
 
 def add_at(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:

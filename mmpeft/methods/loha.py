@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .base import Card, Factors, gaussian
-from .scaled import ScaledRankMethod
+from .ranked import ScaledRankMethod
+from .spec import WeightSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .base import Card, Factors
 from .loha import KernelRankMethod, low_rank
+from .spec import WeightSpec
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:

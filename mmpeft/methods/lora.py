@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .base import Card, Factors, check_choice
 from .mpc import MPC
-from .scaled import ScaledRankMethod
+from .ranked import ScaledRankMethod
+from .spec import WeightSpec
 
 
 def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:

@@ -27,7 +27,8 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Card, Factors, RankMethod, gaussian
+from .base import Card, Factors, gaussian
+from .ranked import RankMethod
 
 
 def tucker2(core: Tensor, left: Tensor, right: Tensor) -> Tensor:

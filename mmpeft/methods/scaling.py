@@ -25,10 +25,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmpeft.registry import METHODS
-from mmpeft.weights import WeightSpec
 
 from .base import Card, Method
 from .dora import per_output
+from .spec import WeightSpec
 
 
 def per_input(values: Tensor, spec: WeightSpec) -> Tensor:

@@ -24,8 +24,9 @@ from torch import nn
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Card, DeltaMethod, Factors
+from .base import Card, Factors
 from .decomposition import channel_matrix, leading
+from .delta import DeltaMethod
 
 COST = (
     'One product with min(n, m) columns. The file holds min(n, m) · (n + m) fixed numbers for a '

@@ -18,8 +18,9 @@ from torch import nn
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Card, Factors, RankMethod
+from .base import Card, Factors
 from .decomposition import channel_matrix, leading
+from .ranked import RankMethod
 
 
 @METHODS.register_module()

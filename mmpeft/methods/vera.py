@@ -25,8 +25,9 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Card, Factors, RankMethod, check_choice
+from .base import Card, Factors, check_choice
 from .lora import matrix_shape
+from .ranked import RankMethod
 
 
 # Kept for the weights of one shape that follow each other in a network.

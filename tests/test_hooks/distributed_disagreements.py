@@ -12,9 +12,9 @@ import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
 
-from mmpeft.attachment import named_adapters
+from mmpeft.engine.launch import build_runner
 from mmpeft.errors import UsageError
-from mmpeft.launch import build_runner
+from mmpeft.injection.attach import named_adapters
 from tests.toy import by_iterations, toy_config
 
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from mmpeft.launch import build_runner
+from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
 
 

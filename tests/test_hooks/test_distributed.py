@@ -72,7 +72,7 @@ def test_two_processes_train_what_one_would(method, tmp_path):
 
 
 UNUSED = """
-from mmpeft.launch import build_runner
+from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
 
 changes = {{'launcher': 'pytorch', 'experiment_name': 'unused', 'model.backbone.unused': True}}
@@ -138,7 +138,7 @@ ALONE = """
 import torch
 from mmengine.dist import get_rank
 
-from mmpeft.launch import build_runner
+from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
 
 runner = build_runner(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmpeft
-from mmpeft.attachment import named_adapters
+from mmpeft.injection.attach import named_adapters
 from tests.test_hooks.test_peft_hook import pretrained, same, scores, weights  # noqa: F401
 from tests.toy import by_iterations, state_of, toy_runner
 

@@ -14,11 +14,11 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nan, nn
 
-from mmpeft.attachment import named_adapters
+from mmpeft.engine.hooks.monitors import frozen as frozen_watch
+from mmpeft.engine.hooks.monitors.origin import Origin
 from mmpeft.errors import UsageError
-from mmpeft.freezing import unfreeze_statistics
-from mmpeft.hooks import frozen_watch
-from mmpeft.hooks.origin import Origin
+from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.freeze import unfreeze_statistics
 from tests.cases import METHODS
 from tests.toy import by_iterations, toy_runner
 

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmpeft
-from mmpeft.attachment import adapters_of, attachments, named_adapters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapters_of, attachments, named_adapters
+from mmpeft.injection.insertion_points import insertion_points
 from mmpeft.methods import ActivationAdapter
-from mmpeft.methods.parallel import factor_shapes
-from mmpeft.methods.vpt import ring_numbers
+from mmpeft.methods.activation.parallel import factor_shapes
+from mmpeft.methods.activation.prompts import ring_numbers
 from mmpeft.models import InternViT, TimmBackbone
-from mmpeft.places import places
 from tests.cases import (
     BLOCKS,
     LAYERS,
@@ -309,7 +309,7 @@ def test_a_convolution_that_pads_in_a_way_of_its_own_is_refused():
 @pytest.mark.parametrize('name', ONE_LAYER)
 def test_a_parallel_adapter_starts_as_a_layer_does(name):
     model = LAYERS[name].build()
-    ((_, _, place),) = places(model, ['layer'])
+    ((_, _, place),) = insertion_points(model, ['layer'])
     down, up = factor_shapes(place, 3)
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=3))
     factors = next(attachments(model)).adapters[0].factors

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import named_adapters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods.adalora import AdaLoRA, importance, smoothed, triplets_at
 from mmpeft.methods.allocator import best, span
 from mmpeft.methods.diff_pruning import DiffPruning, hard_concrete, open_probability
 from mmpeft.methods.fish import FISH, largest
-from mmpeft.weights import weights_of
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

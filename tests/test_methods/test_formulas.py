@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapters_of
-from mmpeft.methods.base import input_dropout_mask
+from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.weights import weights_of
+from mmpeft.methods.delta import input_dropout_mask
 from mmpeft.methods.dora import DoRA
 from mmpeft.methods.flora import FLoRA
 from mmpeft.methods.lora import LoRA
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, METHODS, randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

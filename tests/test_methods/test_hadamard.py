@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapters_of
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods.loha import LoHa
 from mmpeft.methods.lokr import LoKr, split
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

@@ -9,15 +9,15 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters, adapters_of, named_adapters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapter_parameters, adapters_of, named_adapters
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods.lora import LoRA, matrix_shape
 from mmpeft.methods.lotr import LoTR
 from mmpeft.methods.moslora import MoSLoRA
 from mmpeft.methods.mpc import mpc_d, mpc_o
 from mmpeft.methods.trilora import TriLoRA
 from mmpeft.methods.vera import VeRA, random_pair
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, randomize
 
 

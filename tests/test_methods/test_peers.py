@@ -19,9 +19,9 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapters_of
+from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods.pissa import PiSSA
-from mmpeft.weights import weights_of
 from tests.cases import SelfAttention, randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapters_of, attachments
+from mmpeft.injection.attach import adapters_of, attachments
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods.scaling import per_input
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, randomize
 
 CONVOLUTIONS = [

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters, adapters_of, named_adapters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapter_parameters, adapters_of, named_adapters
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods import decomposition
 from mmpeft.methods.mpc import mpc_d
-from mmpeft.weights import weights_of
 from tests.cases import KINDS, LAYERS, randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -103,7 +103,7 @@ def test_singular_values_in_closed_form(layer, method, rank):
     summary = mmpeft.inject(layer, dict(type=method, rank=rank), dict(kinds=KINDS))
     k = min(n, m) if rank is None else min(rank, n, m)
     assert summary.adapters == k
-    stored = mmpeft.checkpoint.adapter_state_dict(layer)
+    stored = mmpeft.checkpoint.keys.adapter_state_dict(layer)
     assert sum(v.numel() for v in stored.values()) == k + k * (n + m) + k
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.injection.attach import adapter_parameters
 from mmpeft.models.intern_vit import ARCHITECTURES, InternViT
 from mmpeft.models.intern_vit_weights import official_name, to_transformers
 

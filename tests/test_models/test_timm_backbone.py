@@ -8,10 +8,10 @@ from mmcv.ops import roi_align
 from safetensors.torch import save_file
 
 import mmpeft
-from mmpeft.attachment import adapter_parameters
 from mmpeft.errors import UsageError
+from mmpeft.injection.attach import adapter_parameters
+from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.models import TimmBackbone
-from mmpeft.models.mmpretrain_names import mmpretrain_convnext
 
 TINY = dict(name='convnextv2_atto', depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 

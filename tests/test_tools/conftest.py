@@ -9,8 +9,8 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
-from mmpeft.checkpoint import adapter_state_dict, describe
-from mmpeft.launch import import_task, read_config
+from mmpeft.checkpoint.keys import adapter_state_dict, describe
+from mmpeft.engine.launch import import_task, read_config
 from tests.cases import randomize
 
 TOOLS = Path(__file__).parents[2] / 'tools'

@@ -15,7 +15,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.weights import original_of
+from mmpeft.injection.weights import original_of
 from tests.cases import randomize
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import timm
 import torch
 
 import mmpeft
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config
-from mmpeft.peft_folder import save_peft
+from mmpeft.interop.peft_folder import save_peft
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

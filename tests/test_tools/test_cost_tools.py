@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
-from mmpeft.execution.explain import explain
+from mmpeft.analysis.explain import explain
 from mmpeft.models import InternViT
 
 ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import mmpeft
+from mmpeft.engine.launch import read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import read_config
 
 
 @pytest.fixture(scope='module')

@@ -10,9 +10,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmpeft
-from mmpeft.comparison import Difference
+from mmpeft.analysis.comparison import Difference
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config
 from mmpeft.models import InternViT
 from tests.cases import randomize
 

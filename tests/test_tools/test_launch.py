@@ -14,8 +14,8 @@ import timm
 import torch
 from mmengine.config import Config, ConfigDict
 
-from mmpeft import launch
-from mmpeft.data_check import describe, missing_data
+from mmpeft.engine import launch
+from mmpeft.engine.data_check import describe, missing_data
 from mmpeft.errors import MissingFileError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -330,7 +330,7 @@ def test_flipped_views_come_back():
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    from mmpeft.models.tta import FlipTTA
+    from mmpeft.engine.tta import FlipTTA
 
     mask = torch.zeros(1, 20, 30, dtype=torch.bool)
     mask[0, 2:12, 4:10] = True

@@ -8,10 +8,10 @@ import torch
 from mmengine.structures import InstanceData
 
 import mmpeft
-from mmpeft.comparison import corners, differences, quantity, table
+from mmpeft.analysis.comparison import corners, differences, quantity, table
+from mmpeft.engine.launch import read_config
+from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
-from mmpeft.launch import read_config
-from mmpeft.trial_images import trial_batch
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -56,7 +56,7 @@ def test_a_merge_that_changes_the_model_writes_nothing(
     merge, adapted_demo, tmp_path, monkeypatch, capsys
 ):
     def wrong(model):
-        mmpeft.merging.merge(model)
+        mmpeft.injection.merge.merge(model)
         with torch.no_grad():
             model.backbone.model.stages_3.blocks[0].mlp.fc1.weight.mul_(1.01)
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import mmpeft
-from mmpeft.checkpoint import describe, frozen_keys, plain_key
+from mmpeft.checkpoint.keys import describe, frozen_keys
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config
+from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
 from tests.test_injection import Net
 

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
+from mmpeft.analysis.explain import explain
+from mmpeft.engine.launch import import_task, read_config, run
 from mmpeft.execution import CHOICES
-from mmpeft.execution.explain import explain
-from mmpeft.launch import import_task, read_config, run
 from mmpeft.registry import MODELS
 
 

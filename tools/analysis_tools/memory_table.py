@@ -23,7 +23,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
-from mmpeft.launch import import_task, read_config
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.registry import MODELS
 
 GIB = 2**30

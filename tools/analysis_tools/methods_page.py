@@ -19,8 +19,8 @@ import torch
 from mmengine.config import Config
 
 import mmpeft
+from mmpeft.engine.launch import run
 from mmpeft.errors import UsageError
-from mmpeft.launch import run
 from mmpeft.methods import Method
 from mmpeft.methods.base import FAMILIES
 from mmpeft.models import TimmBackbone

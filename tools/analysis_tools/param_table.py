@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
+from mmpeft.engine.launch import import_task, read_config, run
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config, run
 
 COLUMNS = ('rank', 'name', 'kind', 'method', 'shape', 'weight', 'adapter', 'share')
 FORMATS = ('.csv', '.json', '.md')
@@ -49,7 +49,7 @@ def summarize(cfg, rank=None):
         rank (int, optional): In place of the method's.
 
     Returns:
-        mmpeft.summary.Summary: Of the adapted model.
+        mmpeft.injection.summary.Summary: Of the adapted model.
 
     Raises:
         UsageError: The config has no adapters, or its method no rank.

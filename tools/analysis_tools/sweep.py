@@ -27,7 +27,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.launch import check_checkpoint, read_config, run
+from mmpeft.engine.launch import check_checkpoint, read_config, run
 from mmpeft.methods import Ranked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'demo'))

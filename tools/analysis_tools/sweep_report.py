@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
+from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.launch import import_task, read_config
 from mmpeft.methods import Ranked
 from mmpeft.methods.base import FAMILIES
 

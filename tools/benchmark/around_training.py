@@ -23,8 +23,8 @@ from grids import Grid, milliseconds, ratio, write_document
 from rounds import in_turn, ratios, spread, totals
 from terminal import progress, show
 
+from mmpeft.engine.launch import run
 from mmpeft.errors import UsageError
-from mmpeft.launch import run
 
 TOOL = 'around_training'
 PARTS = dict(inference=inference, injection=injection, startup=startup, hook=runner_start)

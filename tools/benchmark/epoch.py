@@ -22,7 +22,7 @@ from mmengine.hooks import Hook
 from rounds import spread
 from terminal import show
 
-from mmpeft.launch import build_runner, import_task, read_config, run
+from mmpeft.engine.launch import build_runner, import_task, read_config, run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'demo'))
 import experiment  # noqa: E402

@@ -14,7 +14,7 @@ from rounds import Phases
 from torch.utils.data import Dataset
 from workloads import Workload, find
 
-from mmpeft.hooks import PEFTHook
+from mmpeft.engine.hooks import PEFTHook
 
 TEXT = "PEFTHook in a Runner's start: {workload}"
 BASE = 'until the first iteration'

@@ -25,8 +25,8 @@ from plots import draw
 from step_tables import goal_grid, workload_grid
 from terminal import show
 
+from mmpeft.engine.launch import run
 from mmpeft.errors import UsageError
-from mmpeft.launch import run
 
 TOOL = 'train_step'
 QUICK_WORKLOADS = dict(

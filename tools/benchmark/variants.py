@@ -18,8 +18,8 @@ from torch import nn
 import mmpeft
 from mmpeft import execution
 from mmpeft.errors import UsageError, near
-from mmpeft.freezing import freeze_statistics
-from mmpeft.weights import layers
+from mmpeft.injection.freeze import freeze_statistics
+from mmpeft.injection.weights import layers
 
 ALL = ('conv', 'linear')
 # 1x1 convolutions are the linear layers of small ConvNeXts.

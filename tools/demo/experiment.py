@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jobs import Job
 
+from mmpeft.engine.launch import read_config
 from mmpeft.errors import UsageError, near
-from mmpeft.launch import read_config
 from mmpeft.registry import METHODS
 
 TOOLS = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
-from mmpeft.launch import import_task
+from mmpeft.engine.launch import import_task
 from mmpeft.registry import MODELS
 
 SCORES = {

@@ -17,7 +17,7 @@ from experiment import TASKS, Experiment, make_data_and_base, methods
 from jobs import run_jobs
 from report import show_report
 
-from mmpeft.launch import run
+from mmpeft.engine.launch import run
 
 
 def main():

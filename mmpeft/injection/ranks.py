@@ -1,0 +1,133 @@
+"""From a parameter budget to ranks, and ranks that make sense."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mmpeft.errors import UsageError
+from mmpeft.methods import Method, Ranked
+from mmpeft.methods.spec import InsertionPoint, WeightSpec
+
+from .targets import Site
+
+UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
+
+
+def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | InsertionPoint]]) -> int:
+    """Parameters of adapters of given methods on given weights, shared ones counted once."""
+    total, counted = 0, set()
+    for method, spec in pairs:
+        for name, value in method.init(torch.empty(spec.shape, device='meta'), spec).items():
+            shared = (method, name, method.share_key(spec)) if name in method.shared else None
+            if isinstance(value, nn.Buffer) or shared in counted:
+                continue
+            total += value.numel()
+            if shared:
+                counted.add(shared)
+    return total
+
+
+def parse_count(count: int | str) -> int:
+    """A number such as 12900000, ``'12.9M'`` or ``'300k'``.
+
+    Raises:
+        UsageError: It is none.
+    """
+    text = str(count).strip().lower().replace(',', '').replace('_', '')
+    unit = UNITS.get(text[-1:], 1)
+    try:
+        value = round(float(text[:-1] if text[-1:] in UNITS else text) * unit)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise UsageError(
+            f"budget={count!r} is no number of parameters. Write such as 12_900_000 or '12.9M'."
+        )
+    return value
+
+
+def largest(fits, low: int, high: int) -> int:
+    """The largest integer in [low, high] for which a monotone test holds; low if none does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def settle_ranks(method: Method, sites: list[Site], max_share: float | None = None) -> Method:
+    """Give each site its final rank: spend the budget, cap the share, check.
+
+    Args:
+        method: The method before the targets' overrides.
+        sites: Changed in place.
+        max_share: As in :class:`~mmpeft.injection.targets.Targets`.
+
+    Returns:
+        The method with its budget spent.
+
+    Raises:
+        UsageError: The budget is smaller than rank 1 needs, or a rank is
+            larger than any of its weights allows.
+    """
+    ranked = [site for site in sites if isinstance(site.method, Ranked)]
+    if isinstance(method, Ranked) and method.budget is not None:
+        method = _spend_budget(method, ranked)
+    _check_ranks(ranked)
+    if max_share is not None:
+        for site in ranked:
+            site.method = _capped(site, max_share)
+    return method
+
+
+def _spend_budget(method, sites):
+    budget = parse_count(method.budget)
+    free = [site for site in sites if site.method.budget is not None]
+    sites = list({site.identity: site for site in sites}.values())
+
+    def needed(rank):
+        return adapters_size(
+            (s.method if s.method.budget is None else s.method.with_rank(rank), s.spec)
+            for s in sites
+        )
+
+    if needed(1) > budget:
+        raise UsageError(
+            f'budget={method.budget!r} is too small: {type(method).__name__} on these '
+            f'{len(sites)} weights needs {needed(1):,} parameters at rank 1. Raise it, or narrow '
+            'the targets.'
+        )
+    highest = max((site.method.max_rank(site.spec) for site in free), default=1)
+    rank = largest(lambda r: needed(r) <= budget, 1, highest)
+    for site in free:
+        site.method = site.method.with_rank(rank)
+    return method.with_rank(rank)
+
+
+def _check_ranks(sites):
+    allowed: dict[Method, tuple[int, str]] = {}
+    for site in sites:
+        highest = (site.method.max_rank(site.spec), site.name)
+        allowed[site.method] = max(highest, allowed.get(site.method, highest))
+    for method, (highest, name) in allowed.items():
+        ranks = (method.rank,) if isinstance(method.rank, int) else method.rank
+        if max(ranks) > highest:
+            raise UsageError(
+                f'{type(method).__name__}: rank={method.rank} is larger than any of its weights '
+                f'allows; the largest possible is {highest}, at {name!r}. Lower the rank.'
+            )
+
+
+def _capped(site, max_share):
+    method = site.method
+    limit = max_share * site.spec.numel
+    if adapters_size([(method, site.spec)]) <= limit:
+        return method
+    if not isinstance(method.rank, int):
+        raise UsageError(
+            f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
+        )
+    rank = largest(
+        lambda r: adapters_size([(method.with_rank(r), site.spec)]) <= limit, 1, method.rank
+    )
+    return method.with_rank(rank)

@@ -1,0 +1,125 @@
+"""Houlsby's and Pfeiffer's adapters: a bottleneck behind a branch (arXiv:1902.00751, 2005.00052).
+
+    y -> y + h(y A + a) B + b            Subspace tuning, Eq. 22 to 24
+
+with y the output of a branch before the residual addition, h a non-linearity,
+A (d, r) and B (r, d). A starts uniform as a linear layer's, all else at zero,
+so that the start is the identity; Houlsby starts with a small Gaussian in both.
+
+Houlsby     behind attention and mlp
+Pfeiffer    behind the mlp alone; in the papers before or after the norm of a
+            post-norm block, which pre-norm vision transformers have not
+
+In ConvNeXt the depthwise convolution stands for attention, and where a
+residual branch is a chain of convolutions, as in ResNet, its end stands for
+both. On maps the bottleneck is a pair of 1x1 convolutions: no kernel is
+flattened, since none is touched.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpeft.errors import UsageError
+from mmpeft.methods.base import Card, Factors, check_choice
+from mmpeft.methods.ranked import Ranked
+from mmpeft.registry import METHODS
+
+from .base import BranchMethod
+
+
+def identity(x: Tensor) -> Tensor:
+    """No non-linearity."""
+    return x
+
+
+ACTIVATIONS = {'gelu': F.gelu, 'relu': F.relu, 'swish': F.silu, 'identity': identity}
+
+
+def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+    """One linear map of the channels at every position.
+
+    Args:
+        x: (..., m), or (N, m, ...) with 1 to 3 axes behind.
+        weight: (n, m).
+        bias: (n,) or None.
+        axis: The channels' position, -1 or 1.
+
+    Returns:
+        ``x`` with n channels.
+    """
+    if axis == -1:
+        return F.linear(x, weight, bias)
+    axes = x.ndim - 2
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
+    return convolve(x, weight.view(*weight.shape, *(1,) * axes), bias)
+
+
+def check_single_rank(method: Ranked) -> None:
+    """Raise UsageError unless the rank is one integer."""
+    if not isinstance(method.rank, int):
+        raise UsageError(f'{type(method).__name__}: rank={method.rank!r} must be one integer.')
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class HoulsbyAdapter(Ranked, BranchMethod):
+    """A bottleneck behind attention and mlp.
+
+    Attributes:
+        rank: r; each adapter has 2 d r + r + d parameters.
+        activation: h: ``'gelu'``, ``'relu'``, ``'swish'`` or ``'identity'``.
+    """
+
+    card: ClassVar = Card(
+        family='activations',
+        formula='y + h(y A + a) B + b behind attention and mlp',
+        trains='A (uniform), B (zero), biases a, b (zero)',
+        paper='Houlsby et al. (arXiv:1902.00751); Subspace tuning, Eq. 22',
+        cost='Two small products in series with each branch, in inference too.',
+        suits='Transformers and ConvNeXt, where inference may cost a little; the classic baseline.',
+    )
+
+    kinds: ClassVar = ('attention', 'mixer', 'mlp', 'branch')
+    activation: str = 'gelu'
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_single_rank(self)
+        check_choice(self, 'activation', ACTIVATIONS)
+
+    def init(self, weight, place) -> Factors:
+        width, bound = place.out_features, 1 / sqrt(place.out_features)
+        return {
+            'down': weight.new_empty(self.rank, width).uniform_(-bound, bound),
+            'down_bias': weight.new_zeros(self.rank),
+            'up': weight.new_zeros(width, self.rank),
+            'up_bias': weight.new_zeros(width),
+        }
+
+    def branch(self, x, y, factors, place):
+        y = y.to(factors['down'].dtype)
+        inner = across_channels(y, factors['down'], factors['down_bias'], place.axis)
+        inner = ACTIVATIONS[self.activation](inner)
+        return across_channels(inner, factors['up'], factors['up_bias'], place.axis)
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class PfeifferAdapter(HoulsbyAdapter):
+    """A bottleneck behind the mlp alone."""
+
+    card: ClassVar = Card(
+        family='activations',
+        formula='y + h(y A + a) B + b behind the mlp',
+        trains='A (uniform), B (zero), biases a, b (zero)',
+        paper='Pfeiffer et al. (arXiv:2005.00052, arXiv:2005.00247); Subspace tuning, Eq. 22',
+        cost='Two small products in series with each mlp, in inference too.',
+        suits="Half of Houlsby's parameters and time at about its accuracy.",
+    )
+
+    kinds: ClassVar = ('mlp', 'branch')
+    activation: str = 'relu'

@@ -1,0 +1,171 @@
+"""VPT: visual prompt tuning (arXiv:2203.12119).
+
+    block(x) -> block([x, P]) without what became of P        Subspace tuning, Eq. 10 and 11
+
+with x (N, L, d) the tokens and P (p, d) the prompts. Deep: each block has its
+own. Shallow: they enter the first block and pass through all, hidden from
+whatever stands between; a block finds them on its input, where the block before
+left them. They start uniform within sqrt(6 / (3 s^2 + d)), s the patch size, as
+in the paper: the start is not the identity. The paper puts them behind the
+class token; here they come last, which is the same to attention without
+positions and leaves every index of a token as it was.
+
+Convolutional networks have no tokens. The paper frames the image with learned
+pixels; here the zeros that a convolution pads its input with are learned, so
+that every size of image fits and the start is the identity: one value for each
+channel and ring, in the convolutions of stride 1 of every block (deep) or in
+the first (shallow).
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpeft.errors import UsageError
+from mmpeft.methods.base import Card, Factors
+from mmpeft.registry import METHODS
+
+from .base import ActivationMethod
+
+# The attribute of a tensor of tokens that holds the prompts that belong to it.
+PROMPTS = '_mmpeft_prompts'
+
+
+def ring_numbers(size: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+    """How many steps each position of a padded map lies outside the map; 0 inside.
+
+    Args:
+        size: Of the map.
+        padding: On both sides of each axis.
+
+    Returns:
+        Integers, of the padded map's size.
+    """
+    distance = torch.zeros((1,) * len(size), dtype=torch.long)
+    for axis, (length, pad) in enumerate(zip(size, padding, strict=True)):
+        position = torch.arange(-pad, length + pad)
+        outside = torch.maximum(-position, position - length + 1).clamp_min(0)
+        shape = [1] * len(size)
+        shape[axis] = -1
+        distance = torch.maximum(distance, outside.view(shape))
+    return distance
+
+
+def framed(x: Tensor, rings: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """A map in a frame.
+
+    Args:
+        x: (..., channels, *size).
+        rings: (channels, number of rings), the innermost first.
+        padding: Width of the frame on both sides of each axis.
+
+    Returns:
+        The map with the frame around it.
+    """
+    numbers = ring_numbers(x.shape[-len(padding) :], padding).to(rings.device)
+    frame = F.pad(rings, (1, 0))[:, numbers].to(x.dtype)
+    sides = [side for pad in reversed(padding) for side in (pad, pad)]
+    return F.pad(x, sides) + frame
+
+
+def cropped(y: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """A map without its frame; the reverse of :func:`framed` in size."""
+    middle = tuple(slice(pad, -pad or None) for pad in padding)
+    return y[(..., *middle)]
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class VPT(ActivationMethod):
+    """Learned tokens beside an image's own, or learned padding of convolutions.
+
+    Attributes:
+        tokens: Number of prompts p.
+        deep: New prompts in each block, not in the first alone.
+        patch_size: s, for the initial values.
+    """
+
+    card: ClassVar = Card(
+        family='activations',
+        formula='block([x, P]); in convolutional networks the zero padding is P',
+        trains='prompts P (uniform; zero as padding)',
+        paper='VPT (arXiv:2203.12119); Subspace tuning, Eq. 10 and 11',
+        cost='Longer sequences, in inference too; in convolutional networks a wider map.',
+        suits='Plain vision transformers; convolutional networks get only a few numbers.',
+    )
+
+    kinds: ClassVar = ('tokens', 'border')
+    tokens: int = 10
+    deep: bool = False
+    patch_size: int = 16
+
+    def __post_init__(self):
+        for name in ('tokens', 'patch_size'):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f'VPT: {name}={value!r} must be a positive integer.')
+
+    @property
+    def shared(self):
+        """Blocks hold the prompts of a shallow VPT in common, for they pass through all."""
+        return () if self.deep else ('prompts',)
+
+    def narrow(self, points):
+        """Token blocks, or zero paddings where there are none; the first alone if shallow."""
+        tokens = {path: point for path, point in points.items() if 'tokens' in point.kinds}
+        return tokens or (points if self.deep else dict(list(points.items())[:1]))
+
+    def init(self, weight, place) -> Factors:
+        if 'border' in place.kinds:
+            rings = max(_padding(place))
+            return {'prompts': weight.new_zeros(place.in_features, rings)}
+        width = place.in_features
+        bound = sqrt(6 / (3 * self.patch_size**2 + width))
+        return {'prompts': weight.new_empty(self.tokens, width).uniform_(-bound, bound)}
+
+    def before(self, x, factors, place):
+        if 'border' in place.kinds:
+            return framed(x, factors['prompts'], _padding(place))
+        if x.ndim != 3:
+            raise UsageError(
+                f'VPT: a block got a tensor of shape {tuple(x.shape)}, where it takes a sequence '
+                'of tokens (images, tokens, channels). Leave such blocks out with targets.exclude.'
+            )
+        if self.deep or place.first:
+            prompts = factors['prompts'].to(x.dtype).expand(len(x), -1, -1)
+        else:
+            prompts = getattr(x, PROMPTS, None)
+        if prompts is None:
+            raise UsageError(
+                'VPT: the prompts of the block before did not reach a block. The first block is '
+                'not adapted, or tokens were changed between blocks, or blocks run in a reentrant '
+                'checkpoint (use_reentrant=False keeps the prompts). Set deep=True, with which '
+                'each block has prompts of its own.'
+            )
+        return torch.cat([x, prompts], 1)
+
+    def after(self, x, y, factors, place):
+        if 'border' in place.kinds:
+            return cropped(y, _padding(place)).contiguous(memory_format=_layout(y))
+        if y.shape != x.shape:
+            raise UsageError(
+                f'VPT: a block made {tuple(y.shape)} of {tuple(x.shape)}; which of these are '
+                'prompts cannot be told. Leave such blocks out with targets.exclude.'
+            )
+        visible = y[:, : -self.tokens].contiguous()
+        if not self.deep:
+            setattr(visible, PROMPTS, y[:, -self.tokens :])
+        return visible
+
+
+def _padding(place):
+    return tuple(before for before, _ in place.window.padding)
+
+
+def _layout(y):
+    channels_last = y.ndim == 4 and not y.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,138 @@
+"""What a method sees of where it is applied: the role of a weight, or a place in the network."""
+
+from dataclasses import dataclass
+
+from torch import Size, nn
+
+KINDS = ('conv', 'depthwise', 'pointwise', 'linear', 'embedding', 'norm')
+POINT_DESCRIPTIONS = dict(
+    attention='attention',
+    mixer='the depthwise convolution of a block with an mlp',
+    mlp='layers d -> h -> d with h >= d',
+    branch='the end of a residual branch of convolutions',
+    layer='a linear layer or convolution',
+    tokens='a transformer block with global attention over a plain sequence, not over windows',
+    border='a zero-padded convolution of stride 1 in a block',
+)
+POINT_KINDS = tuple(POINT_DESCRIPTIONS)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The layer's view of one of its parameters.
+
+    A convolution stores (out, in / groups, *kernel), a transposed one
+    (in, out / groups, *kernel), a linear layer (out, in), an embedding
+    (in, out) with ``in`` the number of its entries.
+
+    Attributes:
+        shape: Of the stored tensor.
+        kinds: Words of ``KINDS`` that a target may select the layer by.
+        in_features: Input channels of the layer, over all groups.
+        out_features: Output channels of the layer, over all groups.
+        kernel_size: Empty for layers without a kernel.
+        groups: Of a convolution.
+        transposed: Whether the convolution is.
+        padding_idx: The entry of an embedding that stays as it is.
+        is_bias: Whether the parameter is added, not multiplied.
+    """
+
+    shape: Size
+    kinds: frozenset[str]
+    in_features: int
+    out_features: int
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    padding_idx: int | None = None
+    is_bias: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of the stored tensor."""
+        return self.shape.numel()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all outputs see all inputs: (out, in, *kernel)."""
+        return self.groups == 1 and not self.input_first and len(self.shape) > 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is (out, in), with a kernel of 1 at most."""
+        return self.is_plain and all(size == 1 for size in self.kernel_size)
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the stored tensor has the input mode before the output mode."""
+        return self.transposed or 'embedding' in self.kinds
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution's kernel slides.
+
+    Attributes:
+        stride: One number an axis.
+        padding: Before and after each axis.
+        padding_mode: As in ``nn.Conv2d``.
+        dilation: One number an axis.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: str
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, spec: WeightSpec) -> 'ConvGeometry':
+        """Of a convolution, torch's or a third party's."""
+        axes = len(spec.kernel_size)
+
+        def each(name, default):
+            value = getattr(module, name, default)
+            return tuple(value) if isinstance(value, tuple | list) else (value,) * axes
+
+        dilation = each('dilation', 1)
+        if getattr(module, 'padding', 0) == 'same':
+            total = [d * (k - 1) for d, k in zip(dilation, spec.kernel_size, strict=True)]
+            padding = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            padding = tuple((0, 0) if p == 'valid' else (p, p) for p in each('padding', 0))
+        mode = getattr(module, 'padding_mode', 'zeros')
+        return cls(each('stride', 1), padding, mode, dilation)
+
+
+@dataclass(frozen=True)
+class InsertionPoint:
+    """A module whose input or output an adapter changes.
+
+    Attributes:
+        kinds: The words that a target may select it by: of ``POINT_KINDS``, and of
+            :data:`mmpeft.injection.weights.KINDS` where it is taken as a ``layer``.
+        shape: (output channels, input channels).
+        axis: The channels' position in its tensors: -1 in token sequences
+            and channels-last maps, 1 in maps of a convolution.
+        numel: Parameters of the module, or of the block whose branch it ends.
+        first: Whether it is the first of its kind in the network.
+        layer: The role of the weight where the module is one layer.
+        window: Where that is a convolution.
+    """
+
+    kinds: frozenset[str]
+    shape: Size
+    axis: int
+    numel: int
+    first: bool = False
+    layer: WeightSpec | None = None
+    window: ConvGeometry | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.shape[1]

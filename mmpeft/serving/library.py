@@ -1,0 +1,261 @@
+"""Several adapters on one base, one of which is in use."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
+from mmpeft.checkpoint.keys import adapter_keys, complete
+from mmpeft.errors import UsageError, near
+from mmpeft.injection.inject import inject
+from mmpeft.injection.merge import MERGED
+from mmpeft.injection.reattach import freeze, pieces, put_on, release, speed_up, take_off
+from mmpeft.injection.summary import Summary
+
+from .adapter_state import Part, copies, exchange, places
+from .combination import (
+    combined_pieces,
+    combined_records,
+    combined_tensors,
+    normal_weights,
+)
+
+
+class AdapterLibrary:
+    """Adapters under names on one model, exchanged without building it anew.
+
+    The model always is what it would be with the one adapter alone, heads and
+    buffers included, to the last bit, so that ``merge``, ``save_adapter`` and
+    ``summary`` work on it. Frozen weights are held once; a further adapter
+    costs what its file holds. Files whose heads have other shapes than the
+    model's are no adapters of it: see ``tools/serve.py``.
+
+    ::
+
+        adapters = mmpeft.AdapterLibrary(model)
+        adapters.load('coco', 'coco.safetensors')
+        adapters.load('dota', 'dota.safetensors')
+        adapters.use('coco')  # model(x) is the model that was saved as coco
+        adapters.use(None)  # the base with its own heads
+
+    Args:
+        model: The plain base, with its pretrained weights in it, not wrapped
+            for DDP.
+
+    Attributes:
+        model: As given.
+        current: Name of the adapter in use; None for the base.
+
+    Raises:
+        UsageError: The model has adapters, or was merged reversibly.
+    """
+
+    def __init__(self, model: nn.Module):
+        if getattr(model, 'peft', []) or MERGED in model.__dict__:
+            raise UsageError(
+                'A library of adapters stands on a plain base, and this model is adapted: its own '
+                'heads are no longer known. Build the base anew, and give the library what '
+                'mmpeft.save_adapter wrote.'
+            )
+        self.model = model
+        self.current = None
+        self._parts: dict[str, Part] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters, in the order in which they came."""
+        return list(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name) -> bool:
+        return name in self._parts
+
+    def load(self, name: str, path, check_base: bool = True) -> None:
+        """Read an adapter file; what is in use stays in use.
+
+        Args:
+            name: New.
+            path: From :func:`mmpeft.save_adapter`.
+            check_base: Refuse an adapter of another frozen base, and other
+                dtypes.
+
+        Raises:
+            UsageError: The name is taken, or the file is no adapter of this
+                base. Model and library are as they were.
+            MissingFileError: There is no such file.
+        """
+        self._check_new(name)
+
+        def prepare():
+            description, state = read_fitting(self.model, path, check_base)
+            for injection in description['injections']:
+                inject(self.model, **injection, empty=True)
+            state = complete(self.model, state)
+            own = {key: state[key] for key in adapter_keys(self.model)}
+            self.model.load_state_dict(own, strict=False)
+            return copies(self.model, state)
+
+        self._add(name, prepare)
+
+    def inject(self, name: str, method, targets=None, unfreeze=()) -> Summary:
+        """Start a new adapter on the base, to be trained in use; see :func:`mmpeft.inject`.
+
+        Its heads start as copies of the base's.
+
+        Returns:
+            The summary of the adapted model.
+
+        Raises:
+            UsageError: As :func:`mmpeft.inject`, or the name is taken.
+        """
+        self._check_new(name)
+        results = []
+
+        def prepare():
+            results.append(inject(self.model, method, targets, unfreeze))
+            return copies(self.model, self.model.state_dict())
+
+        self._add(name, prepare)
+        return results[0]
+
+    def use(self, name: str | None) -> nn.Module:
+        """Exchange what is in use.
+
+        Args:
+            name: Of an adapter; None for the base.
+
+        Returns:
+            The model.
+
+        Raises:
+            UsageError: There is no such adapter, or the model's adapters were
+                changed by other means.
+        """
+        part = None if name is None else self._part(name)
+        self._check_own_state()
+        if name == self.current:
+            return self.model
+        if self.current is not None:
+            self._take_off(self._parts[self.current])
+        if part is not None:
+            exchange(self.model, part.tensors)
+            freeze(self.model, part.records)
+            put_on(part.pieces)
+            speed_up(self.model, part.records)
+            self.model.peft = part.records
+        self.current = name
+        return self.model
+
+    def combine(self, name: str, weights: Mapping[str, float], heads: str | None = None) -> None:
+        """Add several adapters to one, with weights.
+
+        phi(W) = W + sum_i w_i (phi_i(W) - W), and the same formula for
+        parameters and buffers of the target module that were trained beside
+        the adapters. What is outside the target (neck, heads) comes from one
+        adapter, or is mixed by the formula too, which is the weighted mean
+        where the weights sum to 1. Counters are those of the adapter of the
+        largest weight. The adapters are those of the parts, not copies.
+
+        Args:
+            name: New.
+            weights: Names of adapters, each with its weight.
+            heads: The adapter whose heads are taken; None to mix them.
+
+        Raises:
+            UsageError: A name is unknown or taken, a weight is no finite
+                number, or adapters that act on activations are not alone
+                among the parts with the weight 1.
+        """
+        self._check_new(name)
+        weights = normal_weights(weights)
+        chosen = {part: self._part(part) for part in weights}
+        if heads is not None and heads not in chosen:
+            raise UsageError(
+                f'heads={heads!r} is none of the adapters that are combined. '
+                f'{near(str(heads), chosen)}'
+            )
+        with self._bare():
+            base = {key: held[place] for key, held, place in places(self.model)}
+            self._parts[name] = Part(
+                combined_pieces(chosen, weights),
+                combined_records(chosen),
+                combined_tensors(chosen, weights, base, heads),
+            )
+
+    def save(self, name: str, path) -> Path:
+        """Write an adapter to a file, as :func:`mmpeft.save_adapter` does."""
+        current = self.current
+        try:
+            return save_adapter(self.use(name), path)
+        finally:
+            self.use(current)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; where it is in use, the base comes back first.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        self._part(name)
+        if name == self.current:
+            self.use(None)
+        del self._parts[name]
+
+    def _part(self, name):
+        if name not in self._parts:
+            raise UsageError(f'There is no adapter {name!r}. {near(str(name), self._parts)}')
+        return self._parts[name]
+
+    def _check_new(self, name):
+        if not isinstance(name, str) or not name:
+            raise UsageError(f'An adapter is named by a word, and {name!r} is none.')
+        if name in self._parts:
+            raise UsageError(
+                f'There is an adapter {name!r} already. Take another name, or remove it first.'
+            )
+
+    def _check_own_state(self):
+        if MERGED in self.model.__dict__:
+            raise UsageError(
+                f'The model was merged with {self.current!r}. Write mmpeft.unmerge(model) before '
+                'the library goes on.'
+            )
+        records = getattr(self.model, 'peft', None)
+        own = None if self.current is None else self._parts[self.current].records
+        if records is not own:
+            raise UsageError(
+                f'The model is no longer as the library left it ({self.current!r} in use): '
+                'adapters were put on, taken off or merged for good by other means. Build the base '
+                'and the library anew; merge(model, reversible=True) and unmerge keep it intact.'
+            )
+
+    @contextmanager
+    def _bare(self):
+        current = self.current
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(current)
+
+    def _add(self, name, prepare):
+        with self._bare():
+            try:
+                tensors = prepare()
+                part = Part(pieces(self.model), self.model.peft, tensors)
+            finally:
+                take_off(self.model)
+                release(self.model, self.model.__dict__.pop('peft', []))
+            self._parts[name] = part
+
+    def _take_off(self, part):
+        take_off(self.model)
+        release(self.model, self.model.__dict__.pop('peft'))
+        exchange(self.model, part.tensors)

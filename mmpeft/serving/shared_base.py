@@ -1,0 +1,56 @@
+"""Models that stand on one frozen base hold it once."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mmpeft.checkpoint.keys import fingerprint, frozen_keys
+from mmpeft.errors import UsageError
+from mmpeft.injection.weights import plain_key
+
+
+def share_base(models: Mapping[str, nn.Module]) -> int:
+    """Let adapted models with equal frozen bases share its memory.
+
+    Tensors are compared element by element first. What only some of the
+    models freeze, the others keep for themselves. Moving a model to another
+    device or dtype afterwards gives it a base of its own again.
+
+    Args:
+        models: Adapted models on one device, by name.
+
+    Returns:
+        Bytes that were given free.
+
+    Raises:
+        UsageError: Their bases differ; nothing is shared.
+    """
+    held, same = {}, []
+    for name, model in models.items():
+        state = model.state_dict(keep_vars=True)
+        for key in frozen_keys(model):
+            owner, first = held.setdefault(plain_key(key), (name, state[key]))
+            if not _equal(first, state[key]):
+                raise UsageError(_differ(models, owner, name, plain_key(key)))
+            same.append((first, state[key]))
+    freed = {}
+    for first, tensor in same:
+        if first.data_ptr() != tensor.data_ptr():
+            freed[tensor.data_ptr()] = tensor.nbytes
+            tensor.data = first.data
+    return sum(freed.values())
+
+
+def _equal(a, b):
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return alike and (a is b or torch.equal(a, b))
+
+
+def _differ(models, first, second, key):
+    prints = ' and '.join(f'{fingerprint(models[n])[:16]} ({n})' for n in (first, second))
+    return (
+        f'{first!r} and {second!r} stand on different frozen bases: {key} is not the same in both. '
+        f'The fingerprints are {prints}. Adapters that were trained on different pretrained '
+        'weights cannot share a backbone; serve them apart.'
+    )

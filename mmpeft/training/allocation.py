@@ -1,0 +1,73 @@
+"""Methods that decide during training where their parameters go."""
+
+from torch import nn
+from torch.optim import Optimizer
+
+from mmpeft.injection.attach import named_adapters
+from mmpeft.methods import Allocator
+
+
+class Allocation:
+    """The allocators of a model, called around every step of an optimizer.
+
+    Args:
+        allocators: One for each method that has one.
+        optimizer: Whose steps they follow.
+    """
+
+    def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
+        self.allocators = allocators
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _before(self, *_):
+        for allocator in self.allocators:
+            allocator.before_step()
+
+    def _after(self, *_):
+        for allocator in self.allocators:
+            allocator.step += 1
+            allocator.after_step()
+
+    def state_dict(self) -> list[dict]:
+        """Of all allocators, in order."""
+        return [allocator.state_dict() for allocator in self.allocators]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """The reverse of :meth:`state_dict`."""
+        for allocator, state in zip(self.allocators, states, strict=True):
+            allocator.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop following the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        for allocator in self.allocators:
+            allocator.close()
+
+
+def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
+    """Start the allocators of a model's methods, such as AdaLoRA's of ranks.
+
+    :class:`~mmpeft.engine.hooks.PEFTHook` does it in a Runner; in a loop of your own
+    call it once, after the optimizer was built.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+        optimizer: That trains it.
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        What they are stopped with, and their state for resuming. It is empty
+        if no method has an allocator.
+    """
+    by_type = {}
+    for path, adapter in named_adapters(model).items():
+        by_type.setdefault(type(adapter.method), {})[path] = adapter
+    allocators = []
+    for adapters in by_type.values():
+        method = next(iter(adapters.values())).method
+        allocators.append(method.allocator(adapters, steps))
+    return Allocation([a for a in allocators if a is not None], optimizer)
