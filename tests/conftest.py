@@ -1,13 +1,44 @@
+"""What all tests share: no GPU, one seed, one thread, the tools as modules, the default scope."""
+
 import os
+import sys
+from importlib import import_module
+from pathlib import Path
 
 # The tests compare with figures of the CPU, and mmcv may have no CUDA operators.
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
+
+TOOLS = Path(__file__).parents[1] / 'tools'
 
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def script():
+    """Import a script by its folder and name; what it imports beside it is found."""
+
+    def load(folder, name):
+        sys.path.insert(0, str(TOOLS / folder))
+        try:
+            return import_module(name)
+        finally:
+            sys.path.remove(str(TOOLS / folder))
+
+    return load
+
+
+@pytest.fixture
+def scope():
+    """Leave the global default scope as it was."""
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)

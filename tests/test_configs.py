@@ -3,19 +3,19 @@
 import copy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmpeft
 from mmpeft.engine.launch import import_task, read_config
+from tests.tasks import batch
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures('scope')
 METHODS = sorted(path.stem for path in (ROOT / 'configs/_base_/methods').glob('*.py'))
 SCOPES = dict(coco='mmdet', ade20k='mmseg', dota='mmrotate')
 # The methods of the papers that have figures on all three datasets.
@@ -33,15 +33,6 @@ def read(method, dataset):
 
 def method_file(method):
     return Config.fromfile(ROOT / f'configs/_base_/methods/{method}.py').peft
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Leave the global default scope as it was."""
-    before = dict(DefaultScope._instance_dict)
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
 
 
 def build(cfg):
@@ -72,50 +63,6 @@ def shrink(cfg):
         for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
             head.norm_cfg.type = 'BN'
     return cfg
-
-
-def batch(scope, size=128):
-    """Two images with labels, as the task's pipeline packs them."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-        for _ in range(2)
-    ]
-    meta = dict(
-        img_shape=(size, size),
-        ori_shape=(size, size),
-        pad_shape=(size, size),
-        scale_factor=(1.0, 1.0),
-        img_id=0,
-        img_path='',
-    )
-    return dict(inputs=inputs, data_samples=[_sample(scope, meta, size) for _ in inputs])
-
-
-def _sample(scope, meta, size):
-    if scope == 'mmseg':
-        from mmseg.structures import SegDataSample
-
-        labels = torch.arange(size * size).view(1, size, size) % 150
-        return SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=labels))
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-
-    truth = InstanceData(labels=torch.tensor([1, 3]))
-    if scope == 'mmrotate':
-        from mmrotate.structures.bbox import RotatedBoxes
-
-        truth.bboxes = RotatedBoxes(
-            torch.tensor([[40.0, 40.0, 50.0, 30.0, 0.3], [80.0, 90.0, 40.0, 60.0, -0.5]])
-        )
-    else:
-        truth.bboxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [50.0, 60.0, 110.0, 120.0]])
-        masks = np.zeros((2, size, size), np.uint8)
-        masks[0, 10:70, 10:60] = masks[1, 60:120, 50:110] = 1
-        truth.masks = BitmapMasks(masks, size, size)
-    sample = DetDataSample(metainfo=meta, gt_instances=truth)
-    sample.ignored_instances = truth[:0]
-    return sample
 
 
 @pytest.mark.parametrize('method, dataset', LEAVES)

@@ -19,7 +19,8 @@ from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.checkpoint.atomic import replacing
 from mmpeft.engine.checkpoint_reading import read_checkpoint
 from mmpeft.errors import UnwrittenFileError, UsageError
-from tests.test_damaged_files import Net, Runs
+from tests.networks import Runs
+from tests.networks import TwinNet as Net
 from tests.toy import toy_runner
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,10 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
 from mmpeft.engine.launch import import_task, read_config
-from tests.test_configs import batch, scope  # noqa: F401
+from tests.tasks import batch
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures('scope')
 SHARES = dict(
     flora=0.00667,
     liera=0.00666,

@@ -46,7 +46,7 @@ from tests.lives import (
     same_bits,
     state_of,
 )
-from tests.test_merging import assert_same, snapshot
+from tests.networks import assert_same, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 

@@ -24,7 +24,6 @@ from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
 from mmpeft.injection.attach import named_adapters
 from mmpeft.injection.weights import plain_key
-from tests.test_tools.conftest import script  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / 'docs/other_models.md').read_text()

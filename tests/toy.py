@@ -1,5 +1,6 @@
 """A small classifier with its data and metric, for tests of the hooks with a real Runner."""
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 IMAGES = 16
+LOW_PRECISION = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.dtype': 'bfloat16'}
 
 
 class ToyBlock(nn.Module):
@@ -172,3 +174,25 @@ def by_iterations(stop, interval):
 def state_of(path):
     """The state dict of a checkpoint."""
     return torch.load(path, weights_only=False, map_location='cpu')['state_dict']
+
+
+def save_weights(path, **backbone):
+    torch.manual_seed(77)
+    backbone = ToyClassifier(dict(type='ToyBackbone', **backbone)).backbone
+    for value in backbone.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.3 * torch.rand_like(value))
+    torch.save(backbone.state_dict(), path)
+    return str(path)
+
+
+def scores(metrics):
+    return np.array(metrics['toy/scores'])
+
+
+def weights(runner):
+    return {k: v.clone() for k, v in runner.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,7 +1,5 @@
 """The scripts of tools/ as modules."""
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,22 +10,6 @@ import mmpeft
 from mmpeft.checkpoint.keys import adapter_state_dict, describe
 from mmpeft.engine.launch import import_task, read_config
 from tests.cases import randomize
-
-TOOLS = Path(__file__).parents[2] / 'tools'
-
-
-@pytest.fixture(scope='session')
-def script():
-    """Import a script by its folder and name; what it imports beside it is found."""
-
-    def load(folder, name):
-        sys.path.insert(0, str(TOOLS / folder))
-        try:
-            return import_module(name)
-        finally:
-            sys.path.remove(str(TOOLS / folder))
-
-    return load
 
 
 @pytest.fixture(scope='session')

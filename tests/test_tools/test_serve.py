@@ -16,7 +16,7 @@ from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
-from tests.test_injection import Net
+from tests.networks import Net
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -7,8 +7,7 @@ import torch
 
 import mmpeft
 from mmpeft.injection.attach import named_adapters
-from tests.test_hooks.test_peft_hook import pretrained, same, scores, weights  # noqa: F401
-from tests.toy import by_iterations, state_of, toy_runner
+from tests.toy import by_iterations, same, scores, state_of, toy_runner, weights
 
 METHODS = dict(
     adalora=dict(type='AdaLoRA', rank=2, init_rank=4, warmup=2, settle=2, every=2),

@@ -13,7 +13,7 @@ from mmpeft.checkpoint.keys import fingerprint, frozen_keys
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
-from tests.test_injection import Net, Tied
+from tests.networks import Net, Tied
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 

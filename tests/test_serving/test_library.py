@@ -12,8 +12,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.attach import adapter_parameters
 from mmpeft.methods import Adapter
 from tests.cases import BLOCKS, randomize
-from tests.test_injection import Block, Tied
-from tests.test_merging import assert_same, snapshot
+from tests.networks import Block, Tied, assert_same, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 

@@ -13,7 +13,7 @@ from mmpeft.injection.attach import adapter_parameters
 from mmpeft.injection.merge import MERGED
 from mmpeft.methods import ActivationMethod
 from tests.cases import KINDS, LAYERS, METHODS, randomize
-from tests.test_injection import Net, Tied
+from tests.networks import Net, Tied, assert_same, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
@@ -31,29 +31,6 @@ def merges(config):
 def inject(model, config):
     mmpeft.inject(model, config, dict(kinds=None if config['type'] == 'BitFit' else KINDS))
     randomize(model, 0.1)
-
-
-def snapshot(model):
-    """All that unmerging has to bring back."""
-    return dict(
-        state={key: value.clone() for key, value in model.state_dict().items()},
-        objects=[(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-        modes=[(name, type(m).__name__, m.training) for name, m in model.named_modules()],
-    )
-
-
-def assert_same(model, before):
-    after = snapshot(model)
-    assert list(after['state']) == list(before['state'])
-    for key, value in before['state'].items():
-        assert after['state'][key].dtype == value.dtype
-        assert torch.equal(bits(after['state'][key]), bits(value)), key
-    assert after['objects'] == before['objects'] and after['modes'] == before['modes']
-
-
-def bits(value):
-    """Of a tensor, so that signs of zeros count."""
-    return value.contiguous().reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize('method', [name for name, config in METHODS.items() if merges(config)])

@@ -16,30 +16,9 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.ranks import largest, parse_count
 from mmpeft.methods import Adapter
 from tests.cases import randomize
+from tests.networks import DeformableLike, Net, Tied
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-
-
-class Block(nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.dw = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.BatchNorm2d(width)
-        self.pw = nn.Conv2d(width, 2 * width, 1)
-        self.out = nn.Conv2d(2 * width, width, 3, padding=1)
-
-    def forward(self, x):
-        return x + self.out(self.pw(self.norm(self.dw(x))).relu())
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.backbone(x).mean((2, 3)))
 
 
 def adapted(model):
@@ -265,17 +244,6 @@ def test_methods_compose_on_one_model_and_on_one_weight():
     assert all(p.requires_grad for p in model.parameters())
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(9, 6)
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, index):
-        return self.out(self.embed(index).tanh())
-
-
 def test_tied_weights_stay_tied():
     model, index = Tied().double(), torch.arange(9)
     plain = copy.deepcopy(model)
@@ -306,19 +274,6 @@ def test_on_top_of_weight_norm():
     assert len(trained) == 2 and all('lora' in n for n in trained)
     with pytest.raises(UsageError, match='not of mmpeft'):
         mmpeft.merge(model)
-
-
-class DeformableLike(nn.Module):
-    """A third-party convolution that is no subclass of torch's."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = 4, 6, 2
-        self.kernel_size, self.stride = (3, 3), (1, 1)
-        self.weight = nn.Parameter(torch.randn(6, 2, 3, 3))
-
-    def forward(self, x):
-        return nn.functional.conv2d(x, self.weight, groups=self.groups)
 
 
 def test_third_party_convolutions():

@@ -16,24 +16,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import nn
 
 import mmpeft
 from mmpeft.checkpoint import adapter_file, patterns
 from mmpeft.errors import UsageError
 from tests.cases import randomize
+from tests.networks import Runs
+from tests.networks import TwinNet as Net
 
 METHOD = dict(type='FLoRA', rank=2, kernel_rank=1)
 TARGETS = dict(module='backbone')
-
-
-class Net(nn.Module):
-    """Two layers of one shape, a norm with statistics, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-        self.head = nn.Linear(4, 3)
 
 
 @pytest.fixture(scope='module')
@@ -48,16 +40,6 @@ def whole(base, tmp_path_factory):
     mmpeft.inject(model, METHOD, TARGETS)
     randomize(model)
     return mmpeft.save_adapter(model, tmp_path_factory.mktemp('whole') / 'a').read_bytes()
-
-
-class Runs:
-    """Would write a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.write_text, (self.path, 'ran')
 
 
 def unpacked(content):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.test_hooks.test_watches import LOW_PRECISION, amp_on_cpu, no_text  # noqa: F401
-from tests.toy import by_iterations, toy_runner
+from tests.toy import LOW_PRECISION, by_iterations, toy_runner
 
 STOP = 9
 EMA = {'custom_hooks': [dict(type='EMAHook', momentum=0.1)]}

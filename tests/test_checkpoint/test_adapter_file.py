@@ -14,7 +14,7 @@ from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fingerprint
 from mmpeft.errors import UsageError
 from tests.cases import randomize
-from tests.test_damaged_files import Net
+from tests.networks import TwinNet as Net
 from tests.toy import ToyClassifier, ToyScores, state_of, toy_runner
 
 METHOD = dict(type='FLoRA', rank=2, kernel_rank=1)

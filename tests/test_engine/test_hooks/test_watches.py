@@ -6,11 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nan, nn
 
@@ -20,32 +17,9 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.attach import named_adapters
 from mmpeft.injection.freeze import unfreeze_statistics
 from tests.cases import METHODS
-from tests.toy import by_iterations, toy_runner
+from tests.toy import LOW_PRECISION, by_iterations, toy_runner
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-LOW_PRECISION = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.dtype': 'bfloat16'}
-
-
-@pytest.fixture(autouse=True)
-def no_text(monkeypatch):
-    """Formatting the config for logs and checkpoints takes half the time of a toy run."""
-    monkeypatch.setattr(Config, 'pretty_text', '')
-
-
-@pytest.fixture
-def amp_on_cpu(monkeypatch):
-    """AmpOptimWrapper asks for an accelerator, though autocast and the scaler need none."""
-    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
-    scaler = partial(torch.amp.GradScaler, device='cpu')
-    monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', scaler)
-
-
-@pytest.fixture
-def told(monkeypatch):
-    """The warnings in the log."""
-    texts = []
-    monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *_: texts.append(text))
-    return texts
 
 
 class Do(Hook):

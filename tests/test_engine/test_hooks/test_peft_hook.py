@@ -17,37 +17,18 @@ from mmpeft.injection.attach import adapter_parameters
 from mmpeft.methods import ActivationMethod, Adapter
 from mmpeft.methods.flora import FLoRA
 from tests.cases import METHODS
-from tests.toy import ToyClassifier, by_iterations, state_of, toy_config, toy_runner
+from tests.toy import (
+    by_iterations,
+    same,
+    save_weights,
+    scores,
+    state_of,
+    toy_config,
+    toy_runner,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-
-
-@pytest.fixture
-def pretrained(tmp_path):
-    """Weights of a backbone that are not those of its initialisation."""
-    return save_weights(tmp_path / 'pretrained.pth')
-
-
-def save_weights(path, **backbone):
-    torch.manual_seed(77)
-    backbone = ToyClassifier(dict(type='ToyBackbone', **backbone)).backbone
-    for value in backbone.state_dict().values():
-        if value.is_floating_point():
-            value.add_(0.3 * torch.rand_like(value))
-    torch.save(backbone.state_dict(), path)
-    return str(path)
-
-
-def scores(metrics):
-    return np.array(metrics['toy/scores'])
-
-
-def weights(runner):
-    return {k: v.clone() for k, v in runner.model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize('name', METHODS)

@@ -12,6 +12,7 @@ from mmpeft.execution.select import choose
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods import ActivationMethod
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
+from tests.comparing import assert_equal, plain_of, results, results_of
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
@@ -59,40 +60,6 @@ def pair(layer, config, dtype=torch.float64, way=execution.AUTO):
     mmpeft.inject(model, config, dict(kinds=KINDS), execution=way)
     randomize(model)
     return model, plain_of(model)
-
-
-def plain_of(model):
-    """A copy that computes as torch's parametrize does."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        execution.disable(module)
-    return plain
-
-
-def results(model, x, seed=1):
-    """Output, and gradients of the input and of all that trains."""
-    return results_of(model, model, x, seed)
-
-
-def results_of(network, model, x, seed=1):
-    """The same of a model inside another."""
-    if x.is_floating_point():
-        x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    torch.manual_seed(seed)
-    y = network(x)
-    torch.manual_seed(2)
-    (y * torch.randn_like(y)).sum().backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return dict(y=y, x=x.grad) | gradients
-
-
-def assert_equal(one, two, tolerance):
-    for name, expected in two.items():
-        if expected is None:
-            assert one[name] is None, name
-            continue
-        scale = max(expected.abs().max().item(), 1.0)
-        assert (one[name] - expected).abs().max().item() <= tolerance * scale, name
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

@@ -15,7 +15,7 @@ from mmpeft.execution.matmul import Columns, Rows, linear
 from mmpeft.execution.recompute import Recipe, recipe_of, remember
 from mmpeft.execution.response_norm import response_norm
 from tests.cases import METHODS, randomize
-from tests.test_execution import assert_equal, plain_of, results
+from tests.comparing import assert_equal, plain_of, results
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 

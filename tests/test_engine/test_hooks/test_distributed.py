@@ -13,7 +13,7 @@ import torch
 
 SCRIPT = Path(__file__).with_name('distributed_run.py')
 DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
-ROOT = SCRIPT.parents[2]
+ROOT = SCRIPT.parents[3]
 
 
 def launch(processes, script, *arguments):

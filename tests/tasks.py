@@ -1,0 +1,49 @@
+"""Batches with labels, as each task's pipeline packs them."""
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData, PixelData
+
+
+def batch(scope, size=128):
+    """Two images with labels, as the task's pipeline packs them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+        for _ in range(2)
+    ]
+    meta = dict(
+        img_shape=(size, size),
+        ori_shape=(size, size),
+        pad_shape=(size, size),
+        scale_factor=(1.0, 1.0),
+        img_id=0,
+        img_path='',
+    )
+    return dict(inputs=inputs, data_samples=[_sample(scope, meta, size) for _ in inputs])
+
+
+def _sample(scope, meta, size):
+    if scope == 'mmseg':
+        from mmseg.structures import SegDataSample
+
+        labels = torch.arange(size * size).view(1, size, size) % 150
+        return SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=labels))
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    truth = InstanceData(labels=torch.tensor([1, 3]))
+    if scope == 'mmrotate':
+        from mmrotate.structures.bbox import RotatedBoxes
+
+        truth.bboxes = RotatedBoxes(
+            torch.tensor([[40.0, 40.0, 50.0, 30.0, 0.3], [80.0, 90.0, 40.0, 60.0, -0.5]])
+        )
+    else:
+        truth.bboxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [50.0, 60.0, 110.0, 120.0]])
+        masks = np.zeros((2, size, size), np.uint8)
+        masks[0, 10:70, 10:60] = masks[1, 60:120, 50:110] = 1
+        truth.masks = BitmapMasks(masks, size, size)
+    sample = DetDataSample(metainfo=meta, gt_instances=truth)
+    sample.ignored_instances = truth[:0]
+    return sample
