@@ -1,35 +1,42 @@
-"""What is said when something was asked for that cannot be."""
+"""The errors that mmpeft raises on purpose, each with one paragraph that a user can act on.
+
+The tools print the paragraph alone, without a traceback.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done; the text says what to write instead.
-
-    The tools print the text alone, without a traceback.
-    """
+    """The user asked for something invalid; the message says what to write instead."""
 
 
 class MissingFileError(UsageError, FileNotFoundError):
-    """A file that was named does not exist."""
+    """A file that the user named does not exist."""
 
 
 class DamagedFileError(UsageError):
-    """A file is not whole."""
+    """A file that the user named is truncated or corrupted."""
 
 
-class UnwrittenFileError(UsageError, OSError):
-    """A file could not be written; what was there before is as it was."""
+class TrainingError(RuntimeError):
+    """A run went wrong: the loss diverged, frozen weights moved, processes disagree."""
+
+
+class UnwrittenFileError(OSError):
+    """A file could not be written; what was at its path before is unchanged."""
 
 
 def near(name: str, known: Iterable[str], most: int = 3) -> str:
-    """A hint such as ``Did you mean 'rank'?`` that ends an error message.
+    """The sentence that ends a message about an unknown name, such as ``Did you mean 'rank'?``.
 
     Args:
-        name: What was written.
-        known: What could have been written.
-        most: How many suggestions at the most.
+        name: What the user wrote.
+        known: The valid names.
+        most: Number of suggestions at most.
+
+    Returns:
+        Similar names, or else the valid names.
     """
     known = list(known)
     by_lower = {k.lower(): k for k in known}
@@ -37,5 +44,7 @@ def near(name: str, known: Iterable[str], most: int = 3) -> str:
     close = [by_lower[k] for k in close] or [k for k in known if name in k][:most]
     if close:
         return f'Did you mean {" or ".join(map(repr, close))}?'
+    if not known:
+        return 'The list of valid names is empty.'
     listed = ', '.join(map(repr, known[:12])) + (', ...' if len(known) > 12 else '')
-    return f'There are {listed}.' if known else 'There are none.'
+    return f'Valid names are {listed}.'

@@ -20,7 +20,7 @@ from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError, near
 
 from .data_check import describe, missing_data
 
@@ -29,10 +29,10 @@ EXTRAS = dict(mmdet='det', mmseg='seg', mmrotate='rotate')
 
 
 def run(main):
-    """Call a tool's ``main`` and end with a paragraph, not a traceback, on :class:`UsageError`."""
+    """Call a tool's ``main``; errors of :mod:`mmpeft.errors` end it with a paragraph alone."""
     try:
         main()
-    except UsageError as error:
+    except (UsageError, TrainingError, UnwrittenFileError) as error:
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
 
 

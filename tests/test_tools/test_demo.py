@@ -49,7 +49,7 @@ def test_every_task_can_be_run(task, scope, experiment, compose, tmp_path):
     [
         ('adalor', 'coco', "no method 'adalor'. Did you mean 'adalora'"),
         ('LoRA', 'coco', "Did you mean 'lora'"),
-        ('lora', 'voc', "no task 'voc'. There are 'ade20k', 'coco', 'dota', 'internvit'"),
+        ('lora', 'voc', "no task 'voc'. Valid names are 'ade20k', 'coco', 'dota', 'internvit'"),
     ],
 )
 def test_unknown_names_are_told(method, task, expected, compose, tmp_path):
