@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from mmpeft.execution.layers import is_enabled
 from mmpeft.execution.linear import thin_pays
 from mmpeft.execution.select import KERNEL, MATRIX, choose, stands_beside
-from mmpeft.methods.dora import DoRA
 
 BUILT = 'weight built'
 DENSE = 'dense gradient, nothing kept'
@@ -78,24 +77,24 @@ def explain(model: nn.Module, forward: Callable[[], object]) -> list[Explanation
 def _explained(path, layer, x, y):
     spec = layer.parametrizations.weight[0].spec
     chosen = choose(layer, x) if is_enabled(layer) else None
-    way, thin = chosen or (None, None)
+    way, form = chosen or (None, None)
     positions = y.numel() // (y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1])
     dense = positions * spec.numel
     extra, name = dense, BUILT if way is None else way.name
     if way is MATRIX:
-        extra, name = _of_matrix(layer, positions, _width(thin))
+        extra, name = _of_matrix(layer, positions, form)
     elif way is KERNEL:
-        extra, name = _of_kernel(layer, positions, thin)
+        extra, name = _of_kernel(layer, positions, form)
     return Explanation(path, type(layer).__name__, positions, name, 2 * dense, extra)
 
 
-def _of_matrix(layer, positions, rank):
-    spec, method = layer.parametrizations.weight[0].spec, layer.parametrizations.weight[0].method
-    out, features = spec.shape[:2]
+def _of_matrix(layer, positions, form):
+    up, down = form.matrices()
+    out, features, rank = len(up), down.shape[1], len(down)
     weight, ends = out * features, positions * rank * (out + features)
-    if isinstance(method, DoRA):
+    if form.magnitude is not None:
         return 2 * ends + 4 * rank * weight, f'{MATRIX.name}, in the weight'
-    if method.update != 'additive':
+    if form.update != 'additive':
         return positions * weight + 4 * rank * weight, DENSE
     beside = stands_beside(layer, positions, (out, features))
     moved = ends if beside else 2 * rank * weight
@@ -104,8 +103,8 @@ def _of_matrix(layer, positions, rank):
     return 2 * ends + moved, f'{MATRIX.name}, {_place(beside)}'
 
 
-def _of_kernel(layer, positions, thin):
-    up, core, down = thin
+def _of_kernel(layer, positions, form):
+    up, core, down = form.up, form.core, form.down
     shape = layer.parametrizations.weight[0].spec.shape
     out, features, *kernel = shape
     taps = prod(kernel)
@@ -121,8 +120,3 @@ def _of_kernel(layer, positions, thin):
 
 def _place(beside):
     return 'beside the layer' if beside else 'in the weight'
-
-
-def _width(thin):
-    up, core, _ = thin
-    return up.shape[1] if core is None else core.shape[1]

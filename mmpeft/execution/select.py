@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.methods import WeightAdapter
-from mmpeft.methods.delta import DeltaMethod, input_dropout_mask
-from mmpeft.methods.dora import DoRA
+from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
 
 from .conv import DepthwiseConv, Geometry, TuckerConv
@@ -35,8 +34,8 @@ class Way:
 
     name: ClassVar[str]
 
-    def run(self, layer: nn.Module, x: Tensor, thin: tuple) -> Tensor:
-        """The layer's output; ``thin`` is the method's ``low_rank``."""
+    def run(self, layer: nn.Module, x: Tensor, form: NormalForm | None) -> Tensor:
+        """The layer's output; ``form`` is what the method declares."""
         raise NotImplementedError
 
 
@@ -45,24 +44,24 @@ class Matrix(Way):
 
     name = 'thin products'
 
-    def run(self, layer, x, thin):
-        adapter = layer.parametrizations.weight[0]
-        method, scale = adapter.method, adapter.method.scaling
+    def run(self, layer, x, form):
         weight = layer.parametrizations.weight.original
         layout, is_linear = Rows, isinstance(layer, nn.Linear)
         if not is_linear:
             layout, (x, size) = layout_of(x), _seen(x, layer.stride)
         x, weight, bias = _in_one_dtype(x, weight.flatten(1), layer.bias)
-        up, down = _as_matrices(thin, adapter)
-        if isinstance(method, DoRA):
-            magnitude, detach = adapter.magnitude, method.detach_norm
+        form = form.dropped(layer.parametrizations.weight[0].spec)
+        up, down = form.matrices()
+        scale = form.scale
+        if form.magnitude is not None:
+            magnitude, detach = form.magnitude, form.detach_norm
             y = Decomposed.apply(x, weight, bias, up, down, magnitude, scale, detach, layout)
-        elif method.update == 'additive':
+        elif form.update == 'additive':
             up, down = up.to(x.dtype), down.to(x.dtype)
             branch = stands_beside(layer, layout.tokens(x), weight.shape)
             y = LowRank.apply(x, weight, bias, up, down, scale, layout, branch)
         else:
-            exact = method.update == 'lie_exact'
+            exact = form.update == 'lie_exact'
             y = Multiplied.apply(x, weight, bias, up, down, scale, exact, layout)
         return y if is_linear else as_map(y, layout, size)
 
@@ -72,13 +71,11 @@ class Kernel(Way):
 
     name = 'thin convolutions'
 
-    def run(self, layer, x, thin):
-        adapter = layer.parametrizations.weight[0]
+    def run(self, layer, x, form):
         x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
-        up, core, down = thin
-        if core is None:
-            core, down = down.view(*down.shape, *layer.kernel_size), None
-        scale, geometry = adapter.method.scaling, Geometry.of(layer)
+        form = form.dropped(layer.parametrizations.weight[0].spec).with_kernel(layer.kernel_size)
+        up, core, down, scale = form.up, form.core, form.down, form.scale
+        geometry = Geometry.of(layer)
         tokens = len(x) * geometry.positions(x, weight)
         branch = down is not None and stands_beside(layer, tokens, weight.shape)
         return TuckerConv.apply(x, weight, bias, up, core, down, scale, geometry, branch)
@@ -89,7 +86,7 @@ class Depthwise(Way):
 
     name = 'kernel gradient as a convolution'
 
-    def run(self, layer, x, thin):
+    def run(self, layer, x, form):
         x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
         return DepthwiseConv.apply(x, weight, bias, Geometry.of(layer))
 
@@ -97,37 +94,35 @@ class Depthwise(Way):
 MATRIX, KERNEL, DEPTHWISE = Matrix(), Kernel(), Depthwise()
 
 
-def choose(layer: nn.Module, x: Tensor) -> tuple[Way, tuple | None] | None:
-    """The fastest way for a layer and an input, and the update's thin form.
+def choose(layer: nn.Module, x: Tensor) -> tuple[Way, NormalForm | None] | None:
+    """The fastest way for a layer and an input, and the normal form of phi(W).
 
     None to build the weight and go on as torch does.
     """
     if not torch.is_grad_enabled() or not has_one_adapter(layer):
         return None
     adapter = layer.parametrizations.weight[0]
-    method, spec = adapter.method, adapter.spec
-    is_conv = not isinstance(layer, nn.Linear)
+    spec, is_conv = adapter.spec, not isinstance(layer, nn.Linear)
     if is_conv and (x.ndim != len(spec.shape) or not _is_zero_padded(layer)):
         return None
     if 'depthwise' in spec.kinds:
         return (DEPTHWISE, None) if _is_plain_depthwise(layer, x) else None
-    if not isinstance(method, DeltaMethod) or (is_conv and layer.groups > 1):
+    if is_conv and layer.groups > 1:
         return None
     if layer.parametrizations.weight.original.requires_grad:
         return None  # the thin ways have no gradient for it
-    if type(method).apply not in (DeltaMethod.apply, DoRA.apply):
+    with outside_autocast(adapter.device.type):
+        form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
+    if form is None:
         return None
-    decomposed = isinstance(method, DoRA)
-    additive = method.update == 'additive'
+    normalized, additive = form.magnitude is not None, form.update == 'additive'
     if not is_conv or _is_pointwise(layer):
-        thin = None if decomposed and not additive else _thin(adapter)
-        return None if thin is None else (MATRIX, thin)
-    if not additive or decomposed or (method.dropout and adapter.training):
+        return None if normalized and not additive else (MATRIX, form)
+    if normalized or not additive:
         return None
-    thin = _thin(adapter)
-    if thin is None or (layer.execution == AUTO and not _kernel_pays(thin, spec.shape)):
+    if layer.execution == AUTO and not _kernel_pays(form, spec.shape):
         return None
-    return KERNEL, thin
+    return KERNEL, form
 
 
 def stands_beside(layer: nn.Module, tokens: int, shape: tuple[int, ...]) -> bool:
@@ -148,11 +143,6 @@ def has_one_adapter(layer: nn.Module) -> bool:
     """Whether a layer's weight carries one adapter and nothing else."""
     chain = layer.parametrizations.weight
     return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
-
-
-def _thin(adapter):
-    with outside_autocast(adapter.device.type):
-        return adapter.method.low_rank(adapter.factors, adapter.spec)
 
 
 def _is_plain_depthwise(layer, x):
@@ -186,12 +176,12 @@ def _picked(stride, x):
     return as_tokens(seen.contiguous() if x.is_contiguous() else seen, layout_of(x))
 
 
-def _kernel_pays(thin, shape):
+def _kernel_pays(form, shape):
     """Whether thin convolutions are clearly cheaper than the dense gradient, a position.
 
     They have few channels, and run at a part of a wide one's speed.
     """
-    up, core, down = thin
+    up, core, down = form.up, form.core, form.down
     out, features, *kernel = shape
     taps, rank = prod(kernel), up.shape[1]
     if core is None or down is None:
@@ -204,17 +194,6 @@ def _kernel_pays(thin, shape):
 
 def _is_zero_padded(layer):
     return layer.padding_mode == 'zeros' and not isinstance(layer.padding, str)
-
-
-def _as_matrices(thin, adapter):
-    up, core, down = thin
-    if core is not None:
-        up = up @ core.flatten(1) if down is not None else up
-        down = core.flatten(1) if down is None else down
-    if adapter.training and adapter.method.dropout:
-        mask = input_dropout_mask(down, adapter.spec, adapter.method.dropout)
-        down = down * mask[0].flatten()
-    return up, down
 
 
 def _in_one_dtype(x, weight, bias):

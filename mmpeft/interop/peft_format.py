@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from mmpeft.checkpoint.keys import adapter_keys, adapter_state_dict
 from mmpeft.checkpoint.patterns import check_patterns
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.attach import adapters_of, attachments
 from mmpeft.injection.inject import inject
+from mmpeft.injection.site import adapters_of, attached
 from mmpeft.injection.weights import layers, weights_of
-from mmpeft.methods.dora import DoRA, output_norm
+from mmpeft.methods.channels import output_norm
+from mmpeft.methods.dora import DoRA
 from mmpeft.methods.lora import LoRA, matrix_shape
 from mmpeft.methods.spec import WeightSpec
 
@@ -103,14 +104,14 @@ def to_peft(
     """
     names = names or Names()
     methods, state = {}, {}
-    for attachment in attachments(model):
-        path = names.theirs(attachment.path)
+    for site in attached(model):
+        path = names.theirs(site.path)
         if not path:
             raise UsageError(
-                f'{attachment.name} is adapted, and {names.module or "the model"!r}, which is to '
+                f'{site.name} is adapted, and {names.module or "the model"!r}, which is to '
                 'be the base of peft, has no such layer below it.'
             )
-        method, factors = _converted(model, attachment, inference)
+        method, factors = _converted(model, site, inference)
         methods[path] = method
         state |= {f'{PREFIX}{path}.{SUFFIXES[k]}': value for k, value in factors.items()}
     if not methods:
@@ -179,15 +180,16 @@ def from_peft(
     return model
 
 
-def _converted(model, attachment, inference):
+def _converted(model, site, inference):
     """A method of ours as peft has it, and its factors in peft's shapes."""
-    name = attachment.name
-    if len(attachment.adapters) > 1:
+    name = site.name
+    chain = adapters_of(site.layer, site.tensor)
+    if len(chain) > 1:
         raise UsageError(
-            f'{name} has {len(attachment.adapters)} adapters, one on the other, and a folder of '
+            f'{name} has {len(chain)} adapters, one on the other, and a folder of '
             'peft holds one. Merge the first into the base.'
         )
-    (adapter,) = attachment.adapters
+    adapter = site.adapter
     method, spec = adapter.method, adapter.spec
     if type(method) not in (LoRA, DoRA):
         raise UsageError(
@@ -199,7 +201,7 @@ def _converted(model, attachment, inference):
             f'{name} is adapted with update={method.update!r}, which peft does not have. Merge it '
             'into the weights (mmpeft.merge).'
         )
-    _check_layer(model, attachment.path, attachment.tensor, spec)
+    _check_layer(model, site.path, site.tensor, spec)
     own, plain = (matrix_shape(spec, method.rank, layout) for layout in (method.layout, 'channel'))
     if own != plain:
         raise UsageError(
@@ -215,7 +217,7 @@ def _converted(model, attachment, inference):
         )
     factors = adapter.factors
     if isinstance(method, DoRA):
-        weight = attachment.layer.parametrizations[attachment.tensor].original
+        weight = site.original
         direction = LoRA.apply(method, weight.to(adapter.dtype), factors, spec)
         if (output_norm(direction, spec) == 0).any():
             raise UsageError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 
+from .normal_form import NormalForm
 from .spec import WeightSpec
 
 Factors = dict[str, Tensor]
@@ -72,6 +73,11 @@ class Method:
     merges: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if 'apply' in cls.__dict__ and 'normal_form' not in cls.__dict__:
+            cls.normal_form = Method.normal_form  # the inherited one is of another phi
+
     def accepts(self, spec: WeightSpec) -> bool:
         """Whether the method is defined on a parameter of this role."""
         return not spec.is_bias and len(spec.shape) > 1
@@ -97,6 +103,12 @@ class Method:
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
         """phi(W): the adapted weight, of the shape and dtype of ``weight``."""
         raise NotImplementedError
+
+    def normal_form(
+        self, factors: Factors, spec: WeightSpec, training: bool = False
+    ) -> NormalForm | None:
+        """What :meth:`apply` computes, as thin factors; None to build phi(W)."""
+        return None
 
     def penalty(self, factors: Factors, spec: WeightSpec) -> Tensor | None:
         """A scalar to add to the training loss, its weight included; None for none."""

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mmpeft.errors import UsageError
 
 from .base import Factors, Method, check_choice
+from .dropout import input_dropout_mask
+from .normal_form import NormalForm
 from .spec import WeightSpec
 from .updates import UPDATES
 
@@ -31,7 +32,7 @@ class DeltaMethod(Method):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if 'delta' in cls.__dict__ and 'low_rank' not in cls.__dict__:
-            cls.low_rank = DeltaMethod.low_rank  # an inherited one is of another dW
+            cls.low_rank = DeltaMethod.low_rank  # the inherited one is of another dW
 
     def __post_init__(self):
         check_choice(self, 'update', UPDATES)
@@ -52,16 +53,20 @@ class DeltaMethod(Method):
     def low_rank(
         self, factors: Factors, spec: WeightSpec
     ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """dW before scaling by thin factors of its channel modes, which is faster to train.
-
-        dW[o, i, k] = sum_ab U[o, a] G[a, b, k] V[b, i].
+        """dW before scaling as thin factors of its channel modes, if it has them.
 
         Returns:
-            U (out, a); G (a, b, *kernel) or None for the identity without a
-            kernel; V (b, in) or None for the identity. None if dW is not of
-            this form, as on grouped and transposed convolutions.
+            ``up``, ``core`` and ``down`` of a :class:`~.normal_form.NormalForm`; None if dW is
+            not of this form, as on grouped and transposed convolutions.
         """
         return None
+
+    def normal_form(self, factors, spec, training=False):
+        thin = self.low_rank(factors, spec)
+        if thin is None:
+            return None
+        dropout = self.dropout if training else 0.0
+        return NormalForm(*thin, update=self.update, scale=self.scaling, dropout=dropout)
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
         """phi(W) = update(W, scaling * dW)."""
@@ -69,26 +74,3 @@ class DeltaMethod(Method):
         if training and self.dropout:
             delta = delta * input_dropout_mask(delta, spec, self.dropout)
         return UPDATES[self.update](weight, delta)
-
-
-def input_dropout_mask(weight: Tensor, spec: WeightSpec, p: float) -> Tensor:
-    """A random 0 or 1 / (1 - p) for each input channel, shaped to multiply a weight.
-
-    Args:
-        weight: Gives dtype and device.
-        spec: The weight's role; a grouped convolution's rows see the channels
-            of their own group.
-        p: Probability of 0.
-
-    Returns:
-        Broadcastable to ``spec.shape``.
-    """
-    keep = torch.full((spec.in_features,), 1 - p, dtype=weight.dtype, device=weight.device)
-    mask = torch.bernoulli(keep) / (1 - p)
-    ones = (1,) * len(spec.kernel_size)
-    if len(spec.shape) == 1:
-        return mask
-    if spec.input_first:
-        return mask.view(-1, 1, *ones)
-    rows = mask.view(spec.groups, 1, -1).expand(-1, spec.shape[0] // spec.groups, -1)
-    return rows.reshape(spec.shape[0], -1, *ones)

@@ -7,50 +7,16 @@ before they multiply, so that the start is W to the last bit, and a channel
 whose weights are all zero stays zero instead of becoming NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from mmpeft.registry import METHODS
 
 from .base import Card
+from .channels import output_norm, per_output
 from .lora import LoRA
-from .spec import WeightSpec
-
-
-def output_norm(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """Euclidean norm of the weights of each output channel.
-
-    Args:
-        weight: Of ``spec.shape``.
-        spec: The weight's role.
-
-    Returns:
-        (out_features,)
-    """
-    if not spec.input_first:
-        return torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    grouped = weight.reshape(spec.groups, -1, spec.shape[1], *spec.kernel_size)
-    return torch.linalg.vector_norm(grouped.transpose(1, 2).flatten(2), dim=2).flatten()
-
-
-def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
-    """A number for each output channel, shaped to multiply the weight.
-
-    Args:
-        values: (out_features,)
-        spec: The weight's role.
-
-    Returns:
-        Broadcastable to ``spec.shape``.
-    """
-    ones = (1,) * len(spec.kernel_size)
-    if not spec.input_first:
-        return values.view(-1, 1, *ones)
-    rows = values.view(spec.groups, 1, spec.shape[1])
-    return rows.expand(-1, spec.shape[0] // spec.groups, -1).reshape(spec.shape[:2] + ones)
 
 
 @METHODS.register_module()
@@ -84,3 +50,9 @@ class DoRA(LoRA):
             norm = norm.detach()
         ratio = torch.where(norm > 0, factors['magnitude'] / norm.clamp_min(1e-30), 1)
         return direction * per_output(ratio, spec)
+
+    def normal_form(self, factors, spec, training=False):
+        form = super().normal_form(factors, spec, training)
+        if form is None:
+            return None
+        return replace(form, magnitude=factors['magnitude'], detach_norm=self.detach_norm)

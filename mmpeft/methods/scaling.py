@@ -22,31 +22,10 @@ the paper's models do not have, is not scaled.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from mmpeft.registry import METHODS
 
 from .base import Card, Method
-from .dora import per_output
-from .spec import WeightSpec
-
-
-def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
-    """A number for each input channel, shaped to multiply the weight.
-
-    Args:
-        values: (in_features,)
-        spec: The weight's role; a grouped convolution's rows see the channels
-            of their own group.
-
-    Returns:
-        Broadcastable to ``spec.shape``.
-    """
-    ones = (1,) * len(spec.kernel_size)
-    if spec.input_first:
-        return values.view(-1, 1, *ones)
-    rows = values.view(spec.groups, 1, -1).expand(-1, spec.shape[0] // spec.groups, -1)
-    return rows.reshape(spec.shape[0], -1, *ones)
+from .channels import per_input, per_output
 
 
 @METHODS.register_module()

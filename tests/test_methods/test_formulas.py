@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.site import adapters_of
 from mmpeft.injection.weights import weights_of
-from mmpeft.methods.delta import input_dropout_mask
 from mmpeft.methods.dora import DoRA
+from mmpeft.methods.dropout import input_dropout_mask
 from mmpeft.methods.flora import FLoRA
 from mmpeft.methods.lora import LoRA
 from tests.cases import KINDS, LAYERS, METHODS, randomize

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.injection.attach import adapters_of, attachments
+from mmpeft.injection.site import adapters_of, attached
 from mmpeft.injection.weights import weights_of
-from mmpeft.methods.scaling import per_input
+from mmpeft.methods.channels import per_input
 from tests.cases import KINDS, LAYERS, randomize
 
 CONVOLUTIONS = [
@@ -73,9 +73,9 @@ def test_parameters_in_closed_form(name):
     for method in METHODS:
         model = LAYERS[name].build()
         counts[method] = mmpeft.inject(model, dict(type=method), dict(kinds=KINDS)).adapters
-        specs = [a.adapters[0].spec for a in attachments(model)]
-        for attachment in attachments(model):
-            for value in attachment.adapters[0].factors.values():
+        specs = [a.spec for a in attached(model)]
+        for site in attached(model):
+            for value in site.adapter.factors.values():
                 assert not value.any()
     assert counts['IA3'] == sum(spec.out_features for spec in specs)
     assert counts['SSL'] == sum(spec.in_features for spec in specs)

@@ -1,0 +1,59 @@
+"""One number for each output or input channel of a weight."""
+
+import torch
+from torch import Tensor
+
+from .spec import WeightSpec
+
+
+def output_norm(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """Euclidean norm of the weights of each output channel.
+
+    Args:
+        weight: Of ``spec.shape``.
+        spec: The weight's role.
+
+    Returns:
+        (out_features,)
+    """
+    if not spec.input_first:
+        return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    grouped = weight.reshape(spec.groups, -1, spec.shape[1], *spec.kernel_size)
+    return torch.linalg.vector_norm(grouped.transpose(1, 2).flatten(2), dim=2).flatten()
+
+
+def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
+    """A number for each output channel, shaped to multiply the weight.
+
+    Args:
+        values: (out_features,)
+        spec: The weight's role.
+
+    Returns:
+        Broadcastable to ``spec.shape``.
+    """
+    ones = (1,) * len(spec.kernel_size)
+    if not spec.input_first:
+        return values.view(-1, 1, *ones)
+    rows = values.view(spec.groups, 1, spec.shape[1])
+    return rows.expand(-1, spec.shape[0] // spec.groups, -1).reshape(spec.shape[:2] + ones)
+
+
+def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
+    """A number for each input channel, shaped to multiply the weight.
+
+    Args:
+        values: (in_features,)
+        spec: The weight's role; a grouped convolution's rows see the channels
+            of their own group.
+
+    Returns:
+        Broadcastable to ``spec.shape``.
+    """
+    if len(spec.shape) == 1:
+        return values
+    ones = (1,) * len(spec.kernel_size)
+    if spec.input_first:
+        return values.view(-1, 1, *ones)
+    rows = values.view(spec.groups, 1, -1).expand(-1, spec.shape[0] // spec.groups, -1)
+    return rows.reshape(spec.shape[0], -1, *ones)
