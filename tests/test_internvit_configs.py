@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS, init_default_scope
 
-import mmpeft
-from mmpeft.engine.launch import import_task, read_config
-from tests.tasks import batch
+from mmpeft.engine.config import read_config
+from tests.tasks import adapt, batch, build
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures('scope')
@@ -27,14 +25,6 @@ def read(method):
     return read_config(ROOT / f'configs/{method}/internvit_ade20k.py')
 
 
-def build(cfg):
-    import_task(cfg)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    peft = dict(cfg.default_hooks.peft)
-    return model, mmpeft.inject(model, peft['method'], peft['targets'], peft.get('unfreeze', ()))
-
-
 def test_every_config_is_a_case():
     assert {path.parent.name for path in ROOT.glob('configs/*/internvit_ade20k.py')} == set(SHARES)
 
@@ -43,7 +33,8 @@ def test_every_config_is_a_case():
 def test_shares_of_the_whole_model(method):
     cfg = read(method)
     with torch.device('meta'):
-        model, summary = build(cfg)
+        model = build(cfg)
+        summary = adapt(model, cfg)
     share = 1.0 if method == 'full' else summary.share
     assert share == pytest.approx(SHARES[method], abs=2e-5)
     assert summary.base == 5_902_793_600
@@ -80,7 +71,8 @@ def test_small_models_learn_and_predict(method):
     cfg.model.test_cfg.update(crop_size=(112, 112), stride=(70, 70))
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.norm_cfg.type = 'BN'
-    model, _ = build(cfg)
+    model = build(cfg)
+    adapt(model, cfg)
     data = model.data_preprocessor(batch('mmseg', 112), True)
     losses = model(**data, mode='loss')
     sum(v for k, v in losses.items() if 'loss' in k).backward()

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import mmpeft
+from mmpeft.engine.config import compose
 from mmpeft.engine.data_check import missing_data
-from mmpeft.engine.launch import build_runner, import_task, read_config
+from mmpeft.engine.launch import build_runner
+from mmpeft.engine.packages import import_task
 from mmpeft.methods import Adapter
 from tests.cases import randomize
 
@@ -80,7 +82,7 @@ def test_a_new_dataset_by_inheritance(tmp_path, monkeypatch):
         'work_dir': str(tmp_path / 'work'),
         'log_level': 'ERROR',
     }
-    config = read_config('pets.py', smaller)
+    config = compose('pets.py', options=smaller)
     import_task(config)
     assert not missing_data(config, ('train', 'val', 'test'))
     runner = build_runner(config)

@@ -19,7 +19,9 @@ from merge import load_adapted
 from mmengine.registry import DATASETS, init_default_scope
 
 import mmpeft
-from mmpeft.engine.launch import check_checkpoint, import_task, read_config, run
+from mmpeft.engine.config import read_config
+from mmpeft.engine.launch import check_checkpoint, run
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import MissingFileError, UsageError, near
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')

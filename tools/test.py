@@ -7,13 +7,7 @@ The checkpoint may hold adapters alone, everything, or merged weights.
 
 import argparse
 
-from mmpeft.engine.launch import (
-    add_arguments,
-    build_runner,
-    check_checkpoint,
-    load_config,
-    run,
-)
+from mmpeft.engine.launch import add_arguments, build_runner, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
 
 

@@ -1,7 +1,7 @@
 """From a command line to a Runner: what the tools share.
 
-Everything that can be known to be wrong is said here, before a Runner exists
-and a work directory is made, as one paragraph.
+What is wrong with a config, its data or its packages is reported here as one
+paragraph, before a Runner exists and a work directory is made.
 """
 
 import argparse
@@ -9,8 +9,7 @@ import atexit
 import os
 import sys
 import time
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed
@@ -20,15 +19,14 @@ from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError, near
+from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
+from .config import compose, dicts_in, read_config, run_name  # noqa: F401
 from .data_check import describe, missing_data
-
-EXTRAS = dict(mmdet='det', mmseg='seg', mmrotate='rotate')
-"""The tasks' packages, and which extra of mmpeft installs each."""
+from .packages import import_task
 
 
-def run(main):
+def run(main: Callable[[], None]) -> None:
     """Call a tool's ``main``; errors of :mod:`mmpeft.errors` end it with a paragraph alone."""
     try:
         main()
@@ -36,9 +34,13 @@ def run(main):
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments that OpenMMLab's training and testing tools have in common."""
-    parser.add_argument('--work-dir', help='where logs and checkpoints go')
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what changes a config: ``--method`` and ``--cfg-options``."""
+    parser.add_argument(
+        '--method',
+        help="a method in place of the config's: a file of configs/_base_/methods, or a dict such "
+        'as "dict(type=\'LoRA\', rank=4)"; an upstream config gets the hook with it',
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         help='overrides of the config as key=value, e.g. default_hooks.peft.method.rank=16; '
         'lists as key="[a,b]" or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all tools with a Runner have in common."""
+    add_config_arguments(parser)
+    parser.add_argument('--work-dir', help='where logs and checkpoints go')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -55,24 +63,29 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def load_config(args, splits=()) -> Config:
-    """Read a tool's config and import the package of its task.
+def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
+    """Compose a tool's config and import the package of its task.
+
+    The work directory is that of the arguments, or ``work_dirs/`` and method
+    and config; a ``work_dir`` of the config holds for the config's own method.
 
     Args:
-        args (argparse.Namespace): ``config`` and what :func:`add_arguments` adds.
-        splits (Sequence[str]): Of ``'train'``, ``'val'``, ``'test'``: those
-            whose data must be there.
+        args: ``config`` and what :func:`add_arguments` adds.
+        splits: Of ``'train'``, ``'val'``, ``'test'``: those whose data must be
+            there.
 
     Returns:
-        Config: With ``--cfg-options``, ``launcher`` and ``work_dir`` set.
+        With ``--method``, ``--cfg-options``, ``launcher`` and ``work_dir`` set.
 
     Raises:
-        UsageError: The file, data or a package that it needs is missing.
+        UsageError: The config, data or a package that it needs is missing, or
+            method and options do not fit.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = compose(args.config, args.method, args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(args.config)
+    own = None if args.method else cfg.get('work_dir')
+    cfg.work_dir = args.work_dir or own or f'work_dirs/{run_name(args.config, args.method)}'
     missing = missing_data(cfg, splits)
     if missing:
         raise MissingFileError(describe(missing))
@@ -80,89 +93,7 @@ def load_config(args, splits=()) -> Config:
     return cfg
 
 
-def default_work_dir(path) -> str:
-    """Where a config's runs go: ./work_dirs and its path below ``configs``.
-
-    The folder is part of it because the methods' configs have equal names.
-    """
-    parts = Path(path).resolve().with_suffix('').parts
-    depth = parts[-2::-1].index('configs') + 1 if 'configs' in parts[:-1] else 1
-    return str(Path('work_dirs', *parts[-depth:]))
-
-
-def read_config(path, options=None) -> Config:
-    """Read a config file and merge ``options`` into it.
-
-    Raises:
-        UsageError: The file, or a package that it inherits from, is missing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(map(str, Path('configs').glob('[!_]*/*.py')))
-        raise MissingFileError(
-            f'there is no config {str(path)!r} in {Path.cwd()}. {near(str(path), known)}'
-        )
-    try:
-        cfg = Config.fromfile(path)
-    except ModuleNotFoundError as error:
-        package = (error.name or str(error)).split()[0].split('.')[0]
-        if package not in EXTRAS:
-            raise
-        raise UsageError(_missing(path, package)) from error
-    if options:
-        cfg.merge_from_dict(options)
-    return _without_own_scope(cfg)
-
-
-def _without_own_scope(cfg):
-    # `mmpeft::` marks what it brings as of scope mmpeft, under which mmengine warns about every
-    # registry that mmpeft has none of. The names in these configs resolve under any scope.
-    for node in _dicts(cfg._cfg_dict):
-        if node.get('_scope_') == 'mmpeft':
-            del node['_scope_']
-    return cfg
-
-
-def _dicts(node):
-    if isinstance(node, dict):
-        yield node
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return
-    for value in node:
-        yield from _dicts(value)
-
-
-def import_task(cfg: Config):
-    """Import and register the package that the config's ``default_scope`` names.
-
-    Raises:
-        UsageError: It is not installed, or cannot be imported.
-    """
-    scope = cfg.get('default_scope')
-    if scope not in EXTRAS:
-        return
-    for package in ('mmdet', 'mmrotate') if scope == 'mmrotate' else (scope,):
-        try:
-            import_module(f'{package}.utils').register_all_modules(init_default_scope=False)
-        except ImportError as error:
-            if find_spec(package) is None:
-                raise UsageError(_missing(cfg.filename, package)) from error
-            raise UsageError(
-                f'{cfg.filename} needs {package}, which is installed but does not import: {error}. '
-                'Bring its dependencies to versions that fit each other; requirements/ lists a set '
-                'that does.'
-            ) from error
-
-
-def _missing(path, package):
-    return (
-        f'{path} needs {package}, which is not installed. '
-        f"Write: pip install 'mmpeft[{EXTRAS[package]}]'"
-    )
-
-
-def check_checkpoint(path):
+def check_checkpoint(path: str | Path) -> None:
     """Raise MissingFileError where a local checkpoint does not exist."""
     if '://' not in str(path) and not Path(path).is_file():
         raise MissingFileError(
@@ -171,7 +102,7 @@ def check_checkpoint(path):
         )
 
 
-def enable_amp(cfg: Config):
+def enable_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
     Raises:
@@ -190,7 +121,7 @@ def enable_amp(cfg: Config):
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def enable_auto_scale_lr(cfg: Config):
+def enable_auto_scale_lr(cfg: Config) -> None:
     """Scale the learning rate by the batch size.
 
     Raises:
@@ -204,7 +135,7 @@ def enable_auto_scale_lr(cfg: Config):
     cfg.auto_scale_lr.enable = True
 
 
-def prepare_distribution(cfg: Config):
+def prepare_distribution(cfg: Config) -> None:
     """Let ``--launcher pytorch`` work on a machine without an accelerator.
 
     mmengine's own start selects a CUDA device whatever the backend. Without
@@ -231,13 +162,13 @@ def prepare_distribution(cfg: Config):
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.model_wrapper_cfg = wrapper | (cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None)
-    for node in _dicts(cfg.model):
+    for node in dicts_in(cfg.model):
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
 
 
 def _leave_group():
-    # A thread of gloo lets go of its tensors a moment after the others have the result. If the
+    # A gloo thread releases its tensors a moment after the other ranks have the result. If the
     # interpreter has ended by then, the process aborts.
     time.sleep(0.3)
     if is_distributed():

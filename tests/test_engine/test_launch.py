@@ -14,7 +14,8 @@ import timm
 import torch
 from mmengine.config import Config, ConfigDict
 
-from mmpeft.engine import launch
+from mmpeft.engine import launch, packages
+from mmpeft.engine.config import read_config, run_name
 from mmpeft.engine.data_check import describe, missing_data
 from mmpeft.errors import MissingFileError, UsageError
 
@@ -205,7 +206,7 @@ def test_slurm_passes_arguments_on(tmp_path):
 def test_config_that_does_not_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(MissingFileError, match="Did you mean 'configs/flora/convnext_coco.py'"):
-        launch.read_config('configs/flora/convnet_coco.py')
+        read_config('configs/flora/convnet_coco.py')
 
 
 def test_package_that_is_not_installed(tmp_path, monkeypatch):
@@ -213,17 +214,17 @@ def test_package_that_is_not_installed(tmp_path, monkeypatch):
     config.write_text("_base_ = 'mmrotate::_base_/datasets/dota.py'\n")
     monkeypatch.setattr('mmengine.config.config.is_installed', lambda package: False)
     with pytest.raises(UsageError, match=r"needs mmrotate.*pip install 'mmpeft\[rotate\]'"):
-        launch.read_config(config)
+        read_config(config)
 
 
 def test_task_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmseg.utils', None)
     cfg = Config(dict(default_scope='mmseg'))
     with pytest.raises(UsageError, match='mmseg, which is installed but does not import: '):
-        launch.import_task(cfg)
-    monkeypatch.setattr(launch, 'find_spec', lambda name: None)
+        packages.import_task(cfg)
+    monkeypatch.setattr(packages, 'find_spec', lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'mmpeft\[seg\]'"):
-        launch.import_task(cfg)
+        packages.import_task(cfg)
 
 
 def test_checkpoint_that_does_not_exist(tmp_path):
@@ -233,11 +234,8 @@ def test_checkpoint_that_does_not_exist(tmp_path):
 
 
 def test_work_dirs_of_equal_names_differ():
-    assert launch.default_work_dir('configs/flora/convnext_coco.py') == (
-        'work_dirs/flora/convnext_coco'
-    )
-    assert launch.default_work_dir('configs/mine.py') == 'work_dirs/mine'
-    assert launch.default_work_dir('/tmp/mine.py') == 'work_dirs/mine'
+    assert run_name('configs/flora/convnext_coco.py') == 'flora/convnext_coco'
+    assert run_name('configs/mine.py') == run_name('/tmp/mine.py') == 'mine'
 
 
 def test_amp_needs_an_accelerator(monkeypatch):

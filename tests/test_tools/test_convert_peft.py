@@ -9,7 +9,8 @@ import timm
 import torch
 
 import mmpeft
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import save_peft
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import mmpeft
-from mmpeft.engine.launch import read_config
+from mmpeft.engine.config import read_config
 from mmpeft.errors import UsageError
 
 

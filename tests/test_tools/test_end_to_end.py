@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from mmpeft.engine.launch import read_config
+from mmpeft.engine.config import read_config
 
 ROOT = Path(__file__).parents[2]
 CALLER = """

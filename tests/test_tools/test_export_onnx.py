@@ -11,7 +11,8 @@ from torch import nn
 
 import mmpeft
 from mmpeft.analysis.comparison import Difference
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.models import InternViT
 from tests.cases import randomize

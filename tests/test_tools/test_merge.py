@@ -9,7 +9,7 @@ from mmengine.structures import InstanceData
 
 import mmpeft
 from mmpeft.analysis.comparison import corners, differences, quantity, table
-from mmpeft.engine.launch import read_config
+from mmpeft.engine.config import read_config
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
 

@@ -12,7 +12,8 @@ import timm
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / 'tools/analysis_tools/sweep.py'

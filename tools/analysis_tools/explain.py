@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
 from mmpeft.analysis.explain import explain
-from mmpeft.engine.launch import import_task, read_config, run
+from mmpeft.engine.config import read_config
+from mmpeft.engine.launch import run
+from mmpeft.engine.packages import import_task
 from mmpeft.execution import CHOICES
 from mmpeft.registry import MODELS
 

@@ -23,7 +23,8 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 from mmpeft.registry import MODELS
 
 GIB = 2**30

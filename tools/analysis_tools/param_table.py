@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
-from mmpeft.engine.launch import import_task, read_config, run
+from mmpeft.engine.config import compose
+from mmpeft.engine.launch import run
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 
 COLUMNS = ('rank', 'name', 'kind', 'method', 'shape', 'weight', 'adapter', 'share')
@@ -166,7 +168,7 @@ def main():
     args = parse_args()
     if args.out and args.out.suffix not in FORMATS:
         raise UsageError(f'--out {args.out}: the name must end in {", ".join(FORMATS)}.')
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = compose(args.config, options=args.cfg_options)
     import_task(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     summaries = {rank: summarize(cfg, rank) for rank in args.rank or [None]}

@@ -27,7 +27,8 @@ from pathlib import Path
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.engine.launch import check_checkpoint, read_config, run
+from mmpeft.engine.config import read_config
+from mmpeft.engine.launch import check_checkpoint, run
 from mmpeft.methods import Ranked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'demo'))

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.methods import Ranked
 from mmpeft.methods.base import FAMILIES

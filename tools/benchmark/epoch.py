@@ -22,7 +22,9 @@ from mmengine.hooks import Hook
 from rounds import spread
 from terminal import show
 
-from mmpeft.engine.launch import build_runner, import_task, read_config, run
+from mmpeft.engine.config import read_config
+from mmpeft.engine.launch import build_runner, run
+from mmpeft.engine.packages import import_task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'demo'))
 import experiment  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs import Job
 
-from mmpeft.engine.launch import read_config
+from mmpeft.engine.config import read_config
 from mmpeft.errors import UsageError, near
 from mmpeft.registry import METHODS
 

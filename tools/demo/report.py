@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmpeft
-from mmpeft.engine.launch import import_task
+from mmpeft.engine.packages import import_task
 from mmpeft.registry import MODELS
 
 SCORES = {

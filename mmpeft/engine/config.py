@@ -1,0 +1,208 @@
+"""Composition: a run is a config, a method, and options on top.
+
+Any method of ``configs/_base_/methods`` can be put into any config, of mmpeft
+or of an OpenMMLab package, so that no file has to exist for the combination.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.methods import ActivationMethod
+from mmpeft.methods.spec import KINDS, POINT_KINDS
+from mmpeft.registry import METHODS
+
+from .method_argument import method_name, methods_in, read_method
+from .packages import INSTALL, find_config, not_installed
+
+HOOK = 'mmpeft.PEFTHook'
+
+
+def compose(
+    config: str | Path | Config,
+    method: str | Mapping | list | None = None,
+    options: Mapping | None = None,
+) -> Config:
+    """Read a config, put a method into its hook, and merge options into the result.
+
+    The method replaces what the config says of ``method``; whatever else it
+    says of the hook stays. A config without the hook gets one that adapts its
+    ``backbone``, and two settings that suit a backbone that trains are changed
+    (see :func:`_suit_adapters`). What is changed beside the method is printed.
+
+    Args:
+        config: A file, ``package::path`` for one that a package ships, or a
+            config, which is copied.
+        method: See :func:`read_method`; None keeps the config's.
+        options: By dotted keys, as ``--cfg-options`` gives them.
+
+    Raises:
+        MissingFileError: There is no such config.
+        UsageError: A package is missing, the method is unknown, or its
+            arguments are those of another method.
+    """
+    cfg = read_config(config)
+    if method is not None:
+        _set_method(cfg, read_method(method))
+    if options:
+        before = [each.get('type') for each in methods_in(find_hook(cfg) or {})]
+        cfg.merge_from_dict(copy.deepcopy(dict(options)))
+        after = list(methods_in(find_hook(cfg) or {}))
+        if [each.get('type') for each in after] != before:
+            _check_arguments(after, before)
+    return cfg
+
+
+def read_config(config: str | Path | Config) -> Config:
+    """Read a config as it is; see :func:`compose`."""
+    if isinstance(config, Config):
+        return copy.deepcopy(config)
+    path = find_config(str(config)) if '::' in str(config) else Path(config)
+    if not path.is_file():
+        known = sorted(map(str, Path('configs').glob('[!_]*/*.py')))
+        hint = near(str(config), known) if known else 'Name a file.'
+        raise MissingFileError(
+            f'There is no config {str(config)!r} in {Path.cwd()}. {hint} Configs of a package are '
+            "written as 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'; mmseg::, mmrotate::, "
+            'mmpretrain:: and mmpeft:: likewise.'
+        )
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).split()[0].split('.')[0]
+        if package not in INSTALL:
+            raise
+        raise UsageError(not_installed(path, package)) from error
+    # `mmpeft::` in _base_ marks what it brings as of scope mmpeft, and mmengine then warns about
+    # every registry that mmpeft does not have. The names resolve under any scope.
+    for node in dicts_in(cfg._cfg_dict):
+        if node.get('_scope_') == 'mmpeft':
+            del node['_scope_']
+    return cfg
+
+
+def find_hook(cfg: Config) -> ConfigDict | None:
+    """What a config says of its PEFTHook, to be read and changed; None if it has none."""
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    own = [h for h in hooks if isinstance(h, dict) and h.get('type') in (HOOK, 'PEFTHook')]
+    return own[0] if own else None
+
+
+def dicts_in(node) -> Iterator[dict]:
+    """All dicts in nested dicts, lists and tuples, the outer ones first."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for value in node:
+        yield from dicts_in(value)
+
+
+def run_name(config: str | Path | Config, method: str | Mapping | list | None = None) -> str:
+    """Method and config in one relative path, such as ``flora/convnext_coco``.
+
+    Without a method it is the path of the config below ``configs``, whose
+    folder is the method.
+    """
+    file = config.filename if isinstance(config, Config) else str(config).replace('::', '/configs/')
+    parts = Path(file or 'config').resolve().with_suffix('').parts
+    if method is not None:
+        return str(Path(method_name(method), parts[-1]))
+    depth = parts[-2::-1].index('configs') + 1 if 'configs' in parts[:-1] else 1
+    return str(Path(*parts[-depth:]))
+
+
+def _set_method(cfg, given):
+    cfg.pop('peft', None)  # of the method file that the config inherits
+    hook = find_hook(cfg)
+    if hook is None:
+        targets = dict(module='backbone') | dict(given.get('targets') or {})
+        cfg.setdefault('default_hooks', ConfigDict())
+        cfg.default_hooks.peft = dict(type=HOOK, **given | dict(targets=targets))
+        if any(kind.adapts and not kind.trains_base for kind in _kinds_of(given)):
+            _suit_adapters(cfg)
+        return
+    targets = _fitting(dict(hook.get('targets') or {}), _kinds_of(hook), _kinds_of(given))
+    hook.pop('method', None)
+    hook.update(dict(given) | {k: hook[k] for k in ('unfreeze',) if k in hook})
+    hook.targets = dict(given.get('targets') or {}) | targets
+
+
+def _kinds_of(hook):
+    found = [METHODS.get(each['type']) for each in methods_in(hook)]
+    return [kind for kind in found if kind is not None]
+
+
+def _fitting(targets, before, after):
+    """A hook's targets without what only its former methods can have."""
+    if [tuple(targets.get('kinds') or ())] == [kind.kinds for kind in before]:
+        del targets['kinds']  # the default of the former method, not a choice
+    known = {k for kind in after for k in (POINT_KINDS if _acts(kind) else KINDS)}
+    for key in ('kinds', 'exclude_kinds'):
+        value = targets.get(key) or ()
+        kinds = (value,) if isinstance(value, str) else tuple(value)
+        lost = [kind for kind in kinds if kind not in known]
+        if lost:
+            targets[key] = tuple(kind for kind in kinds if kind in known)
+            if not targets[key]:
+                del targets[key]
+            say(f'targets.{key}: {", ".join(lost)} dropped, which the new method cannot have.')
+    arguments = {field.name for kind in after for field in fields(kind)}
+    for pattern, changed in dict(targets.get('overrides') or {}).items():
+        if not arguments.issuperset(changed):
+            targets['overrides'] = {k: v for k, v in targets['overrides'].items() if k != pattern}
+            say(f'targets.overrides[{pattern!r}] dropped: arguments of the former method.')
+    return targets
+
+
+def _acts(kind):
+    return issubclass(kind, ActivationMethod)
+
+
+def _suit_adapters(cfg):
+    """Undo what upstream configs do to a backbone that is pretrained and trains itself."""
+    backbone = cfg.get('model', {}).get('backbone') or {}
+    frozen = backbone.get('frozen_stages')
+    if isinstance(frozen, int) and frozen >= 0:
+        backbone.frozen_stages = -1
+        say(
+            f'model.backbone.frozen_stages: {frozen} -> -1 (the hook freezes the base; the '
+            'adapters in these stages would be frozen too).'
+        )
+    paramwise = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
+    for key, value in (paramwise.get('custom_keys') or {}).items():
+        if 'backbone' in key and value.get('lr_mult', 1.0) < 1:
+            say(
+                f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}].lr_mult: {value.lr_mult:g} -> 1 '
+                '(it is for pretrained weights, not for adapters).'
+            )
+            value.lr_mult = 1.0
+
+
+def _check_arguments(methods, before):
+    for method in methods:
+        kind = METHODS.get(method.type)
+        if kind is None:
+            raise UsageError(
+                f'There is no method {method.type!r}. {near(method.type, METHODS.module_dict)}'
+            )
+        wrong = sorted(set(method) - {'type'} - {field.name for field in fields(kind)})
+        if wrong:
+            raise UsageError(
+                f'--cfg-options sets the type of a method to {method.type}, and the config gives '
+                f'it {", ".join(wrong)}, which {method.type} does not have (the config is for '
+                f'{", ".join(map(str, before))}). Replace the whole method by --method, or add '
+                'default_hooks.peft.method._delete_=True to --cfg-options.'
+            )
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process of a run alone."""
+    if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
+        print(text)

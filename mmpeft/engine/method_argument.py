@@ -1,0 +1,95 @@
+"""What ``--method`` takes: the name of a method file, or a method as text."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from mmengine.config import Config
+
+from mmpeft.errors import UsageError, near
+
+from .packages import package_configs
+
+
+def read_method(method: str | Mapping | list) -> dict:
+    """Arguments of PEFTHook that a method stands for.
+
+    Args:
+        method: The name of a file of ``configs/_base_/methods``; a method such
+            as ``dict(type='LoRA', rank=4)``; a dict of the hook's ``method``,
+            ``targets`` and ``unfreeze``; or a list for its ``method``. The
+            last three also as text in Python's or JSON's notation, which is
+            parsed and not executed.
+
+    Returns:
+        With ``method``, and ``targets`` and ``unfreeze`` where they are given.
+
+    Raises:
+        UsageError: There is no such file, or the text is none of the above.
+    """
+    if isinstance(method, str):
+        if not re.fullmatch(r'[\w-]+', method.strip()):
+            return read_method(_literal(method))
+        folder = package_configs('mmpeft', '--method') / '_base_' / 'methods'
+        files = {path.stem: path for path in sorted(folder.glob('*.py'))}
+        if method.strip() not in files:
+            raise UsageError(
+                f'There is no method {method!r}. {near(method, files)} A method of your own is '
+                'written as "dict(type=\'LoRA\', rank=4)".'
+            )
+        hook = Config.fromfile(files[method.strip()]).peft.to_dict()
+        return {key: value for key, value in hook.items() if key != 'type'}
+    if isinstance(method, Mapping) and 'type' not in method and 'method' in method:
+        return dict(method)
+    if not isinstance(method, list) and not (isinstance(method, Mapping) and 'type' in method):
+        raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {method!r}.")
+    return dict(method=method)
+
+
+def method_name(method: str | Mapping | list) -> str:
+    """A method as part of a path: its file's name, or type and arguments."""
+    if isinstance(method, str) and re.fullmatch(r'[\w-]+', method.strip()):
+        return method.strip()
+    found = [
+        f'{m["type"].lower()}' + ''.join(f'_{k}-{v}' for k, v in m.items() if k != 'type')
+        for m in methods_in(read_method(method))
+    ]
+    return re.sub(r'[^\w.+-]', '', '+'.join(found))[:100]
+
+
+def methods_in(hook: Mapping) -> Iterator[dict]:
+    """The methods that the arguments of a hook name, one or several."""
+    found = hook.get('method') or ()
+    for each in found if isinstance(found, (list, tuple)) else [found]:
+        each = each.get('method', each) if isinstance(each, dict) else None
+        if isinstance(each, dict) and isinstance(each.get('type'), str):
+            yield each
+
+
+def _literal(text):
+    """A value in Python's or JSON's notation, ``dict(...)`` included."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return _value(ast.parse(text.strip(), mode='eval').body)
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f'{text!r} is neither the name of a method nor a dict: {error}. Write such as '
+            '"dict(type=\'LoRA\', rank=4)".'
+        ) from error
+
+
+def _value(node):
+    if isinstance(node, ast.Call):
+        plain = isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args
+        if not plain or any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError(f'{ast.unparse(node)} is no dict of arguments')
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_value(k): _value(v) for k, v in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(each) for each in node.elts]
+    return ast.literal_eval(node)
