@@ -1,5 +1,6 @@
 # make demo      install, then adapt a frozen detector to scenes of handwritten digits
 # make test      install, then run the tests
+# make docs      install, then build the documentation into docs/_build/html
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
 # Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota) choose
@@ -16,7 +17,7 @@ TEST_ARGS ?=
 LOCK := $(shell cat requirements/*.txt tools/install.sh setup.py | sha256sum | cut -c 1-12)
 STAMP := $(VENV)/installed-$(LOCK)
 
-.PHONY: demo test install reinstall lint format clean distclean help
+.PHONY: demo test docs install reinstall lint format clean distclean help
 .DEFAULT_GOAL := help
 
 demo: $(STAMP)
@@ -24,6 +25,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
+
+# Warnings, such as references that lead nowhere, are errors.
+docs: $(STAMP)
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo 'Open docs/_build/html/index.html in a browser.'
 
 install: $(STAMP)
 
@@ -46,7 +52,7 @@ format: $(STAMP)
 
 # What can be made again in seconds; data, checkpoints and the environment stay.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find mmpeft tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -28,6 +28,7 @@ EXTRAS = {
     'seg': [*OPENMMLAB, 'onedl-mmsegmentation>=1.4.2,<2'],
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
     'onnx': ONNX,
+    'docs': ['furo>=2024.8.6', 'myst-parser>=4', 'sphinx>=8.1'],
     'dev': [
         *ONNX,
         'hypothesis>=6',
@@ -62,7 +63,7 @@ setup(
             *(
                 f'.mim/{folder}/**/*.{ending}'
                 for folder in ('configs', 'tools')
-                for ending in ('py', 'sh', 'yml', 'md')
+                for ending in ('py', 'sh', 'md')
             ),
         ]
     },
