@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mmpeft.checkpoint.adapter_file import read_adapter
-from mmpeft.engine.checkpoint_reading import read_checkpoint
+from mmpeft.checkpoint.safe_load import read_checkpoint
 from tests.toy import by_iterations, toy_runner
 
 SAVING, SAVED, RESUMED, NANOSECONDS = range(4)

@@ -17,8 +17,8 @@ import torch
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.checkpoint.atomic import replacing
-from mmpeft.engine.checkpoint_reading import read_checkpoint
-from mmpeft.errors import UnwrittenFileError, UsageError
+from mmpeft.checkpoint.safe_load import read_checkpoint
+from mmpeft.errors import DamagedFileError, UnwrittenFileError, UsageError
 from tests.networks import Runs
 from tests.networks import TwinNet as Net
 from tests.toy import toy_runner
@@ -141,7 +141,7 @@ def test_resuming_passes_over_damaged_checkpoints(harm, tmp_path):
     said = []
     runner.logger.warning = said.append
     runner.train()
-    assert any('epoch_2.pth' in text and 'left out' in text for text in said)
+    assert any('epoch_2.pth' in text and 'skipped' in text for text in said)
     through = toy_runner(tmp_path / 'through', **RESUMED)
     through.train()
     a, b = (r.model.state_dict() for r in (runner, through))
@@ -175,7 +175,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_anew(tmp_path):
     for path in tmp_path.glob('*.pth'):
         damage(path)
     before = visible(tmp_path)
-    with pytest.raises(UsageError, match=r'no whole checkpoint.*epoch_[12]\.pth.*epoch_[12]\.pth'):
+    with pytest.raises(UsageError, match=r'no intact checkpoint.*epoch_[12]\.pth.*epoch_[12]\.pth'):
         toy_runner(tmp_path, **RESUMED, resume=True).train()
     assert visible(tmp_path) == before
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(zipped, resume, tmp_path):
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     changes = RESUMED | (dict(resume=True) if resume else dict(load_from=str(path)))
     runner = toy_runner(tmp_path / 'run', **changes)
-    with pytest.raises(UsageError, match='only running code from the file'):
+    with pytest.raises(UsageError, match='only be restored by running code'):
         runner.train() if resume else runner.test()
     assert not (tmp_path / 'ran').exists()
 
@@ -227,9 +227,27 @@ def test_what_mmengine_stores_is_read(scheduler, tmp_path):
     )
 
 
-def test_a_file_of_the_adapter_alone_is_no_checkpoint(tmp_path):
+def test_an_adapter_file_is_no_checkpoint(tmp_path):
     toy_runner(tmp_path, **RESUMED).train()
     path = tmp_path / 'epoch_3.safetensors'
-    read_adapter(path)
-    with pytest.raises(UsageError, match='no whole checkpoint'):
+    with pytest.raises(UsageError, match=r'load_adapter.*beside it is .*epoch_3\.pth'):
         toy_runner(tmp_path / 'test', load_from=str(path)).test()
+    with pytest.raises(UsageError, match=r'load_from.*beside it is .*epoch_3\.safetensors'):
+        read_adapter(path.with_suffix('.pth'))
+    alone = tmp_path / 'alone.safetensors'
+    path.rename(alone)
+    with pytest.raises(UsageError) as caught:
+        read_checkpoint(alone)
+    assert 'beside' not in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [b'junk', b'', b'\0' * 100, b'PK' + bytes(100)])
+def test_a_file_of_something_else_is_no_checkpoint(content, tmp_path):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value) == (
+        f'{str(path)!r} is damaged, or torch.save did not write it. Give a checkpoint (.pth) that '
+        'training saved.'
+    )

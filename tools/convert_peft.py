@@ -21,7 +21,8 @@ from merge import load_adapted
 
 import mmpeft
 from mmpeft.checkpoint.atomic import replacing
-from mmpeft.checkpoint.keys import adapter_state_dict, describe
+from mmpeft.checkpoint.keys import adapter_state_dict
+from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import read_peft, save_peft

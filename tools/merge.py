@@ -26,7 +26,7 @@ from mmengine.runner import Runner
 import mmpeft
 from mmpeft.analysis.comparison import default_bound, differences, observe, table
 from mmpeft.checkpoint.atomic import replacing
-from mmpeft.engine.checkpoint_reading import read_checkpoint
+from mmpeft.engine.hooks.resume import fetch_checkpoint
 from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
@@ -157,7 +157,7 @@ def main():
                 'than the bound. Nothing was written. Give a larger --bound if such differences '
                 'do no harm, or --write-failed to write all the same.'
             )
-    meta = dict(read_checkpoint(args.checkpoint).get('meta', {}))
+    meta = dict(fetch_checkpoint(args.checkpoint).get('meta', {}))
     meta.pop('mmpeft', None)
     meta['cfg'] = plain.pretty_text
     with replacing(args.out) as temporary:

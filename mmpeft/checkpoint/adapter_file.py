@@ -16,24 +16,18 @@ from textwrap import shorten
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import remove
 from mmpeft.injection.targets import target_module
 
 from .atomic import replacing
-from .keys import (
-    adapter_state_dict,
-    check_fingerprint,
-    check_fits,
-    check_whole,
-    complete,
-    describe,
-    digest,
-    fingerprint,
-)
-from .manifest import read_description
+from .file_kind import adapter_instead, is_torch_file
+from .fingerprint import digest, fingerprint
+from .keys import adapter_state_dict, fill_frozen
+from .manifest import describe, read_description
 from .patterns import check_patterns
+from .validation import check_fingerprint, check_fits, check_whole
 
 
 def save_adapter(model: nn.Module, path) -> Path:
@@ -63,7 +57,7 @@ def write_adapter(path, state: Mapping[str, Tensor], description: Mapping) -> Pa
     Args:
         path: Such as ``adapter.safetensors``.
         state: From :func:`mmpeft.adapter_state_dict`.
-        description: From :func:`mmpeft.checkpoint.keys.describe`.
+        description: From :func:`mmpeft.checkpoint.manifest.describe`.
 
     Returns:
         The path.
@@ -125,9 +119,11 @@ def read_adapter(path) -> tuple[dict, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # what is raised depends on the bytes of the file
-        raise UsageError(
-            f'{source} is no whole safetensors file: {_short(error)}. Take a copy that is whole; a '
-            'checkpoint of a Runner (.pth) is loaded by load_from.'
+        if is_torch_file(path):
+            raise UsageError(adapter_instead(path)) from error
+        raise DamagedFileError(
+            f'{source} is damaged, or not a safetensors file: {_short(error)}. Give an intact copy '
+            'of a file that mmpeft.save_adapter wrote.'
         ) from error
     text = metadata.pop('mmpeft', None)
     if text is None:
@@ -166,7 +162,7 @@ def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
         if plain:
             for injection in description['injections']:
                 inject(model, **injection, empty=True)
-        model.load_state_dict(complete(model, state))
+        model.load_state_dict(fill_frozen(model, state))
     except BaseException:
         if plain:
             remove(model)

@@ -12,9 +12,16 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
+from torch import nn
+
 from mmpeft.errors import UsageError, near
+from mmpeft.injection.attach import adapter_parameters
 from mmpeft.injection.targets import Targets
 from mmpeft.registry import METHODS
+from mmpeft.version import __version__
+
+from .fingerprint import fingerprint
 
 LONGEST = 2**22
 """Characters that a description may have."""
@@ -26,11 +33,30 @@ KEYS = dict(version=str, torch=str, injections=list, parameters=int, fingerprint
 SINCE_0_3 = ('torch', 'parameters')
 
 
+def describe(model: nn.Module) -> dict:
+    """What an adapter has to say of itself: how it was injected, and on what.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+
+    Returns:
+        Plain data: ``version`` and ``torch``, ``injections``, ``parameters``
+        of the adapters, and ``fingerprint``.
+    """
+    return dict(
+        version=__version__,
+        torch=str(torch.__version__),
+        injections=[record.config() for record in getattr(model, 'peft', [])],
+        parameters=sum(p.numel() for p in adapter_parameters(model)),
+        fingerprint=fingerprint(model),
+    )
+
+
 def read_description(text: str) -> dict:
     """The description of an adapter from its JSON.
 
     Args:
-        text: As :func:`mmpeft.checkpoint.keys.describe` gives it, in JSON.
+        text: As :func:`describe` gives it, in JSON.
 
     Returns:
         The same plain data. Methods are known, and their arguments of the

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
-from mmpeft.checkpoint.keys import adapter_keys, complete
+from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
@@ -97,7 +97,7 @@ class AdapterLibrary:
             description, state = read_fitting(self.model, path, check_base)
             for injection in description['injections']:
                 inject(self.model, **injection, empty=True)
-            state = complete(self.model, state)
+            state = fill_frozen(self.model, state)
             own = {key: state[key] for key in adapter_keys(self.model)}
             self.model.load_state_dict(own, strict=False)
             return copies(self.model, state)

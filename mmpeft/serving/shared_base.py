@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from mmpeft.checkpoint.keys import fingerprint, frozen_keys
+from mmpeft.checkpoint.fingerprint import fingerprint
+from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 

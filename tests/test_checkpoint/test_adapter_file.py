@@ -10,9 +10,12 @@ from safetensors import safe_open
 from torch import nn
 
 import mmpeft
+from mmpeft.checkpoint import adapter_file
 from mmpeft.checkpoint.adapter_file import read_adapter
-from mmpeft.checkpoint.keys import adapter_keys, fingerprint
+from mmpeft.checkpoint.fingerprint import fingerprint
+from mmpeft.checkpoint.keys import adapter_keys
 from mmpeft.errors import UsageError
+from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
 from tests.networks import TwinNet as Net
 from tests.toy import ToyClassifier, ToyScores, state_of, toy_runner
@@ -67,7 +70,7 @@ def test_a_model_that_cannot_be_adapted_as_the_file_says_is_as_it_was(model, tmp
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(mmpeft.adapter_file, 'complete', fail)
+    monkeypatch.setattr(adapter_file, 'fill_frozen', fail)
     with pytest.raises(MemoryError):
         mmpeft.load_adapter(base, path, check_base=False)
     assert base.state_dict().keys() == before.keys() and not hasattr(base, 'peft')
@@ -185,9 +188,7 @@ def test_the_adapter_of_a_run_loads_into_a_plain_model(tmp_path):
     runner.train()
     assert isinstance(plain, ToyClassifier)
     frozen = state_of(tmp_path / 'epoch_3.pth')
-    plain.load_state_dict(
-        {mmpeft.checkpoint.keys.plain_key(k): v for k, v in frozen.items()}, strict=False
-    )
+    plain.load_state_dict({plain_key(k): v for k, v in frozen.items()}, strict=False)
     loaded = mmpeft.load_adapter(plain, tmp_path / 'epoch_3.safetensors')
     assert all(torch.equal(value, frozen[key]) for key, value in loaded.state_dict().items())
     key = next(iter(adapter_keys(loaded)))

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.checkpoint.adapter_file import replacing
-from mmpeft.checkpoint.keys import fingerprint, frozen_keys
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.checkpoint.fingerprint import fingerprint
+from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
@@ -101,7 +102,7 @@ def test_files_that_are_none(base, tmp_path):
     with pytest.raises(FileNotFoundError, match='no adapter file'):
         mmpeft.load_adapter(base, tmp_path / 'none.safetensors')
     (tmp_path / 'broken.safetensors').write_bytes(b'\x08\0\0\0\0\0\0\0{"a": 1}')
-    with pytest.raises(UsageError, match='no whole safetensors file'):
+    with pytest.raises(UsageError, match='damaged, or not a safetensors file'):
         mmpeft.load_adapter(base, tmp_path / 'broken.safetensors')
     save_file(dict(a=torch.zeros(1)), tmp_path / 'other.safetensors')
     with pytest.raises(UsageError, match='without a description'):

@@ -7,7 +7,8 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 import mmpeft
-from mmpeft.checkpoint.keys import adapter_state_dict, describe
+from mmpeft.checkpoint.keys import adapter_state_dict
+from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.launch import import_task, read_config
 from tests.cases import randomize
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import mmpeft
-from mmpeft.checkpoint.keys import describe, frozen_keys
+from mmpeft.checkpoint.keys import frozen_keys
+from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-from mmpeft.engine.checkpoint_reading import newest_checkpoint, read_checkpoint
 from mmpeft.errors import MissingFileError, UsageError
+
+from .resume import fetch_checkpoint, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def description_of(checkpoint: dict) -> dict | None:
 
 def _read_base(checkpoint):
     try:
-        return read_checkpoint(checkpoint)
+        return fetch_checkpoint(checkpoint)
     except MissingFileError as error:
         raise MissingFileError(
             f'The base checkpoint {checkpoint!r}, which the adapters start from, does not '
@@ -87,4 +88,4 @@ def _pending_checkpoint(runner):
         return newest, checkpoint
     if runner._load_from is None:
         return None, None
-    return str(runner._load_from), read_checkpoint(runner._load_from)
+    return str(runner._load_from), fetch_checkpoint(runner._load_from)

@@ -15,7 +15,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch.nn.utils import parametrize
 
-from mmpeft.checkpoint.keys import check_fits, complete, describe, left_out
+from mmpeft.checkpoint.keys import excluded_keys, fill_frozen
+from mmpeft.checkpoint.manifest import describe
+from mmpeft.checkpoint.validation import check_fits
 from mmpeft.engine.hooks.monitors.finite import FiniteWatch
 from mmpeft.engine.hooks.monitors.frozen import FrozenWatch
 from mmpeft.engine.hooks.monitors.gradients import GradientWatch
@@ -233,7 +235,7 @@ class PEFTHook(Hook):
             check_base = self.check_base and not description['holds_base']
             check_fits(model, state, description, 'The checkpoint', check_base)
         self._resumed_allocation = checkpoint.get('mmpeft_allocation')
-        completed = complete(model, state, 'module.' if _is_prefixed(state) else '')
+        completed = fill_frozen(model, state, 'module.' if _is_prefixed(state) else '')
         if description is None:
             own = model.state_dict(keep_vars=True)
             adapters = {id(p) for p in adapter_parameters(model)}
@@ -242,7 +244,7 @@ class PEFTHook(Hook):
         _refill(state, completed)
         if 'ema_state_dict' in checkpoint:
             ema = checkpoint['ema_state_dict']
-            _refill(ema, complete(model, ema, 'module.'))
+            _refill(ema, fill_frozen(model, ema, 'module.'))
 
 
 class _AdapterCheckpointHook(Hook):
@@ -264,7 +266,7 @@ class _AdapterCheckpointHook(Hook):
         allocation = self.peft.allocation
         if 'optimizer' in checkpoint and allocation is not None:
             checkpoint['mmpeft_allocation'] = allocation.state_dict()
-        omitted = left_out(model)
+        omitted = excluded_keys(model)
         if self.peft.save_adapters:
             state = checkpoint['state_dict'].items()
             self.files.announce({k: v for k, v in state if k not in omitted}, self.description)

@@ -14,6 +14,7 @@ from torch import nn
 import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.weights import plain_key
 from mmpeft.methods import ActivationMethod, Adapter
 from mmpeft.methods.flora import FLoRA
 from tests.cases import METHODS
@@ -40,7 +41,7 @@ def test_training_moves_what_should_move(name, tmp_path):
     runner = toy_runner(tmp_path, config, **backbone)
     runner.train()
     base = torch.load(pretrained)
-    plain = {mmpeft.checkpoint.keys.plain_key(k): v for k, v in weights(runner).items()}
+    plain = {plain_key(k): v for k, v in weights(runner).items()}
     unmoved = [k for k, v in base.items() if torch.equal(plain[f'backbone.{k}'], v)]
     if config['type'] == 'Full':
         assert not unmoved

@@ -2,7 +2,8 @@
 
 import torch
 
-from mmpeft.checkpoint.keys import digests, frozen_keys
+from mmpeft.checkpoint.fingerprint import digests
+from mmpeft.checkpoint.keys import frozen_keys
 
 from .monitor import Watch, bare
 

@@ -4,7 +4,7 @@ import torch
 from mmengine.hooks import Hook
 from torch.optim import Optimizer
 
-from mmpeft.checkpoint.keys import digests
+from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.errors import UsageError
 from mmpeft.injection.attach import named_adapters
 

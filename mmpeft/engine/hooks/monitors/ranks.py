@@ -2,7 +2,8 @@
 
 from mmengine.dist import all_gather_object
 
-from mmpeft.checkpoint.keys import adapter_keys, digests, frozen_keys
+from mmpeft.checkpoint.fingerprint import digests
+from mmpeft.checkpoint.keys import adapter_keys, frozen_keys
 
 from .monitor import Watch, bare
 

@@ -1,0 +1,85 @@
+"""Which checkpoint a run starts or continues from."""
+
+import glob
+from pathlib import Path
+
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from mmpeft.checkpoint.safe_load import read_checkpoint, saved_at
+from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
+
+BESIDE = ('.safetensors', '.json')
+"""Suffixes of the adapter files that lie beside checkpoints."""
+
+
+def fetch_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint from a local file, or from an address by mmengine's own loaders.
+
+    Raises:
+        UsageError: See :func:`~mmpeft.checkpoint.safe_load.read_checkpoint`.
+    """
+    if '://' in str(path):
+        return _load_checkpoint(str(path), map_location='cpu')
+    return read_checkpoint(path)
+
+
+def newest_checkpoint(runner: Runner) -> tuple[str | None, dict | None]:
+    """The newest intact checkpoint of a run.
+
+    mmengine's ``last_checkpoint`` may be incomplete after a crash, or name a
+    damaged file. So all checkpoints are looked at, in the order of the time
+    that they say they were saved.
+
+    Args:
+        runner: Gives ``work_dir`` and the folders of its checkpoint hooks.
+
+    Returns:
+        Its path and content; None and None if there are no checkpoints.
+
+    Raises:
+        UsageError: There are checkpoints, and all are damaged.
+        MissingFileError: ``last_checkpoint`` names a file that does not
+            exist, and there is no other.
+    """
+    last = find_latest_checkpoint(runner.work_dir)
+    if last and '://' in last:
+        return last, fetch_checkpoint(last)
+    damaged = []
+    for path in sorted(_candidates(runner, last), key=_order, reverse=True):
+        try:
+            checkpoint = read_checkpoint(path)
+        except DamagedFileError as error:
+            damaged.append(str(path))
+            runner.logger.warning(f'{error} It is skipped.')
+            continue
+        if 'message_hub' in checkpoint:
+            return str(path), checkpoint
+    if damaged:
+        raise UsageError(
+            f'There is no intact checkpoint to resume from: {", ".join(damaged)} are damaged. '
+            'Move them away to start from the beginning.'
+        )
+    if last:
+        raise MissingFileError(
+            f'{runner.work_dir}/last_checkpoint names {last!r}, which does not exist, and there '
+            'is no other checkpoint to resume from. Set load_from to its new place.'
+        )
+    return None, None
+
+
+def _order(path):
+    return *saved_at(path), path.name
+
+
+def _candidates(runner, last):
+    found = {Path(last).absolute()} if last and Path(last).is_file() else set()
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            folder = Path(runner.work_dir)
+            if hook.out_dir not in (None, runner.work_dir):
+                folder = Path(hook.out_dir) / folder.name
+            pattern = glob.escape(hook.filename_tmpl).format('*')
+            found.update(path.absolute() for path in folder.glob(pattern))
+    return {path for path in found if path.suffix not in BESIDE}
