@@ -1,0 +1,98 @@
+"""Tables of adapted weights and of what they cost in parameters."""
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from mmpeft.errors import UsageError
+from mmpeft.injection.summary import Summary
+
+COLUMNS = ('rank', 'name', 'kind', 'method', 'shape', 'weight', 'adapter', 'share')
+FORMATS = ('.csv', '.json', '.md')
+
+Summaries = Mapping[int | None, Summary]
+"""Summaries of one model by the rank in place of its method's; None for the method's own."""
+
+
+def layer_table(summary: Summary, title: str) -> Table:
+    """One line a weight; weights with fewer parameters than their adapter stand out."""
+    table = Table(title=title)
+    table.add_column('weight', overflow='fold')
+    for column in ('kind', 'shape'):
+        table.add_column(column)
+    for column in ('parameters', 'adapter', 'share'):
+        table.add_column(column, justify='right')
+    for row in summary.rows:
+        _, name, kind, _, shape, weight, adapter, share = _cells(None, row)
+        name = name.removeprefix(f'{summary.module}.')
+        style = 'yellow' if row.adapter > row.weight else None
+        table.add_row(name, kind, shape, weight, adapter, share, style=style)
+    return table
+
+
+def kind_table(summaries: Summaries) -> Table:
+    """Adapter parameters by kind of layer, and totals: one column a rank."""
+    table = Table('', title='adapter parameters')
+    kinds = defaultdict(lambda: dict.fromkeys(summaries, 0))
+    for rank, summary in summaries.items():
+        table.add_column('' if rank is None else f'rank {rank}', justify='right')
+        for row in summary.rows:
+            kinds[row.kind][rank] += row.adapter
+    for kind, counts in kinds.items():
+        table.add_row(kind, *(f'{count:,}' for count in counts.values()))
+    table.add_section()
+    for name in ('adapters', 'unfrozen', 'base', 'outside'):
+        table.add_row(name, *(f'{getattr(s, name):,}' for s in summaries.values()))
+    table.add_row('share', *(f'{s.share:.2%}' for s in summaries.values()))
+    return table
+
+
+def check_format(path: Path) -> None:
+    """Raise UsageError unless :func:`write` knows the format."""
+    if path.suffix not in FORMATS:
+        raise UsageError(f'{path}: the name must end in {", ".join(FORMATS)}.')
+
+
+def write(path: Path, summaries: Summaries) -> None:
+    """Write all rows, and in ``.json`` and ``.md`` the totals, as the file's name says.
+
+    Raises:
+        UsageError: The format is none of :data:`FORMATS`.
+    """
+    check_format(path)
+    rows = [(rank, row) for rank, summary in summaries.items() for row in summary.rows]
+    if path.suffix == '.json':
+        content = [dict(rank=rank) | summary.to_dict() for rank, summary in summaries.items()]
+        text = json.dumps(content, indent=2)
+    elif path.suffix == '.csv':
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator='\n')
+        writer.writerow(COLUMNS)
+        for rank, row in rows:
+            own = _cells(rank, row)[:5]
+            writer.writerow([*own, row.weight, row.adapter, row.adapter / row.weight])
+        text = buffer.getvalue()
+    else:
+        lines = [COLUMNS, ['---'] * len(COLUMNS), *(_cells(rank, row) for rank, row in rows)]
+        totals = ', '.join(f'{s.adapters:,}' for s in summaries.values())
+        text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+        text += f'\n\nadapter parameters: {totals}\n'
+    path.write_text(text)
+
+
+def _cells(rank, row):
+    return [
+        '' if rank is None else str(rank),
+        row.name,
+        row.kind,
+        row.method,
+        'x'.join(map(str, row.shape)),
+        f'{row.weight:,}',
+        f'{row.adapter:,}',
+        f'{row.adapter / row.weight:.1%}',
+    ]
