@@ -289,7 +289,7 @@ NO_IDENTITY = {('VPT', 'vit')}
 
 def randomize(model, std=0.3):
     """Move all adapters off their start, as training would."""
-    from mmpeft.injection.attach import adapter_parameters
+    from mmpeft.injection.site import adapter_parameters
 
     with torch.no_grad():
         for parameter in adapter_parameters(model):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.injection.attach import attachments
+from mmpeft.injection.site import attached
 from mmpeft.methods import ActivationMethod
 from tests.cases import Attention, Bottleneck, ConvNeXtBlock, TorchAttention, TransformerBlock
 
@@ -327,12 +327,14 @@ class Account:
         for site in self.sites:
             before[site.layer, site.tensor] = before.get((site.layer, site.tensor), 0) + 1
         names = {id(module): path for path, module in model.named_modules()}
-        for found in attachments(model):
-            for index, adapter in enumerate(found.adapters):
-                if index >= before.get((found.path, found.tensor), 0):
-                    start = f'{found.path}.parametrizations.{found.tensor}.{index}'
-                    start = start if found.tensor else names[id(adapter)]
-                    self.sites.append(Site.of(found, adapter, start))
+        count = {}
+        for found in attached(model):
+            index = count.get((found.path, found.tensor), 0)
+            count[found.path, found.tensor] = index + 1
+            if index >= before.get((found.path, found.tensor), 0):
+                start = f'{found.path}.parametrizations.{found.tensor}.{index}'
+                start = start if found.tensor else names[id(found.adapter)]
+                self.sites.append(Site.of(found, found.adapter, start))
         first = {}
         for key, value in model.state_dict(keep_vars=True).items():
             self.ties[key] = first.setdefault(id(value), key)

@@ -22,7 +22,7 @@ import mmpeft
 from mmpeft import execution
 from mmpeft.engine.launch import import_task, read_config
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import plain_key
 
 ROOT = Path(__file__).parents[1]

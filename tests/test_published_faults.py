@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import plain_key
 
 
@@ -23,9 +23,7 @@ def frozen_keys(model: nn.Module) -> list[str]:
     trains_base = [record.method.trains_base for record in getattr(model, 'peft', [])]
     if not trains_base or any(trains_base):
         return []
-    prefixes = tuple(
-        f'{record.targets.module}.' if record.targets.module else '' for record in model.peft
-    )
+    prefixes = tuple(record.prefix for record in model.peft)
     adapters = adapter_keys(model)
     return [
         key

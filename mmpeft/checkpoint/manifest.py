@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.targets import Targets
 from mmpeft.registry import METHODS
 from mmpeft.version import __version__

@@ -1,86 +1,150 @@
-"""How adapters hang on a network: parametrized weights, and modules with hooks."""
+"""Attach adapters to a model and detach them: parametrizations of weights, hooks of modules."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft import execution
-from mmpeft.methods import (
-    ActivationAdapter,
-    ActivationMethod,
-    Adapter,
-    Method,
-    WeightAdapter,
-)
+from mmpeft.errors import UsageError
+from mmpeft.methods import ActivationAdapter, ActivationMethod, WeightAdapter
 
-from .weights import ADAPTERS, PARAMETRIZATIONS, layers
+from .site import Site, adapters_of, attached, holder_of
+from .weights import ADAPTERS, PARAMETRIZATIONS
 
-# Where a layer remembers the order of its parameters.
+# Where a layer keeps the order that its parameters had before the first adapter.
 ORDER = 'peft_order'
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """All adapters of one weight or module.
-
-    Attributes:
-        path: Of the layer in the model.
-        layer: The module.
-        tensor: Name of the weight; '' for adapters of activations.
-        adapters: In the order in which they apply.
-    """
-
-    path: str
-    layer: nn.Module
-    tensor: str
-    adapters: tuple[Adapter, ...]
-
-    @property
-    def name(self) -> str:
-        """Path of the weight, or of the module."""
-        return '.'.join(part for part in (self.path, self.tensor) if part)
-
-
-def make_adapter(method: Method, spec, weight: Tensor, empty: bool = False) -> Adapter:
-    """The adapter of a method for a weight or a place; see :class:`Adapter`."""
-    kind = ActivationAdapter if isinstance(method, ActivationMethod) else WeightAdapter
-    return kind(method, spec, weight, empty)
-
-
-def share(adapter: Adapter, held: dict) -> None:
-    """Let an adapter hold in common what its method shares.
+def attach_sites(
+    sites: Sequence[Site], empty: bool = False, execution: str = execution.AUTO
+) -> list[Site]:
+    """Make the adapters of one injection and attach them, in order.
 
     Args:
-        adapter: Takes what others hold already.
-        held: What was shared so far; the adapter's own is added.
+        sites: Without adapters.
+        empty: Fill stored tensors of the adapters with NaN instead of initial values, to be loaded.
+        execution: One of ``mmpeft.execution.CHOICES``.
+
+    Returns:
+        The sites with their adapters.
     """
-    for name in adapter.method.shared:
-        own = getattr(adapter, name)
-        key = adapter.method, name, adapter.method.share_key(adapter.spec), own.dtype, own.device
-        setattr(adapter, name, held.setdefault(key, own))
+    made = [replace(site, execution=execution) for site in make_adapters(sites, empty)]
+    attach(made)
+    return made
 
 
-def attach(layer: nn.Module, tensor: str, adapter: Adapter, way: str = execution.AUTO) -> None:
-    """Put an adapter on a weight, or on a module's activations if ``tensor`` is ''.
+def make_adapters(sites: Sequence[Site], empty: bool = False) -> list[Site]:
+    """Make adapters for sites; nothing is attached yet.
+
+    Tied weights share one adapter. Adapters of equal methods share the factors
+    that the method names in ``shared``.
 
     Args:
-        layer: The module.
-        tensor: Name of the weight.
-        adapter: Made for it.
-        way: To compute with the weight, one of ``execution.CHOICES``.
+        sites: Without adapters.
+        empty: As in :func:`attach_sites`.
+
+    Returns:
+        New sites with adapters.
     """
-    adapter.train(layer.training)
-    if tensor:
-        _own_class(layer)
-        layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
-        parametrize.register_parametrization(layer, tensor, adapter, unsafe=True)
-        for holder in (layer.parametrizations, layer.parametrizations[tensor]):
-            holder.training = layer.training
-        execution.enable(layer, way)
-        return
-    holder = _holder(layer)
+    adapters, shared = {}, {}
+    for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
+        if site.tie_key not in adapters:
+            kind = ActivationAdapter if not site.tensor else WeightAdapter
+            adapter = kind(site.method, site.spec, site.weight, empty)
+            for name in site.method.shared:
+                own = getattr(adapter, name)
+                key = site.method, name, site.method.share_key(site.spec), own.dtype, own.device
+                setattr(adapter, name, shared.setdefault(key, own))
+            adapters[site.tie_key] = adapter
+    return [replace(site, adapter=adapters[site.tie_key]) for site in sites]
+
+
+def attach(sites: Iterable[Site]) -> None:
+    """Attach adapters that exist, after moving them to their layers' device and precision."""
+    for site in sites:
+        _move_to_layer(site)
+        site.adapter.train(site.layer.training)
+        if site.tensor:
+            _parametrize(site)
+        else:
+            _hook(site)
+    # Inside torch's parametrize.cached() weights of earlier adapters would be read again.
+    parametrize._cache.clear()
+
+
+def detach(sites: Iterable[Site]) -> None:
+    """Detach adapters; each weight must carry no others.
+
+    Args:
+        sites: From :func:`detachable`, all of a weight or none.
+    """
+    for site in sites:
+        if not site.tensor:
+            _unhook(site)
+        elif parametrize.is_parametrized(site.layer, site.tensor):
+            _unparametrize(site)
+
+
+def detachable(model: nn.Module) -> list[Site]:
+    """All sites of a model with adapters.
+
+    Raises:
+        UsageError: A weight has a parametrization of another library beside the adapter.
+    """
+    sites = attached(model)
+    own = Counter((site.layer, site.tensor) for site in sites if site.tensor)
+    for site in sites:
+        if site.tensor and own[site.layer, site.tensor] < len(_chain(site)):
+            raise UsageError(
+                f'{site.name} has a parametrization that is not of mmpeft beside the adapter, so '
+                'the adapter cannot be removed alone. Remove the other first with '
+                'torch.nn.utils.parametrize.remove_parametrizations.'
+            )
+    return sites
+
+
+def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor on another's device and in its dtype; a parameter remains the same object."""
+    if tensor.device == like.device and tensor.dtype == like.dtype:
+        return tensor
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.to(like.device, like.dtype)
+    tensor.data = tensor.data.to(like.device, like.dtype)
+    return tensor
+
+
+def _parametrize(site):
+    layer, tensor = site.layer, site.tensor
+    _own_class(layer)
+    layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
+    parametrize.register_parametrization(layer, tensor, site.adapter, unsafe=True)
+    for holder in (layer.parametrizations, _chain(site)):
+        holder.training = layer.training
+    execution.enable(layer, site.execution)
+
+
+def _unparametrize(site):
+    layer = site.layer
+    _own_class(layer)
+    parametrize.remove_parametrizations(layer, site.tensor, leave_parametrized=False)
+    parameters = layer._parameters
+    for name in layer.__dict__[ORDER]:  # torch appends what is no longer parametrized
+        if name in parameters:
+            parameters[name] = parameters.pop(name)
+    if not any(adapters_of(layer, tensor) for tensor in getattr(layer, PARAMETRIZATIONS, {})):
+        del layer.__dict__[ORDER]
+    execution.enable(layer, site.execution)
+
+
+def _hook(site):
+    layer, adapter = site.layer, site.adapter
+    holder = holder_of(layer)
     if not hasattr(holder, ADAPTERS):
         setattr(holder, ADAPTERS, nn.ModuleList().train(layer.training))
     getattr(holder, ADAPTERS).append(adapter)
@@ -89,82 +153,34 @@ def attach(layer: nn.Module, tensor: str, adapter: Adapter, way: str = execution
     adapter.handles.append(layer.register_forward_hook(adapter, with_kwargs=True))
 
 
-def detach(attachment: Attachment) -> None:
-    """Take all adapters off a weight or module, which is then as it was."""
-    layer, tensor = attachment.layer, attachment.tensor
-    if tensor:
-        way = execution.execution_of(layer)
-        _own_class(layer)
-        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
-        _in_order(layer)
-        execution.enable(layer, way)
-        return
-    for adapter in attachment.adapters:
-        while adapter.handles:
-            adapter.handles.pop().remove()
-    holder = _holder(layer)
-    kept = [a for a in getattr(holder, ADAPTERS) if a not in attachment.adapters]
+def _unhook(site):
+    while site.adapter.handles:
+        site.adapter.handles.pop().remove()
+    holder = holder_of(site.layer)
+    kept = [adapter for adapter in getattr(holder, ADAPTERS) if adapter is not site.adapter]
     delattr(holder, ADAPTERS)
     if kept:
         setattr(holder, ADAPTERS, nn.ModuleList(kept))
 
 
-def attachments(model: nn.Module) -> Iterator[Attachment]:
-    """All weights and modules with adapters, in the model's order."""
-    for path, layer in layers(model):
-        for tensor in getattr(layer, PARAMETRIZATIONS, {}):
-            adapters = adapters_of(layer, tensor)
-            if adapters:
-                yield Attachment(path, layer, tensor, tuple(adapters))
-        adapters = adapters_of(layer, '')
-        if adapters:
-            yield Attachment(path, layer, '', tuple(adapters))
-
-
-def adapters_of(layer: nn.Module, tensor: str) -> list[Adapter]:
-    """The adapters on a layer's weight, or its activations if ``tensor`` is ''."""
-    if tensor:
-        chain = getattr(layer, PARAMETRIZATIONS, {})
-        return [p for p in chain[tensor] if isinstance(p, Adapter)] if tensor in chain else []
-    hooks = layer._forward_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, ActivationAdapter)]
-
-
-def named_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """All adapters of a model, each once, by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, Adapter)}
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of all adapters of a model, each once."""
-    seen = set()
-    for adapter in named_adapters(model).values():
-        for parameter in adapter.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
+def _chain(site):
+    return site.layer.parametrizations[site.tensor]
 
 
 def _own_class(layer):
-    """torch puts properties on a parametrized layer's class, which its copies share."""
+    """Give a layer a class of its own: torch puts properties on it, which copies would share."""
     execution.disable(layer)
     if parametrize.is_parametrized(layer):
         kind = type(layer)
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
 
 
-def _in_order(layer):
-    """torch puts a parameter behind all others when it is parametrized no longer."""
-    parameters = layer._parameters
-    for name in layer.__dict__[ORDER]:
-        if name in parameters:
-            parameters[name] = parameters.pop(name)
-    if not any(adapters_of(layer, tensor) for tensor in getattr(layer, PARAMETRIZATIONS, {})):
-        del layer.__dict__[ORDER]
-
-
-def _holder(layer):
-    """The module whose child an adapter becomes: a container would run its children."""
-    while isinstance(layer, nn.Sequential):
-        layer = layer[-1]
-    return layer
+def _move_to_layer(site):
+    adapter, layer = site.adapter, site.layer
+    like = site.original if site.tensor else next(layer.parameters(), None)
+    if like is None:
+        return
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = adapter.dtype if adapter.dtype == like.dtype else dtype
+    if (adapter.device, adapter.dtype) != (like.device, dtype):
+        adapter.to(like.device, dtype)

@@ -1,12 +1,157 @@
-"""Freezing: no gradients, and BatchNorm statistics that stay where they were."""
+"""Freeze the target module of an injection, and release it again."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 from torch import nn
+
+from mmpeft import execution
+from mmpeft.errors import UsageError, near
+from mmpeft.methods import Method
+
+from .site import adapter_parameters
+from .targets import Targets
+from .weights import plain_key
 
 STATISTICS = nn.modules.batchnorm._NormBase
 
 
+@dataclass(frozen=True)
+class Injection:
+    """What one injection did to a model; kept in the list ``model.peft``.
+
+    Names of parameters are those of the model without adapters.
+
+    Attributes:
+        method: As asked for, with its budget and scale resolved.
+        module: Path of the target module; '' for the whole model.
+        trained: Names, below the target module, of its parameters that train themselves.
+        trained_before: Names in the model of the parameters that were frozen by this injection.
+        frozen_before: Names in the model of the parameters that train since this injection.
+        execution: One of ``mmpeft.execution.CHOICES``.
+    """
+
+    method: Method
+    module: str
+    trained: tuple[str, ...] = ()
+    trained_before: tuple[str, ...] = ()
+    frozen_before: tuple[str, ...] = ()
+    execution: str = execution.AUTO
+    # Read by adapter files of version 0.3, until files list their sites.
+    targets: Targets | None = None
+    unfreeze: tuple[str, ...] = ()
+
+    def config(self) -> dict:
+        """Plain data from which an equal injection can be made."""
+        plain = dict(
+            method=self.method.config(), targets=asdict(self.targets), unfreeze=self.unfreeze
+        )
+        return json.loads(json.dumps(plain))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the target module's parameters start with."""
+        return f'{self.module}.' if self.module else ''
+
+
+def freeze_target(
+    model: nn.Module,
+    method: Method,
+    module: str = '',
+    trained: Sequence[str] = (),
+    execution: str = execution.AUTO,
+) -> Injection:
+    """Freeze a module but for some parameters, and append the record to ``model.peft``.
+
+    Adapters and parameters that earlier injections train stay trainable. Call it before
+    the adapters of the injection are attached.
+
+    Args:
+        model: With or without adapters.
+        method: With its budget and scale resolved.
+        module: Path of the target module.
+        trained: Names of parameters below it, in the model without adapters, that train.
+        execution: ``'plain'`` leaves the forward of frozen layers as it is.
+
+    Returns:
+        The record.
+
+    Raises:
+        UsageError: There is no parameter of a name in ``trained``; the model is unchanged.
+    """
+    records = getattr(model, 'peft', [])
+    root = model.get_submodule(module)
+    own = plain_parameters(root)
+    for name in trained:
+        if name not in own:
+            raise UsageError(
+                f'{module or "The model"!r} has no parameter {name!r} to train. {near(name, own)}'
+            )
+    kept = {id(own[name]) for name in trained} | {id(p) for p in adapter_parameters(root)}
+    everything = plain_parameters(model)
+    for record in records:
+        kept |= {id(everything[record.prefix + name]) for name in record.trained}
+    if method.trains_base:
+        frozen = set()
+    else:
+        frozen = {id(p) for p in root.parameters() if p.requires_grad and id(p) not in kept}
+    thawed = {id(own[name]) for name in trained if not own[name].requires_grad}
+    record = Injection(
+        method,
+        module,
+        tuple(trained),
+        trained_before=tuple(name for name, p in everything.items() if id(p) in frozen),
+        frozen_before=tuple(name for name, p in everything.items() if id(p) in thawed),
+        execution=execution,
+    )
+    _apply(model, record)
+    model.peft = [*records, record]
+    return record
+
+
+def freeze_again(model: nn.Module, records: list[Injection]) -> None:
+    """Do to a plain model what its earlier injections did, but for the adapters.
+
+    Args:
+        model: Without adapters, as :func:`release` left it.
+        records: They become ``model.peft``.
+    """
+    for record in records:
+        _apply(model, record)
+    model.peft = records
+
+
+def release(model: nn.Module, records: Iterable[Injection] | None = None) -> None:
+    """Undo what injections did to the base.
+
+    Args:
+        model: Without adapters.
+        records: Those in ``model.peft`` if None, which is deleted.
+    """
+    if records is None:
+        records = model.__dict__.pop('peft', [])
+    for record in reversed(list(records)):
+        root = model.get_submodule(record.module)
+        release_statistics(root)
+        for layer in root.modules():
+            execution.disable(layer)
+        _set_training(model, record.frozen_before, False)
+        _set_training(model, record.trained_before, True)
+
+
+def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters but those of adapters, by their names without adapters.
+
+    A tied parameter is listed under each of its names.
+    """
+    adapters = {id(p) for p in adapter_parameters(module)}
+    named = module.named_parameters(remove_duplicate=False)
+    return {plain_key(name): p for name, p in named if id(p) not in adapters}
+
+
 class _FrozenStatistics:
-    """A normalisation layer that is in evaluation mode, and remembers what it was told."""
+    """A norm layer in evaluation mode; it keeps the mode that it was asked for."""
 
     def train(self, mode=True):
         self.peft_mode = mode
@@ -14,7 +159,7 @@ class _FrozenStatistics:
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Hold the running statistics of all normalisation layers below a module.
+    """Hold the running statistics of all norm layers below a module.
 
     The layers change their class, as a parametrized layer does, so that the
     effect survives ``model.train()`` and ``copy.deepcopy``.
@@ -26,9 +171,26 @@ def freeze_statistics(module: nn.Module) -> None:
             layer.train(layer.training)
 
 
-def unfreeze_statistics(module: nn.Module) -> None:
+def release_statistics(module: nn.Module) -> None:
     """Undo :func:`freeze_statistics`."""
     for layer in module.modules():
         if isinstance(layer, _FrozenStatistics):
             layer.__class__ = type(layer).__bases__[1]
             layer.train(layer.__dict__.pop('peft_mode'))
+
+
+def _apply(model, record):
+    root = model.get_submodule(record.module)
+    _set_training(model, record.trained_before, False)
+    _set_training(model, record.frozen_before, True)
+    if not record.method.trains_base:
+        freeze_statistics(root)
+        if record.execution != execution.PLAIN:
+            execution.enable_frozen(root)
+
+
+def _set_training(model, names, trains):
+    parameters = plain_parameters(model) if names else {}
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad_(trains)

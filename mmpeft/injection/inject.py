@@ -1,54 +1,21 @@
 """Put adapters on a model."""
 
-import json
 import re
-import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 
-from rich.progress import track
 from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, CHOICES
-from mmpeft.methods import Method
 from mmpeft.registry import METHODS
 
-from .attach import adapter_parameters, attach, make_adapter, share
-from .freeze import freeze_statistics
+from .attach import attach, make_adapters
+from .freeze import freeze_target, plain_parameters
 from .ranks import settle_ranks
-from .reattach import names_of, speed_up
 from .summary import Summary, summary
 from .targets import Targets, select, target_module
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What was done to a model by one :func:`inject`; kept in ``model.peft``.
-
-    Attributes:
-        method: With its budget spent.
-        targets: As given.
-        unfreeze: As given.
-        trained_before: Parameters that :func:`inject` froze, to be thawed
-            when the adapters go. Names are those of the model without adapters.
-        frozen_before: Parameters that ``unfreeze`` made train, likewise.
-        execution: As given.
-    """
-
-    method: Method
-    targets: Targets
-    unfreeze: tuple[str, ...]
-    trained_before: tuple[str, ...] = ()
-    frozen_before: tuple[str, ...] = ()
-    execution: str = AUTO
-
-    def config(self) -> dict:
-        """Plain data from which an equal injection can be made."""
-        plain = dict(
-            method=self.method.config(), targets=asdict(self.targets), unfreeze=self.unfreeze
-        )
-        return json.loads(json.dumps(plain))
+from .weights import is_below, newly_initialized
 
 
 def inject(
@@ -92,69 +59,36 @@ def inject(
     root = target_module(model, targets.module)
     sites = select(model, method, targets)
     method = settle_ranks(method, sites, targets.max_share)
-    thawed = _matching(root, unfreeze)
-    adapters = _make_adapters(sites, empty)
-    frozen = () if method.trains_base else _to_freeze(model, root, keep=thawed)
-    record = Injection(
-        method,
-        targets,
-        unfreeze,
-        trained_before=names_of(model, frozen),
-        frozen_before=names_of(model, [p for p in thawed.values() if not p.requires_grad]),
-        execution=execution,
-    )
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    if not method.trains_base:
-        freeze_statistics(root)
-    for parameter in thawed.values():
-        parameter.requires_grad_(True)
-    for site in sites:
-        attach(site.module, site.tensor, adapters[site.identity], execution)
-    speed_up(model, [record])
-    model.peft = [*getattr(model, 'peft', []), record]
+    trained = _trained(root, unfreeze)
+    sites = make_adapters(sites, empty)
+    record = freeze_target(model, method, targets.module, trained, execution)
+    model.peft[-1] = replace(record, targets=targets, unfreeze=unfreeze)
+    attach(replace(site, execution=execution) for site in sites)
     result = summary(model)
-    _warn_outgrown(result)
+    _warn_oversized(result)
     return result
 
 
-def _make_adapters(sites, empty):
-    adapters, held = {}, {}
-    for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
-        if site.identity not in adapters:
-            adapter = make_adapter(site.method, site.spec, site.weight, empty)
-            share(adapter, held)
-            adapters[site.identity] = adapter
-    return adapters
-
-
-def _to_freeze(model, root, keep):
-    kept = {id(p) for p in adapter_parameters(root)} | {id(p) for p in keep.values()}
-    for record in getattr(model, 'peft', []):
-        earlier = target_module(model, record.targets.module)
-        kept.update(id(p) for p in _matching(earlier, record.unfreeze).values())
-    return [p for p in root.parameters() if p.requires_grad and id(p) not in kept]
-
-
-def _matching(root, patterns):
-    names = dict(root.named_parameters())
-    found = {}
+def _trained(root, patterns):
+    """Names of parameters below a module that train themselves: as asked, or newly initialized."""
+    names, new = plain_parameters(root), newly_initialized(root)
+    trained = [name for name in names if is_below(name, new)]
     for pattern in patterns:
-        matches = {name: p for name, p in names.items() if re.search(pattern, name)}
+        matches = [name for name in names if re.search(pattern, name)]
         if not matches:
             raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
-        found |= matches
-    return found
+        trained += matches
+    return tuple(dict.fromkeys(trained))
 
 
-def _warn_outgrown(result):
-    outgrown = result.outgrown
-    if not outgrown:
+def _warn_oversized(result):
+    oversized = result.oversized
+    if not oversized:
         return
-    worst = max(outgrown, key=lambda row: row.adapter / row.weight)
-    total = sum(row.adapter for row in outgrown)
+    worst = max(oversized, key=lambda row: row.adapter / row.weight)
+    total = sum(row.adapter for row in oversized)
     warnings.warn(
-        f'{len(outgrown)} of {len(result.rows)} adapters have more parameters than the weight '
+        f'{len(oversized)} of {len(result.rows)} adapters have more parameters than the weight '
         f'that they adapt, and hold {total / max(result.adapters, 1):.0%} of the budget. The worst '
         f'is {worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
         '(targets.overrides), cap it (targets.max_share=1.0), leave such layers out '

@@ -1,24 +1,16 @@
 """Fold adapters into the weights, and bring the base back."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.methods import Adapter
 
-from .attach import Attachment, detach
-from .reattach import (
-    Piece,
-    moved_to,
-    pieces,
-    put_on,
-    release,
-    separable,
-    take_off,
-)
-from .weights import original_of
+from .attach import attach, detach, detachable, moved_to
+from .freeze import Injection, release
+from .site import Site
 
 # Where a model that was merged reversibly keeps what it was.
 MERGED = 'peft_merged'
@@ -26,59 +18,17 @@ MERGED = 'peft_merged'
 
 @dataclass(frozen=True)
 class Merged:
-    """What a reversible merge put aside.
+    """What a reversible merge keeps for :func:`unmerge`.
 
     Attributes:
-        pieces: The adapters.
-        records: What was ``model.peft``.
+        sites: With their adapters.
+        records: What ``model.peft`` was.
         originals: Layer, name of its weight, and the frozen weight.
     """
 
-    pieces: list[Piece]
-    records: list
+    sites: list[Site]
+    records: list[Injection]
     originals: list[tuple[nn.Module, str, nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """A frozen weight and the adapters that change it, wherever they do.
-
-    Attributes:
-        original: The frozen weight.
-        adapters: In the order in which they apply.
-        attachments: Where the model reads it through these adapters.
-    """
-
-    original: nn.Parameter
-    adapters: tuple[Adapter, ...]
-    attachments: list[Attachment]
-
-    def merged(self) -> nn.Parameter:
-        """phi(W), computed in float64 and rounded once to the weight's dtype.
-
-        Raises:
-            UsageError: It has NaN or infinite elements.
-        """
-        value = self.original.double()
-        for adapter in self.adapters:
-            value = adapter.in_double(value)
-        rounded = torch.empty_like(self.original).copy_(value)
-        if not rounded.isfinite().all():
-            raise UsageError(self._unusable(value))
-        return nn.Parameter(rounded, self.original.requires_grad)
-
-    def _unusable(self, value: Tensor) -> str:
-        name = self.attachments[0].name
-        if value.isfinite().all():
-            largest = value.abs().max().item()
-            return (
-                f'The merged {name} reaches {largest:.3g}, which {self.original.dtype} cannot '
-                'hold. Merge the model in float32 or bfloat16.'
-            )
-        return (
-            f'The merged {name} has NaN or infinite elements. The adapter was trained to '
-            'destruction: use an earlier checkpoint.'
-        )
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -94,8 +44,8 @@ def remove(model: nn.Module) -> nn.Module:
         UsageError: A weight carries another parametrization beside its
             adapter; the model is as it was.
     """
-    take_off(model)
-    release(model, model.__dict__.pop('peft', []))
+    detach(detachable(model))
+    release(model)
     return remove(unmerge(model)) if MERGED in model.__dict__ else model
 
 
@@ -121,34 +71,35 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
             infinity or exceeds its dtype, or a reversible merge would be the
             second one. The model is as it was.
     """
-    adapted = separable(model)
-    _check_methods(adapted)
+    sites = detachable(model)
+    _check_methods(sites)
     earlier = model.__dict__.get(MERGED)
-    if reversible and earlier is not None and (adapted or getattr(model, 'peft', [])):
+    if reversible and earlier is not None and (sites or getattr(model, 'peft', [])):
         raise UsageError(
             'This model was merged reversibly already, and adapted again since. Write '
             'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to have the first '
             'base back.'
         )
-    groups = _groups(adapted)
-    for group in groups:
-        group.merged()
-    taken, originals = pieces(model) if reversible else [], []
-    while groups:
-        group = groups.pop()  # so that its frozen weight is given free
-        weight = group.merged()
-        for attachment in group.attachments:
-            detach(attachment)
-            attachment.layer._parameters[attachment.tensor] = weight
+    weights = _adapted_weights(sites)
+    for chain, *_ in weights:
+        _merged(chain)
+    originals = []
+    for chains in weights:
+        merged = _merged(chains[0])
+        for chain in chains:
+            layer, tensor = chain[0].layer, chain[0].tensor
             if reversible:
-                originals.append((attachment.layer, attachment.tensor, group.original))
-    records = model.__dict__.pop('peft', [])
-    if reversible and records:
-        setattr(model, MERGED, Merged(taken, records, originals))
-    elif not reversible:
-        release(model, records)
+                originals.append((layer, tensor, chain[0].original))
+            detach(chain)
+            layer._parameters[tensor] = merged
+    records = getattr(model, 'peft', [])
+    if not reversible:
+        release(model)
         release(model, earlier.records if earlier else [])
         model.__dict__.pop(MERGED, None)
+    elif records:
+        del model.peft
+        setattr(model, MERGED, Merged(sites, records, originals))
     return model
 
 
@@ -182,28 +133,48 @@ def unmerge(model: nn.Module) -> nn.Module:
         )
     for layer, name, original in kept.originals:
         layer._parameters[name] = moved_to(original, layer._parameters[name])
-    put_on(kept.pieces)
+    attach(kept.sites)
     model.peft = kept.records
     del model.__dict__[MERGED]
     return model
 
 
-def _groups(adapted) -> list[Group]:
-    groups = {}
-    for attachment in adapted:
-        original = original_of(attachment.layer, attachment.tensor)
-        key = (id(original), *map(id, attachment.adapters))
-        group = groups.setdefault(key, Group(original, attachment.adapters, []))
-        group.attachments.append(attachment)
-    return list(groups.values())
+def _adapted_weights(sites) -> list[list[list[Site]]]:
+    """For each merged weight, where it goes: the chains of adapters that compute the same."""
+    chains, weights = defaultdict(list), defaultdict(list)
+    for site in sites:
+        chains[site.layer, site.tensor].append(site)
+    for chain in chains.values():
+        weights[(chain[0].tie_key, *(id(site.adapter) for site in chain))].append(chain)
+    return list(weights.values())
 
 
-def _check_methods(adapted):
-    fixed = [(a.name, m) for a in adapted for m in (p.method for p in a.adapters) if not m.merges]
-    if fixed:
-        name, method = fixed[0]
+def _merged(chain: list[Site]) -> nn.Parameter:
+    """phi(W) of all adapters of a weight, computed in float64 and rounded once to its dtype."""
+    original = chain[0].original
+    value = original.double()
+    for site in chain:
+        value = site.adapter.in_double(value)
+    rounded = torch.empty_like(original).copy_(value)
+    if rounded.isfinite().all():
+        return nn.Parameter(rounded, original.requires_grad)
+    if value.isfinite().all():
         raise UsageError(
-            f'{type(method).__name__} acts on activations ({len(fixed)} places, such as {name!r}) '
-            'and is no function of a weight, so it cannot be merged. Deploy the model with its '
-            'adapters attached: save_adapter and load_adapter, or the checkpoint itself.'
+            f'The merged {chain[0].name} reaches {value.abs().max().item():.3g}, which '
+            f'{original.dtype} cannot hold. Merge the model in float32 or bfloat16.'
+        )
+    raise UsageError(
+        f'The merged {chain[0].name} has NaN or infinite elements: the training diverged. Use an '
+        'earlier checkpoint.'
+    )
+
+
+def _check_methods(sites):
+    fixed = [site for site in sites if not site.method.merges]
+    if fixed:
+        raise UsageError(
+            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} places, such as '
+            f'{fixed[0].name!r}) and is no function of a weight, so it cannot be merged. Deploy '
+            'the model with its adapters attached: save_adapter and load_adapter, or the '
+            'checkpoint itself.'
         )

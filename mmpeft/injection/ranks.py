@@ -9,7 +9,7 @@ from mmpeft.errors import UsageError
 from mmpeft.methods import Method, Ranked
 from mmpeft.methods.spec import InsertionPoint, WeightSpec
 
-from .targets import Site
+from .site import Site
 
 UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
 
@@ -83,7 +83,7 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
 def _spend_budget(method, sites):
     budget = parse_count(method.budget)
     free = [site for site in sites if site.method.budget is not None]
-    sites = list({site.identity: site for site in sites}.values())
+    sites = list({site.tie_key: site for site in sites}.values())
 
     def needed(rank):
         return adapters_size(

@@ -1,4 +1,4 @@
-"""What was adapted, what was left, and what it costs in parameters."""
+"""What was adapted, what was skipped, and what it costs in parameters."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -7,12 +7,12 @@ from torch import nn
 
 from mmpeft.methods.spec import WeightSpec
 
-from .attach import adapter_parameters, adapters_of, attachments
-from .weights import layers, weights_of
+from .site import adapters_of, attached
+from .weights import is_below, layers, newly_initialized, weights_of
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One adapted weight or place.
 
     Attributes:
@@ -44,16 +44,16 @@ class Summary:
         adapters: Parameters of all adapters.
         unfrozen: Parameters of the target module that train themselves.
         outside: Trainable parameters outside the target module (neck, heads).
-        left: Layers with weights that were not adapted: kind to count.
+        skipped: Weights that were not adapted: kind to count.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SummaryRow] = field(default_factory=list)
     module: str = ''
     base: int = 0
     adapters: int = 0
     unfrozen: int = 0
     outside: int = 0
-    left: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -61,7 +61,7 @@ class Summary:
         return (self.adapters + self.unfrozen) / max(self.base, 1)
 
     @property
-    def outgrown(self) -> list[Row]:
+    def oversized(self) -> list[SummaryRow]:
         """Adapters with more parameters than the weight that they adapt."""
         return [row for row in self.rows if row.adapter > row.weight]
 
@@ -70,12 +70,12 @@ class Summary:
         return asdict(self) | dict(share=self.share)
 
     def __str__(self):
-        left = ', '.join(f'{n} {kind}' for kind, n in sorted(self.left.items())) or 'none'
+        skipped = ', '.join(f'{n} {kind}' for kind, n in sorted(self.skipped.items())) or 'none'
         methods = Counter(row.method for row in self.rows)
         lines = [
             f'adapted in {self.module or "the model"}: {len(self.rows)} weights or places'
             + ''.join(f'\n  {n} x {method}' for method, n in methods.most_common()),
-            f'left as they are: {left}',
+            f'skipped: {skipped}',
             f'adapters {self.adapters:,} + unfrozen {self.unfrozen:,} '
             f'= {self.share:.2%} of the {self.base:,} parameters there',
             f'trainable outside (neck, heads): {self.outside:,}',
@@ -92,52 +92,49 @@ def summary(model: nn.Module) -> Summary:
     Returns:
         One row a weight, and totals.
     """
-    path = next((record.targets.module for record in getattr(model, 'peft', [])), '')
-    root = model.get_submodule(path)
-    prefix = f'{path}.' if path else ''
+    modules = {record.module: None for record in getattr(model, 'peft', [])} or {'': None}
+    modules = [path for path in modules if not is_below(path, modules.keys() - {path})]
+    roots = [model.get_submodule(path) for path in modules]
     rows, counted = [], set()
-    for attachment in attachments(root):
-        for adapter in attachment.adapters:
-            if id(adapter) in counted:
-                continue
-            own = [p for p in adapter.parameters() if id(p) not in counted]
-            counted.update(id(p) for p in [adapter, *own])
+    for site in attached(model):
+        if id(site.adapter) not in counted:
+            own = [p for p in site.adapter.parameters() if id(p) not in counted]
+            counted.update(id(p) for p in [site.adapter, *own])
+            size = sum(p.numel() for p in own)
             rows.append(
-                Row(
-                    prefix + attachment.name,
-                    _kind(adapter.spec),
-                    tuple(adapter.spec.shape),
-                    str(adapter.method),
-                    adapter.spec.numel,
-                    sum(p.numel() for p in own),
+                SummaryRow(
+                    site.name,
+                    _kind(site.spec),
+                    tuple(site.spec.shape),
+                    str(site.method),
+                    site.spec.numel,
+                    size,
                 )
             )
-    of_adapters = {id(p) for p in adapter_parameters(root)}
-    own = [p for p in root.parameters() if id(p) not in of_adapters]
-    inside = {id(p) for p in root.parameters()}
+    inside = {id(p): p for root in roots for p in root.parameters()}
+    own = [p for key, p in inside.items() if key not in counted]
+    outside = [p for p in model.parameters() if id(p) not in inside]
     return Summary(
         rows=rows,
-        module=path,
+        module=' and '.join(modules),
         base=sum(p.numel() for p in own),
         adapters=sum(row.adapter for row in rows),
         unfrozen=sum(p.numel() for p in own if p.requires_grad),
-        outside=sum(
-            p.numel() for p in model.parameters() if p.requires_grad and id(p) not in inside
-        ),
-        left=_left(root),
+        outside=sum(p.numel() for p in outside if p.requires_grad),
+        skipped=sum(map(_skipped, roots), Counter()),
     )
 
 
-def _left(root):
-    touched = [path for path, layer in layers(root) if adapters_of(layer, '')]
-    left = Counter()
-    for path, layer in layers(root):
-        if any(path == t or path.startswith(f'{t}.') for t in touched):
-            continue
-        for tensor, spec in weights_of(layer):
-            if not spec.is_bias and not adapters_of(layer, tensor):
-                left[_kind(spec)] += 1
-    return dict(left)
+def _skipped(root) -> Counter:
+    adapted = [path for path, layer in layers(root) if adapters_of(layer, '')]
+    adapted += newly_initialized(root)
+    return Counter(
+        _kind(spec)
+        for path, layer in layers(root)
+        if not is_below(path, adapted)
+        for tensor, spec in weights_of(layer)
+        if not spec.is_bias and not adapters_of(layer, tensor)
+    )
 
 
 def _kind(spec):

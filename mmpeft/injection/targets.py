@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationMethod, Method
@@ -14,7 +13,8 @@ from mmpeft.methods.spec import KINDS, POINT_DESCRIPTIONS, POINT_KINDS, Insertio
 from mmpeft.registry import METHODS
 
 from .insertion_points import insertion_points
-from .weights import layers, original_of, weights_of
+from .site import Site
+from .weights import is_below, join, layers, newly_initialized, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,38 +82,6 @@ class Targets:
         return cls(**(config or {}))
 
 
-@dataclass
-class Site:
-    """One weight, or place in the network, to adapt.
-
-    Attributes:
-        name: Path of the weight or place in the model.
-        module: The layer.
-        tensor: The weight's name in the layer; '' for a place.
-        spec: The role.
-        method: The method with the arguments that hold for it.
-    """
-
-    name: str
-    module: nn.Module
-    tensor: str
-    spec: WeightSpec | InsertionPoint
-    method: Method
-
-    @property
-    def identity(self) -> int:
-        """Equal for sites that share one weight, and so one adapter."""
-        return id(original_of(self.module, self.tensor) if self.tensor else self.module)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as it is now; at a place an empty tensor of its dtype and device."""
-        if self.tensor:
-            return getattr(self.module, self.tensor)
-        like = next(iter(self.module.parameters()), torch.empty(0))
-        return torch.empty(0, dtype=like.dtype, device=like.device)
-
-
 def target_module(model: nn.Module, path: str) -> nn.Module:
     """The sub-module at a path.
 
@@ -138,11 +106,11 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
             defined on, or an override is no argument of the method.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
-    prefix = f'{targets.module}.' if targets.module else ''
-    sites, paths, seen = [], [], set()
     root = target_module(model, targets.module)
-    for name, layer, tensor, spec in candidates(root, method):
-        paths.append(name)
+    sites, names, seen = [], [], set()
+    for path, layer, tensor, spec in candidates(root, method):
+        name = join(path, tensor)
+        names.append(name)
         if kinds is not None and not spec.kinds.intersection(kinds):
             continue
         if spec.kinds.intersection(targets.exclude_kinds):
@@ -153,17 +121,17 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
         if _matches(targets.exclude, name):
             continue
         chosen = _overridden(method, targets.overrides, name)
-        sites.append(Site(prefix + name, layer, tensor, spec, chosen))
+        sites.append(Site(join(targets.module, path), layer, tensor, spec, chosen))
     for pattern in _patterns(targets):
         if pattern not in seen:
             raise UsageError(
                 f'targets: the pattern {pattern!r} matches no weight or place of kind '
-                f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, paths)}'
+                f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, names)}'
             )
     if not sites and method.adapts:
         raise UsageError(
             f'targets: nothing below {targets.module or "the model"!r} is left for '
-            f'{type(method).__name__} to adapt. It holds {len(paths)} weights or places that the '
+            f'{type(method).__name__} to adapt. It holds {len(names)} weights or places that the '
             f'method is defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
             f'include={targets.include}, exclude={targets.exclude} leave none.'
         )
@@ -173,24 +141,25 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
 def candidates(
     root: nn.Module, method: Method
 ) -> Iterator[tuple[str, nn.Module, str, WeightSpec | InsertionPoint]]:
-    """All that a method could adapt below a module.
+    """All that a method could adapt below a module, without what is newly initialized there.
 
     Yields:
-        Path, layer, name of the tensor in the layer ('' for activations), and its role.
+        Path of the layer, the layer, name of the weight in it ('' for activations), and its role.
 
     Raises:
         UsageError: The method acts on activations, and there is no insertion point for it.
     """
+    new = newly_initialized(root)
     if not isinstance(method, ActivationMethod):
         for path, layer in layers(root):
             for tensor, spec in weights_of(layer):
-                if method.accepts(spec):
-                    yield f'{path}.{tensor}' if path else tensor, layer, tensor, spec
+                if method.accepts(spec) and not is_below(join(path, tensor), new):
+                    yield path, layer, tensor, spec
         return
     points = {
         path: point
         for path, _, point in insertion_points(root, method.kinds)
-        if method.accepts(point)
+        if method.accepts(point) and not is_below(path, new)
     }
     if not points:
         raise UsageError(_no_insertion_point(root, method))

@@ -1,10 +1,11 @@
 """What a weight is: its role in its layer, told from the layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmpeft.errors import UsageError
 from mmpeft.methods.spec import WeightSpec
 
 # The children of a layer that adapters live in.
@@ -21,11 +22,42 @@ def plain_key(key: str) -> str:
     return path + rest.removesuffix(ORIGINAL)
 
 
+def join(*paths: str) -> str:
+    """Paths one below the other; '' is the root."""
+    return '.'.join(path for path in paths if path)
+
+
+def is_below(path: str, tops: Iterable[str]) -> bool:
+    """Whether a path is one of others, or below one of them."""
+    return any(not top or path == top or path.startswith(f'{top}.') for top in tops)
+
+
 def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules below a module with their paths, without the adapters in them."""
     for path, layer in module.named_modules():
         if not {PARAMETRIZATIONS, ADAPTERS}.intersection(path.split('.')):
             yield path, layer
+
+
+def newly_initialized(module: nn.Module) -> list[str]:
+    """Paths below a module of what its pretrained weights do not have.
+
+    A backbone lists the names of such children of its own in an attribute
+    ``newly_initialized``, for example norms that it adds to its outputs.
+
+    Raises:
+        UsageError: It lists a name that is no child or parameter.
+    """
+    found = []
+    for path, layer in layers(module):
+        for name in getattr(layer, 'newly_initialized', ()):
+            if not hasattr(layer, name):
+                raise UsageError(
+                    f'{type(layer).__name__}.newly_initialized names {name!r}, which it does not '
+                    'have. List the names of its children that pretrained weights do not have.'
+                )
+            found.append(join(path, name))
+    return found
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:

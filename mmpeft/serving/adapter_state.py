@@ -1,4 +1,4 @@
-"""What one adapted model has apart from its base, and its exchange for what the base has."""
+"""What one adapted model holds besides its base, and how it is swapped with what the base holds."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,28 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.checkpoint.keys import adapter_keys, frozen_keys
-from mmpeft.injection.reattach import Piece, moved_to
+from mmpeft.injection.attach import moved_to
+from mmpeft.injection.freeze import Injection
+from mmpeft.injection.site import Site
 from mmpeft.injection.weights import plain_key
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterState:
     """All in which an adapted model differs from its base.
 
     Attributes:
-        pieces: The adapters.
+        sites: Where the adapters belong, with the adapters.
         records: What is ``model.peft`` while they are in use.
         tensors: What was trained beside them (heads, unfrozen parameters) and
             the buffers outside the target, by their names in the plain model.
-            While the part is in use, the base's own stand here.
+            While the adapter is in use, those of the base are kept here.
     """
 
-    pieces: list[Piece]
-    records: list
+    sites: list[Site]
+    records: list[Injection]
     tensors: dict[str, Tensor]
 
 
-def copies(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clone_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New tensors for all that an adapted model holds for itself beside its adapters.
 
     Args:
@@ -50,14 +52,14 @@ def copies(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def exchange(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors in their places in a plain model, and what was there in the dict."""
-    for key, held, name in places(model):
+def swap_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Swap tensors of a plain model, by name, with those in a dict."""
+    for key, held, name in named_slots(model):
         if key in tensors:
             held[name], tensors[key] = moved_to(tensors[key], held[name]), held[name]
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
+def named_slots(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
     """All parameters and buffers of a plain model.
 
     Yields:

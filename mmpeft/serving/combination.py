@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.execution import AUTO
-from mmpeft.injection.inject import Injection
-from mmpeft.injection.reattach import Piece
-from mmpeft.injection.weights import original_of
+from mmpeft.injection.freeze import Injection
+from mmpeft.injection.site import Site
 from mmpeft.methods import Adapter, Method, WeightAdapter
 from mmpeft.methods.base import Factors
 from mmpeft.methods.spec import WeightSpec
@@ -31,7 +30,7 @@ class Combination(Method):
     chains: tuple[tuple[Method, ...], ...]
 
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
-        """Nothing: the parts' own factors are taken, see :func:`combined_pieces`."""
+        """Nothing: the parts' own factors are taken, see :func:`combined_sites`."""
         return {}
 
     def apply(self, weight, factors, spec, training=False):
@@ -78,11 +77,11 @@ def normal_weights(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
-def combined_pieces(parts: Mapping, weights: Mapping[str, float]) -> list[Piece]:
+def combined_sites(parts: Mapping, weights: Mapping[str, float]) -> list[Site]:
     """The adapters of a combination; their tensors are those of the parts, and do not train.
 
     Args:
-        parts: Of :class:`~mmpeft.serving.adapter_state.Part`, none of them in use.
+        parts: Of :class:`~mmpeft.serving.adapter_state.AdapterState`, none of them in use.
         weights: By the same names.
 
     Raises:
@@ -92,19 +91,19 @@ def combined_pieces(parts: Mapping, weights: Mapping[str, float]) -> list[Piece]
     acting = _acting(parts, weights)
     chains = {}
     for name, part in parts.items():
-        for piece in part.pieces:
+        for piece in part.sites:
             if piece.tensor:
                 place = chains.setdefault((id(piece.layer), piece.tensor), {})
                 place.setdefault(name, []).append(piece)
     made, held, result = {}, {}, []
     for place in chains.values():
         first = next(iter(place.values()))[0]
-        original = original_of(first.layer, first.tensor)
+        original = first.original
         adapters = [(name, tuple(p.adapter for p in chain)) for name, chain in place.items()]
         key = (id(original), *((name, *map(id, chain)) for name, chain in adapters))
         if key not in made:
             made[key] = _combined(original, adapters, weights, held)
-        result.append(Piece(first.layer, first.tensor, made[key], AUTO))
+        result.append(replace(first, adapter=made[key], method=made[key].method, execution=AUTO))
     return result + acting
 
 
@@ -119,7 +118,7 @@ def combined_tensors(
     """What a combination holds beside its adapters.
 
     Args:
-        parts: Of :class:`~mmpeft.serving.adapter_state.Part`, none of them in use.
+        parts: Of :class:`~mmpeft.serving.adapter_state.AdapterState`, none of them in use.
         weights: By the same names.
         base: Tensors of the plain base by name.
         heads: The part whose tensors outside all targets are taken; None to
@@ -128,7 +127,7 @@ def combined_tensors(
     Returns:
         New tensors by name in the plain model.
     """
-    targets = {record.targets.module for part in parts.values() for record in part.records}
+    targets = {record.module for part in parts.values() for record in part.records}
     inside = tuple(f'{path}.' if path else '' for path in targets)
     made, result = {}, {}
     for key in dict.fromkeys(key for part in parts.values() for key in part.tensors):
@@ -149,15 +148,15 @@ def combined_tensors(
 
 
 def _acting(parts, weights):
-    acting = [name for name, part in parts.items() if any(not p.tensor for p in part.pieces)]
+    acting = [name for name, part in parts.items() if any(not p.tensor for p in part.sites)]
     if len(acting) > 1 or any(weights[name] != 1 for name in acting):
-        kinds = {type(p.adapter.method).__name__ for n in acting for p in parts[n].pieces}
+        kinds = {type(p.adapter.method).__name__ for n in acting for p in parts[n].sites}
         raise UsageError(
             f'{" and ".join(map(repr, acting))} ({", ".join(sorted(kinds))}) act on activations, '
             'and no sum of their functions is one of weights. A combination takes at most one '
             'such adapter, with the weight 1.'
         )
-    return [piece for name in acting for piece in parts[name].pieces if not piece.tensor]
+    return [piece for name in acting for piece in parts[name].sites if not piece.tensor]
 
 
 def _combined(original: Tensor, adapters, weights, held) -> Adapter:

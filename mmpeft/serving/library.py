@@ -9,15 +9,17 @@ from torch import nn
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
 from mmpeft.errors import UsageError, near
+from mmpeft.injection.attach import attach, detach, detachable
+from mmpeft.injection.freeze import freeze_again, release
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
-from mmpeft.injection.reattach import freeze, pieces, put_on, release, speed_up, take_off
+from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
 
-from .adapter_state import Part, copies, exchange, places
+from .adapter_state import AdapterState, clone_state, named_slots, swap_tensors
 from .combination import (
-    combined_pieces,
     combined_records,
+    combined_sites,
     combined_tensors,
     normal_weights,
 )
@@ -61,7 +63,7 @@ class AdapterLibrary:
             )
         self.model = model
         self.current = None
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, AdapterState] = {}
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +102,7 @@ class AdapterLibrary:
             state = fill_frozen(self.model, state)
             own = {key: state[key] for key in adapter_keys(self.model)}
             self.model.load_state_dict(own, strict=False)
-            return copies(self.model, state)
+            return clone_state(self.model, state)
 
         self._add(name, prepare)
 
@@ -120,7 +122,7 @@ class AdapterLibrary:
 
         def prepare():
             results.append(inject(self.model, method, targets, unfreeze))
-            return copies(self.model, self.model.state_dict())
+            return clone_state(self.model, self.model.state_dict())
 
         self._add(name, prepare)
         return results[0]
@@ -143,13 +145,11 @@ class AdapterLibrary:
         if name == self.current:
             return self.model
         if self.current is not None:
-            self._take_off(self._parts[self.current])
+            self._detach(self._parts[self.current])
         if part is not None:
-            exchange(self.model, part.tensors)
-            freeze(self.model, part.records)
-            put_on(part.pieces)
-            speed_up(self.model, part.records)
-            self.model.peft = part.records
+            swap_tensors(self.model, part.tensors)
+            freeze_again(self.model, part.records)
+            attach(part.sites)
         self.current = name
         return self.model
 
@@ -182,9 +182,9 @@ class AdapterLibrary:
                 f'{near(str(heads), chosen)}'
             )
         with self._bare():
-            base = {key: held[place] for key, held, place in places(self.model)}
-            self._parts[name] = Part(
-                combined_pieces(chosen, weights),
+            base = {key: held[place] for key, held, place in named_slots(self.model)}
+            self._parts[name] = AdapterState(
+                combined_sites(chosen, weights),
                 combined_records(chosen),
                 combined_tensors(chosen, weights, base, heads),
             )
@@ -249,13 +249,13 @@ class AdapterLibrary:
         with self._bare():
             try:
                 tensors = prepare()
-                part = Part(pieces(self.model), self.model.peft, tensors)
+                part = AdapterState(attached(self.model), self.model.peft, tensors)
             finally:
-                take_off(self.model)
-                release(self.model, self.model.__dict__.pop('peft', []))
+                detach(detachable(self.model))
+                release(self.model)
             self._parts[name] = part
 
-    def _take_off(self, part):
-        take_off(self.model)
-        release(self.model, self.model.__dict__.pop('peft'))
-        exchange(self.model, part.tensors)
+    def _detach(self, part):
+        detach(detachable(self.model))
+        release(self.model)
+        swap_tensors(self.model, part.tensors)

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim import Optimizer
 
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from mmpeft.methods import Allocator
 
 

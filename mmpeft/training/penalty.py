@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 
 
 def penalty(model: nn.Module) -> Tensor | None:

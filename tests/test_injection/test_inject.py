@@ -58,7 +58,7 @@ def test_the_summary_says_what_was_adapted_and_what_was_left():
     )
     assert adapted(model) == ['backbone.0.pw', 'backbone.0.out', 'backbone.1.pw', 'backbone.1.out']
     assert [row.name for row in summary.rows] == [f'{name}.weight' for name in adapted(model)]
-    assert summary.left == {'depthwise': 2, 'norm': 2}
+    assert summary.skipped == {'depthwise': 2, 'norm': 2}
     assert summary.outside == 27
     own = sum(p.numel() for p in Net().backbone.parameters())
     assert summary.base == own

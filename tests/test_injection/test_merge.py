@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
 from mmpeft.injection.merge import MERGED
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.methods import ActivationMethod
 from tests.cases import KINDS, LAYERS, METHODS, randomize
 from tests.networks import Net, Tied, assert_same, snapshot
@@ -124,7 +124,7 @@ def test_the_order_of_parameters_is_that_of_the_base(model):
 def test_converting_while_merged(model, dtype):
     base = mmpeft.remove(copy.deepcopy(model)).to(dtype)
     mmpeft.merge(model, reversible=True)
-    kept = [piece.adapter for piece in model.__dict__[MERGED].pieces]
+    kept = [site.adapter for site in model.__dict__[MERGED].sites]
     adapters = [id(p) for adapter in kept for p in adapter.parameters()]
     mmpeft.unmerge(model.to(dtype))
     assert adapters == [id(p) for p in adapter_parameters(model)]

@@ -11,7 +11,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from mmpeft.interop.peft_folder import load_peft, read_peft, save_peft
 from mmpeft.interop.peft_format import Names, from_peft, to_peft
 from tests.cases import randomize

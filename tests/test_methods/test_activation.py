@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapters_of, attachments, named_adapters
 from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.site import adapters_of, attached, named_adapters
 from mmpeft.methods import ActivationAdapter
 from mmpeft.methods.activation.parallel import factor_shapes
 from mmpeft.methods.activation.prompts import ring_numbers
@@ -77,8 +77,8 @@ def channels_last(x, axis):
     return np.moveaxis(x.detach().numpy(), axis, -1)
 
 
-def factors_of(attachment):
-    return {k: v.detach().numpy() for k, v in attachment.adapters[0].factors.items()}
+def factors_of(site):
+    return {k: v.detach().numpy() for k, v in site.adapter.factors.items()}
 
 
 # Houlsby, Pfeiffer
@@ -89,10 +89,10 @@ def factors_of(attachment):
 def test_a_bottleneck_behind_each_branch(name, activation):
     method = dict(type='HoulsbyAdapter', rank=3, activation=activation)
     plain, model, x = adapted(name, method)
-    calls = {at.path: recorded(at.layer) for at in attachments(model)}
+    calls = {at.path: recorded(at.layer) for at in attached(model)}
     model(x)
-    for at in attachments(model):
-        (given, returned), f, axis = calls[at.path][0], factors_of(at), at.adapters[0].spec.axis
+    for at in attached(model):
+        (given, returned), f, axis = calls[at.path][0], factors_of(at), at.adapter.spec.axis
         before = plain.get_submodule(at.path)(given)
         y = channels_last(before[0] if isinstance(before, tuple) else before, axis)
         inner = ACTIVATIONS[activation](y @ f['down'].T + f['down_bias'])
@@ -111,7 +111,7 @@ def test_a_bottleneck_behind_each_branch(name, activation):
 def test_where_bottlenecks_stand(name, houlsby, pfeiffer):
     for method, expected in (('HoulsbyAdapter', houlsby), ('PfeifferAdapter', pfeiffer)):
         _, model, _ = adapted(name, dict(type=method, rank=2))
-        assert [at.path.removeprefix('0.') for at in attachments(model)] == expected
+        assert [at.path.removeprefix('0.') for at in attached(model)] == expected
 
 
 @pytest.mark.parametrize('rank', [1, 8])
@@ -138,7 +138,7 @@ def test_a_budget_gives_the_largest_rank():
 def test_a_bottleneck_starts_uniform_below_and_at_zero_elsewhere():
     model = nn.Sequential(nn.Linear(400, 800), nn.GELU(), nn.Linear(800, 400))
     mmpeft.inject(model, dict(type='PfeifferAdapter', rank=50))
-    factors = next(attachments(model)).adapters[0].factors
+    factors = attached(model)[0].adapter.factors
     bound = 400**-0.5
     assert 0.99 * bound < factors['down'].abs().max() <= bound
     assert abs(factors['down'].std() / bound * 3**0.5 - 1) < 0.02
@@ -241,7 +241,7 @@ def test_a_parallel_adapter_on_convolutions_by_definition(name, activation):
     before = model(x).detach().numpy()
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=2, activation=activation, scale=1.5))
     randomize(model)
-    f, groups, size = factors_of(next(attachments(model))), layer.groups, before.shape[2:]
+    f, groups, size = factors_of(attached(model)[0]), layer.groups, before.shape[2:]
     mixes = np.split(f['down' if layer.transposed else 'up'], groups)
 
     def mixed(x):
@@ -263,18 +263,18 @@ def test_a_parallel_adapter_on_a_linear_layer():
     before = model(x).detach().numpy()
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=2, scale=0.3))
     randomize(model)
-    f = factors_of(next(attachments(model)))
+    f = factors_of(attached(model)[0])
     close(model(x).detach(), before + 0.3 * np.maximum(x.numpy() @ f['down'].T, 0) @ f['up'].T)
 
 
 @pytest.mark.parametrize('name', ['vit', 'convnext', 'swin'])
 def test_a_scaled_parallel_adapter_is_beside_the_whole_mlp(name):
     plain, model, x = adapted(name, dict(type='ScaledParallelAdapter', rank=3))
-    calls = {at.path: recorded(at.layer) for at in attachments(model)}
+    calls = {at.path: recorded(at.layer) for at in attached(model)}
     model(x)
     assert [path.removeprefix('0.') for path in calls] == ['1.mlp', '2.mlp']
-    for at in attachments(model):
-        (given, returned), f, axis = calls[at.path][0], factors_of(at), at.adapters[0].spec.axis
+    for at in attached(model):
+        (given, returned), f, axis = calls[at.path][0], factors_of(at), at.adapter.spec.axis
         y = channels_last(plain.get_submodule(at.path)(given), axis)
         inner = np.maximum(channels_last(given, axis) @ f['down'].T, 0)
         close(channels_last(returned, axis), y + 4 * inner @ f['up'].T)
@@ -312,7 +312,7 @@ def test_a_parallel_adapter_starts_as_a_layer_does(name):
     ((_, _, place),) = insertion_points(model, ['layer'])
     down, up = factor_shapes(place, 3)
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=3))
-    factors = next(attachments(model)).adapters[0].factors
+    factors = attached(model)[0].adapter.factors
     bound = math.prod(down[1:]) ** -0.5
     assert factors['down'].shape == down and factors['up'].shape == up
     assert 0.5 * bound < factors['down'].abs().max() <= bound and not factors['up'].any()
@@ -336,7 +336,7 @@ def through(model, x, prompts, deep):
 @pytest.mark.parametrize('deep', [False, True])
 def test_vpt_appends_prompts_and_hides_them(deep):
     plain, model, x = adapted('vit', dict(type='VPT', tokens=3, deep=deep))
-    prompts = [at.adapters[0].prompts for at in attachments(model)]
+    prompts = [at.adapter.prompts for at in attached(model)]
     assert len(prompts) == 2 and (prompts[0] is prompts[1]) is not deep
     expected = through(plain, x, prompts, deep)
     assert model(x).shape == plain(x).shape
@@ -469,8 +469,8 @@ def test_vpt_replaces_the_zeros_of_a_padding(convolution):
     middle = model.conv1(x).detach().numpy()
     mmpeft.inject(model, dict(type='VPT'))
     randomize(model)
-    (at,) = attachments(model)
-    pads = [before for before, _ in at.adapters[0].spec.window.padding]
+    (at,) = attached(model)
+    pads = [before for before, _ in at.adapter.spec.window.padding]
     rings = factors_of(at)['prompts']
     assert at.path == 'conv2' and rings.shape == (4, max(pads))
     framed = np.zeros((2, 4, 6 + 2 * pads[0], 9 + 2 * pads[1]))

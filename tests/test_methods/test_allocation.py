@@ -11,7 +11,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods.adalora import AdaLoRA, importance, smoothed, triplets_at
 from mmpeft.methods.allocator import best, span

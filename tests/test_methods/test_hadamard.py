@@ -10,7 +10,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.site import adapters_of
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods.loha import LoHa
 from mmpeft.methods.lokr import LoKr, split

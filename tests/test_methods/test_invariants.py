@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.methods import ActivationMethod, Adapter, Method
 from tests.cases import BLOCKS, KINDS, LAYERS, METHODS, NO_IDENTITY, NO_PLACE, randomize
 

@@ -19,7 +19,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 import mmpeft
-from mmpeft.injection.attach import adapters_of
+from mmpeft.injection.site import adapters_of
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods.pissa import PiSSA
 from tests.cases import SelfAttention, randomize

@@ -7,7 +7,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters, adapters_of, named_adapters
+from mmpeft.injection.site import adapter_parameters, adapters_of, named_adapters
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods import decomposition
 from mmpeft.methods.mpc import mpc_d

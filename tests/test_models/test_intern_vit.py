@@ -14,7 +14,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import MissingFileError, UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.models.intern_vit import ARCHITECTURES, InternViT
 from mmpeft.models.intern_vit_weights import official_name, to_transformers
 

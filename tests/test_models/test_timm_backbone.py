@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.models import TimmBackbone
 

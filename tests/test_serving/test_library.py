@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.methods import Adapter
 from tests.cases import BLOCKS, randomize
 from tests.networks import Block, Tied, assert_same, snapshot

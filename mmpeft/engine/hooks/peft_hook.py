@@ -24,8 +24,8 @@ from mmpeft.engine.hooks.monitors.gradients import GradientWatch
 from mmpeft.engine.hooks.monitors.movement import MotionWatch
 from mmpeft.engine.hooks.monitors.ranks import RankAgreement
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
 from mmpeft.injection.inject import inject
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.targets import Targets
 from mmpeft.registry import HOOKS, METHODS
 from mmpeft.training.allocation import allocate

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 
 from mmpeft.engine.launch import build_runner
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from tests.toy import by_iterations, toy_config
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmpeft
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 from tests.toy import by_iterations, same, scores, state_of, toy_runner, weights
 
 METHODS = dict(

@@ -13,7 +13,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import adapter_parameters
+from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.weights import plain_key
 from mmpeft.methods import ActivationMethod, Adapter
 from mmpeft.methods.flora import FLoRA

@@ -14,8 +14,8 @@ from torch import nan, nn
 from mmpeft.engine.hooks.monitors import frozen as frozen_watch
 from mmpeft.engine.hooks.monitors.origin import Origin
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
-from mmpeft.injection.freeze import unfreeze_statistics
+from mmpeft.injection.freeze import release_statistics
+from mmpeft.injection.site import named_adapters
 from tests.cases import METHODS
 from tests.toy import LOW_PRECISION, by_iterations, toy_runner
 
@@ -252,7 +252,7 @@ def test_a_mask_may_be_infinite(tmp_path):
 
 
 def thaw_statistics(now):
-    unfreeze_statistics(now.model)
+    release_statistics(now.model)
 
 
 def test_statistics_that_move_are_named(tmp_path):

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import named_adapters
+from mmpeft.injection.site import named_adapters
 
 from .monitor import bare, some
 

@@ -1,0 +1,150 @@
+"""Where an adapter is: a weight or a module of a model, and what is attached to it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft import execution
+from mmpeft.errors import UsageError, near
+from mmpeft.methods import ActivationAdapter, Adapter, Method
+from mmpeft.methods.spec import InsertionPoint, WeightSpec
+
+from .weights import ADAPTERS, PARAMETRIZATIONS, join, layers, original_of, weights_of
+
+
+@dataclass(eq=False)
+class Site:
+    """A weight or module that is adapted by one method, or is about to be.
+
+    Attributes:
+        path: Path of the layer in the model.
+        layer: The layer.
+        tensor: Name of the weight in the layer; '' for its activations.
+        spec: The role of the weight, or the insertion point.
+        method: The method with the arguments that hold here.
+        adapter: None until there is one.
+        execution: How the layer computes, one of ``execution.CHOICES``.
+    """
+
+    path: str
+    layer: nn.Module
+    tensor: str
+    spec: WeightSpec | InsertionPoint
+    method: Method
+    adapter: Adapter | None = None
+    execution: str = execution.AUTO
+
+    @property
+    def name(self) -> str:
+        """Path of the weight or module in the model without adapters."""
+        return join(self.path, self.tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now; for activations an empty tensor of the layer's dtype."""
+        if self.tensor:
+            return getattr(self.layer, self.tensor)
+        like = next(iter(self.layer.parameters()), torch.empty(0))
+        return torch.empty(0, dtype=like.dtype, device=like.device)
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The stored weight behind all adapters."""
+        return original_of(self.layer, self.tensor)
+
+    @property
+    def tie_key(self) -> int:
+        """Equal for sites of one tied weight, which share an adapter."""
+        return id(self.original if self.tensor else self.layer)
+
+
+def attached(model: nn.Module) -> list[Site]:
+    """One site for each adapter and each weight or module that it is attached to.
+
+    Returns:
+        In the model's order. Attaching them again in this order gives the same
+        names, and the same order of adapters on each weight or module.
+    """
+    found = []
+    for path, layer in layers(model):
+        for tensor in (*getattr(layer, PARAMETRIZATIONS, {}), ''):
+            for adapter in adapters_of(layer, tensor):
+                way = execution.execution_of(layer)
+                site = Site(path, layer, tensor, adapter.spec, adapter.method, adapter, way)
+                found.append(site)
+    return sorted(found, key=_index)
+
+
+def sites_at(
+    model: nn.Module, entries: Iterable[tuple[str, str, Method, InsertionPoint | None]]
+) -> list[Site]:
+    """Sites by their paths, without a search.
+
+    Args:
+        model: With or without adapters.
+        entries: Path of the layer, name of the weight in it ('' for its activations), method, and
+            the insertion point (None for a weight, whose role the layer tells).
+
+    Returns:
+        Sites without adapters, in the order of the entries.
+
+    Raises:
+        UsageError: There is no such layer or weight, or the method is not defined on it.
+    """
+    found, sites = dict(layers(model)), []
+    for path, tensor, method, spec in entries:
+        if path not in found:
+            raise UsageError(f'The model has no module {path!r} to adapt. {near(path, found)}')
+        layer = found[path]
+        if tensor:
+            own = dict(weights_of(layer))
+            if tensor not in own:
+                raise UsageError(
+                    f'The module {path!r} has no weight {tensor!r} to adapt. {near(tensor, own)}'
+                )
+            spec = own[tensor]
+        if not method.accepts(spec):
+            raise UsageError(
+                f'{type(method).__name__} is not defined on {path!r}: shape {tuple(spec.shape)}, '
+                f'kind {"/".join(sorted(spec.kinds))}.'
+            )
+        sites.append(Site(path, layer, tensor, spec, method))
+    return sites
+
+
+def adapters_of(layer: nn.Module, tensor: str) -> list[Adapter]:
+    """The adapters on a layer's weight, or on its activations if ``tensor`` is ''."""
+    if tensor:
+        chain = getattr(layer, PARAMETRIZATIONS, {})
+        return [p for p in chain[tensor] if isinstance(p, Adapter)] if tensor in chain else []
+    hooks = layer._forward_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, ActivationAdapter)]
+
+
+def named_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """All adapters of a model, each once, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapter)}
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of all adapters of a model, each once."""
+    adapters = named_adapters(model).values()
+    held = {id(p): p for adapter in adapters for p in adapter.parameters(recurse=False)}
+    return iter(held.values())
+
+
+def holder_of(layer: nn.Module) -> nn.Module:
+    """The module whose child an adapter of activations becomes.
+
+    An ``nn.Sequential`` runs all its children, so its last child holds the adapter.
+    """
+    while isinstance(layer, nn.Sequential):
+        layer = layer[-1]
+    return layer
+
+
+def _index(site):
+    """Position among the adapters of activations that one module holds for several."""
+    return 0 if site.tensor else list(getattr(holder_of(site.layer), ADAPTERS)).index(site.adapter)
