@@ -34,12 +34,14 @@ def attach_sites(
     Returns:
         The sites with their adapters.
     """
-    made = [replace(site, execution=execution) for site in make_adapters(sites, empty)]
+    made = make_adapters(sites, empty, execution)
     attach(made)
     return made
 
 
-def make_adapters(sites: Sequence[Site], empty: bool = False) -> list[Site]:
+def make_adapters(
+    sites: Sequence[Site], empty: bool = False, execution: str = execution.AUTO
+) -> list[Site]:
     """Make adapters for sites; nothing is attached yet.
 
     Tied weights share one adapter. Adapters of equal methods share the factors
@@ -48,6 +50,7 @@ def make_adapters(sites: Sequence[Site], empty: bool = False) -> list[Site]:
     Args:
         sites: Without adapters.
         empty: As in :func:`attach_sites`.
+        execution: As in :func:`attach_sites`.
 
     Returns:
         New sites with adapters.
@@ -62,7 +65,7 @@ def make_adapters(sites: Sequence[Site], empty: bool = False) -> list[Site]:
                 key = site.method, name, site.method.share_key(site.spec), own.dtype, own.device
                 setattr(adapter, name, shared.setdefault(key, own))
             adapters[site.tie_key] = adapter
-    return [replace(site, adapter=adapters[site.tie_key]) for site in sites]
+    return [replace(site, adapter=adapters[site.tie_key], execution=execution) for site in sites]
 
 
 def attach(sites: Iterable[Site]) -> None:

@@ -13,7 +13,7 @@ from mmpeft.registry import METHODS
 from .attach import attach, make_adapters
 from .freeze import freeze_target, plain_parameters
 from .ranks import settle_ranks
-from .summary import Summary, summary
+from .summary import Summary, summary, summary_rows
 from .targets import Targets, select, target_module
 from .weights import is_below, newly_initialized
 
@@ -56,17 +56,30 @@ def inject(
     if execution not in CHOICES:
         raise UsageError(f'execution={execution!r} is none of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
-    root = target_module(model, targets.module)
+    _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
     method = settle_ranks(method, sites, targets.max_share)
-    trained = _trained(root, unfreeze)
-    sites = make_adapters(sites, empty)
+    trained = _trained(target_module(model, targets.module), unfreeze)
+    sites = make_adapters(sites, empty, execution)
     record = freeze_target(model, method, targets.module, trained, execution)
     model.peft[-1] = replace(record, targets=targets, unfreeze=unfreeze)
-    attach(replace(site, execution=execution) for site in sites)
-    result = summary(model)
-    _warn_oversized(result)
-    return result
+    for site in sites:
+        site.adapter.injection = len(model.peft) - 1
+    attach(sites)
+    _warn_oversized(summary_rows(sites))
+    return summary(model)
+
+
+def _check_beside_earlier(model, method, module):
+    for record in getattr(model, 'peft', []):
+        whole = next((m for m in (record.method, method) if m.trains_base), None)
+        if whole and (is_below(module, [record.module]) or is_below(record.module, [module])):
+            raise UsageError(
+                f'{type(whole).__name__} trains all of its target, so it cannot be combined with '
+                f'{type(method if whole is record.method else record.method).__name__} on the '
+                f'same modules ({record.module!r} and {module!r}). To train some weights beside '
+                'adapters, name them in unfreeze.'
+            )
 
 
 def _trained(root, patterns):
@@ -81,17 +94,17 @@ def _trained(root, patterns):
     return tuple(dict.fromkeys(trained))
 
 
-def _warn_oversized(result):
-    oversized = result.oversized
-    if not oversized:
-        return
-    worst = max(oversized, key=lambda row: row.adapter / row.weight)
-    total = sum(row.adapter for row in oversized)
-    warnings.warn(
-        f'{len(oversized)} of {len(result.rows)} adapters have more parameters than the weight '
-        f'that they adapt, and hold {total / max(result.adapters, 1):.0%} of the budget. The worst '
-        f'is {worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
-        '(targets.overrides), cap it (targets.max_share=1.0), leave such layers out '
-        "(targets.exclude_kinds=('depthwise',)) or choose a leaner layout.",
-        stacklevel=3,
-    )
+def _warn_oversized(rows):
+    oversized = [row for row in rows if row.is_oversized]
+    if oversized:
+        worst = max(oversized, key=lambda row: row.adapter / row.weight)
+        part = sum(row.adapter for row in oversized) / sum(row.adapter for row in rows)
+        warnings.warn(
+            f'{len(oversized)} of {len(rows)} adapters have more parameters than the weight that '
+            f'they adapt, and hold {part:.0%} of all adapter parameters. The largest ratio is at '
+            f'{worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
+            '(targets.overrides), cap it (targets.max_share=1.0), exclude such layers '
+            "(targets.exclude_kinds=('depthwise',)) or choose a smaller layout "
+            "(layout='channel').",
+            stacklevel=3,
+        )

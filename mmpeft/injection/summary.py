@@ -1,13 +1,14 @@
 """What was adapted, what was skipped, and what it costs in parameters."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
 from mmpeft.methods.spec import WeightSpec
 
-from .site import adapters_of, attached
+from .site import Site, adapter_parameters, adapters_of, attached
 from .weights import is_below, layers, newly_initialized, weights_of
 
 
@@ -31,6 +32,11 @@ class SummaryRow:
     method: str
     weight: int
     adapter: int
+
+    @property
+    def is_oversized(self) -> bool:
+        """Whether the adapter has more parameters than the weight."""
+        return self.adapter > self.weight
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Summary:
     @property
     def oversized(self) -> list[SummaryRow]:
         """Adapters with more parameters than the weight that they adapt."""
-        return [row for row in self.rows if row.adapter > row.weight]
+        return [row for row in self.rows if row.is_oversized]
 
     def to_dict(self) -> dict:
         """All figures, for JSON."""
@@ -95,24 +101,10 @@ def summary(model: nn.Module) -> Summary:
     modules = {record.module: None for record in getattr(model, 'peft', [])} or {'': None}
     modules = [path for path in modules if not is_below(path, modules.keys() - {path})]
     roots = [model.get_submodule(path) for path in modules]
-    rows, counted = [], set()
-    for site in attached(model):
-        if id(site.adapter) not in counted:
-            own = [p for p in site.adapter.parameters() if id(p) not in counted]
-            counted.update(id(p) for p in [site.adapter, *own])
-            size = sum(p.numel() for p in own)
-            rows.append(
-                SummaryRow(
-                    site.name,
-                    _kind(site.spec),
-                    tuple(site.spec.shape),
-                    str(site.method),
-                    site.spec.numel,
-                    size,
-                )
-            )
+    rows = summary_rows(attached(model))
     inside = {id(p): p for root in roots for p in root.parameters()}
-    own = [p for key, p in inside.items() if key not in counted]
+    of_adapters = {id(p) for p in adapter_parameters(model)}
+    own = [p for key, p in inside.items() if key not in of_adapters]
     outside = [p for p in model.parameters() if id(p) not in inside]
     return Summary(
         rows=rows,
@@ -123,6 +115,20 @@ def summary(model: nn.Module) -> Summary:
         outside=sum(p.numel() for p in outside if p.requires_grad),
         skipped=sum(map(_skipped, roots), Counter()),
     )
+
+
+def summary_rows(sites: Iterable[Site]) -> list[SummaryRow]:
+    """One row for each adapter of sites; tied weights have one."""
+    rows, counted = [], set()
+    for site in sites:
+        if id(site.adapter) not in counted:
+            own = {id(p): p.numel() for p in site.adapter.parameters() if id(p) not in counted}
+            counted.update(own, [id(site.adapter)])
+            kind, shape = _kind(site.spec), tuple(site.spec.shape)
+            size = sum(own.values())
+            row = SummaryRow(site.name, kind, shape, str(site.method), site.spec.numel, size)
+            rows.append(row)
+    return rows
 
 
 def _skipped(root) -> Counter:

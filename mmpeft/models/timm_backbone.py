@@ -18,8 +18,9 @@ class TimmBackbone(BaseModule):
     """A timm network that returns one feature map a level.
 
     As in the ConvNeXt recipes of mmdet and mmseg, every level ends in a
-    LayerNorm over its channels. The norms are new parameters ``norm<level>``;
-    the network keeps timm's own parameter names below ``model``.
+    LayerNorm over its channels. The norms ``norm<level>`` are newly initialized
+    and train under every method; the network keeps timm's own parameter names
+    below ``model``.
 
     Weights are loaded in :meth:`init_weights`, which a Runner calls before it
     trains, so that building a model to load a checkpoint fetches nothing.
@@ -79,6 +80,7 @@ class TimmBackbone(BaseModule):
         if with_cp:
             self.model.set_grad_checkpointing(True)
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
+        self.newly_initialized = tuple(f'norm{i}' for i in self.out_indices) if out_norm else ()
         if out_norm:
             channels = self.model.feature_info.channels()
             for level, width in zip(self.out_indices, channels, strict=True):
