@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
 from mmpeft.analysis.explain import explain
+from mmpeft.analysis.operations import Operations
 from mmpeft.models import InternViT
 
 ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)
@@ -73,7 +74,7 @@ def test_explanations():
 @pytest.mark.parametrize('way', ['merged', 'branch'])
 @pytest.mark.parametrize('method', ['LoRA', 'FLoRA'])
 @pytest.mark.parametrize('layer', [nn.Linear(96, 64), nn.Conv2d(48, 64, 3, padding=1)])
-def test_explained_operations_are_those_counted(layer, method, way, script):
+def test_explained_operations_are_those_counted(layer, method, way):
     """Against torch's own counting of what runs, but for the small products of the factors."""
     model = copy.deepcopy(layer)
     mmpeft.inject(model, dict(type=method, rank=4, **LAYOUT[method]), execution=way)
@@ -83,7 +84,7 @@ def test_explained_operations_are_those_counted(layer, method, way, script):
     counts = {}
     for name, network in dict(plain=layer.requires_grad_(False), adapted=model).items():
         one = x.clone().requires_grad_()
-        with script('benchmark', 'operations').Operations() as operations:
+        with Operations() as operations:
             network(one).sum().backward()
         counts[name] = operations.count
     assert counts['plain'] == 2 * row.floor

@@ -1,113 +1,95 @@
-"""Pictures of a run: bars of the step by phases, and lines over the ranks."""
+"""Pictures of runs: bars of the step by phases, and lines over ranks and sizes."""
 
 from pathlib import Path
 
-from figures import FLOOR
+import matplotlib
+import matplotlib.pyplot as plt
+from growth import by_rank, by_size, single
+from records import FLOOR, PHASES, by_workload, median
 
-PHASES = dict(forward='#4c78a8', backward='#9ecae9', optimizer='#d9d9d9')
+matplotlib.use('Agg')
+COLOURS = dict(zip(PHASES, ('#4c78a8', '#9ecae9', '#d9d9d9'), strict=True))
 
 
-def draw(data: dict, path: Path) -> list[Path]:
-    """Draw what a run has measured.
+def draw(runs, folder: Path) -> list[Path]:
+    """Draw what was measured.
 
     Args:
-        data: Of the run, summarized.
-        path: Of the bars; the lines, if there are several ranks, stand
-            beside it as ``<name>_ranks.png``.
+        runs: As ``records.read`` returns them.
+        folder: Gets train_step.png, train_step_ranks.png, train_step_sizes.png
+            and evaluation.png, those for which there are results.
 
     Returns:
-        The files written; none without matplotlib.
+        The files written.
     """
-    measured = {n: w for n, w in data['workloads'].items() if _is_measured(w)}
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return []
-    if not measured:
-        return []
-    matplotlib.use('Agg')
-    written = [_bars(measured, path)]
-    ranked = {n: w for n, w in measured.items() if len(w['ranks']) > 1}
-    if ranked:
-        written.append(_lines(ranked, path.with_name(f'{path.stem}_ranks{path.suffix}')))
+    folder.mkdir(parents=True, exist_ok=True)
+    training = by_workload(runs)
+    pictures = dict(
+        train_step=(bars, single(training).values()),
+        train_step_ranks=(lines, by_rank(training)),
+        train_step_sizes=(lines, by_size(training)),
+        evaluation=(bars, by_workload(runs, 'evaluate').values()),
+    )
+    written = []
+    for name, (paint, contents) in pictures.items():
+        if contents:
+            written.append(folder / f'{name}.png')
+            _draw(paint, list(contents), written[-1])
     return written
 
 
-def _is_measured(workload):
-    return bool(workload['entries'].get(FLOOR, {}).get('rounds'))
-
-
-def _figure(count, height):
-    import matplotlib.pyplot as plt
-
-    columns = min(count, 2)
-    rows = -(-count // columns)
+def _draw(paint, contents, path):
+    columns = min(len(contents), 2)
+    rows = -(-len(contents) // columns)
+    height = 3.6 if paint is lines else 1.2 + 0.24 * max(map(len, contents))
     figure, axes = plt.subplots(
         rows, columns, figsize=(6.4 * columns, height * rows), squeeze=False, layout='constrained'
     )
-    for unused in axes.flat[count:]:
-        unused.set_axis_off()
-    return figure, axes.flat
-
-
-def _save(figure, path):
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for ax in axes.flat[len(contents) :]:
+        ax.set_axis_off()
+    for ax, content in zip(axes.flat, contents, strict=False):
+        paint(ax, content)
+        ax.spines[['top', 'right']].set_visible(False)
+    if paint is bars and 'backward' in contents[0][FLOOR].rounds:
+        axes[0, 0].legend(fontsize=8, frameon=False, loc='upper right')
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return path
 
 
-def _bars(workloads, path):
-    most = max(len(workload['entries']) for workload in workloads.values())
-    figure, axes = _figure(len(workloads), 1.2 + 0.24 * most)
-    for ax, workload in zip(axes, workloads.values(), strict=False):
-        entries = {n: e for n, e in workload['entries'].items() if e['rounds']}
-        floor = entries[FLOOR]['seconds']['step']['median']
-        for row, entry in enumerate(entries.values()):
-            left = 0.0
-            scale = entry['ratios']['step']['median'] / entry['seconds']['step']['median']
-            for phase, colour in PHASES.items():
-                width = _phase_seconds(entry, phase) * scale
-                ax.barh(row, width, left=left, color=colour, label=None if row else phase)
-                left += width
-            ax.text(left, row, f' {entry["ratios"]["step"]["median"]:.2f}', va='center', size=8)
-        ax.set_yticks(range(len(entries)), entries, fontsize=8)
-        ax.invert_yaxis()
-        ax.axvline(1, color='black', linewidth=0.8)
-        ax.set_title(f'{workload["text"]}\n1 = {floor * 1e3:,.0f} ms', fontsize=9)
-        ax.set_xlabel('times the floor (figures: without the optimizer)', fontsize=8)
-        ax.margins(x=0.12, y=0.02)
-        ax.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False, loc='upper right')
-    return _save(figure, path)
+def bars(ax, results):
+    """A bar for each variant of a workload, divided by phases."""
+    floor = results[FLOOR]
+    measured = [result for result in results.values() if result.rounds]
+    for row, result in enumerate(measured):
+        left, ratio = 0.0, median(result.ratios(floor))
+        step = median(result.seconds())
+        for phase in result.rounds:
+            seconds = median(result.seconds([phase]))
+            if phase == 'optimizer':
+                seconds = max(median(result.seconds(PHASES)) - step, 0.0)
+            width = seconds * ratio / step
+            ax.barh(row, width, left=left, color=COLOURS[phase], label=None if row else phase)
+            left += width
+        ax.text(left, row, f' {ratio:.2f}', va='center', size=8)
+    ax.set_yticks(range(len(measured)), [result.name for result in measured], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(1, color='black', linewidth=0.8)
+    ax.set_title(f'{floor.text}\n1 = {median(floor.seconds()) * 1e3:,.0f} ms', fontsize=9)
+    note = ' (figures: without the optimizer)' if 'optimizer' in floor.rounds else ''
+    ax.set_xlabel(f'times the floor{note}', fontsize=8)
+    ax.margins(x=0.12, y=0.02)
 
 
-def _phase_seconds(entry, phase):
-    seconds = entry['seconds']
-    if phase == 'optimizer':
-        return max(seconds['with_optimizer']['median'] - seconds['step']['median'], 0.0)
-    return seconds[phase]['median']
-
-
-def _lines(workloads, path):
-    figure, axes = _figure(len(workloads), 3.6)
-    for ax, workload in zip(axes, workloads.values(), strict=False):
-        lines = {}
-        for entry in workload['entries'].values():
-            if entry['rank'] is not None and entry['rounds']:
-                point = entry['rank'], entry['ratios']['step']['median']
-                lines.setdefault(entry['variant'], []).append(point)
-        ranks = sorted({rank for points in lines.values() for rank, _ in points})
-        for name, points in lines.items():
-            ax.plot(*zip(*sorted(points), strict=True), marker='o', markersize=3, label=name)
-        ax.axhline(1, color='black', linewidth=0.8)
-        ax.set_xscale('log', base=2)
-        ax.set_xticks(ranks, map(str, ranks))
-        ax.set_title(workload['text'], fontsize=9)
-        ax.set_xlabel('rank', fontsize=8)
-        ax.set_ylabel('step, times the floor', fontsize=8)
-        ax.legend(fontsize=7, frameon=False)
-        ax.spines[['top', 'right']].set_visible(False)
-    return _save(figure, path)
+def lines(ax, curves):
+    """A line for each variant over ranks or sizes."""
+    for name, points in curves.lines.items():
+        ax.plot(*zip(*sorted(points.items()), strict=True), marker='o', markersize=3, label=name)
+    ax.axhline(1, color='black', linewidth=0.8)
+    points = curves.points()
+    ax.set_xscale('log', base=2)
+    ax.set_xticks(points, [f'{x:g}' for x in points])
+    ax.minorticks_off()
+    ax.set_title(curves.title, fontsize=9)
+    ax.set_xlabel(curves.label, fontsize=8)
+    ax.set_ylabel('step, times the floor', fontsize=8)
+    ax.legend(fontsize=7, frameon=False)

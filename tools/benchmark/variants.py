@@ -1,229 +1,149 @@
-"""What is compared: the two ends, mmpeft's methods, the published form and peers.
+"""What is compared. A variant takes a frozen network and a rank, and returns one that trains.
 
-A variant takes a frozen network and returns one in which its adapters train.
+``floor`` trains nothing, and torch runs it; ``frozen`` is the same as mmpeft
+runs it, ``full`` trains everything. ``flora``, ``lora``, ``dora`` and
+``liera`` are mmpeft's, on all convolutions and linear layers; those of LoRA's
+kin lay kernels out as loralib does, but for ``lora_channel``. ``*_linear``
+adapt matrices alone: linear layers and 1x1 convolutions, which are the linear
+layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize.
+``published_flora``, ``peft_*`` and ``lycoris_*`` are others' code, on matrices;
+with ``_all`` on all layers without groups, LyCORIS' on all layers.
 """
 
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
 import peers
-import published_flora
 import torch
+from records import FLOOR
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmpeft
-from mmpeft import execution
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.freeze import freeze_statistics
-from mmpeft.injection.weights import layers
 
-ALL = ('conv', 'linear')
-# 1x1 convolutions are the linear layers of small ConvNeXts.
-MATRICES = ('linear', 'pointwise')
 PERTURBATION = 1e-3
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One column of the comparison.
+def layers(model: nn.Module, with_groups=True, with_kernels=True) -> list[str]:
+    """Paths of the linear layers and 2-d convolutions.
 
-    Attributes:
-        name: As ``--variants`` takes it.
-        text: What it is, in a line.
-        build: From network and rank; may change the network in place.
-        is_ranked: Whether the rank means anything to it.
-        owns_weights: Whether it changes the weights, and needs its own.
-        needs: Package that it takes.
-        hook: Method and targets, if it is mmpeft's own.
+    Args:
+        model: Without adapters.
+        with_groups: Grouped convolutions too.
+        with_kernels: Kernels larger than 1x1 too.
     """
+    return [
+        path
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        or isinstance(layer, nn.Conv2d)
+        and (with_groups or layer.groups == 1)
+        and (with_kernels or set(layer.kernel_size) == {1})
+    ]
 
-    name: str
-    text: str
-    build: Callable[[nn.Module, int], nn.Module]
-    is_ranked: bool = True
-    owns_weights: bool = False
-    needs: str = ''
-    hook: dict | None = None
 
-    @property
-    def is_available(self) -> bool:
-        """Whether its package is installed."""
-        return not self.needs or find_spec(self.needs) is not None
+def inject(model, rank, type, kinds=('conv', 'linear'), execution='auto', **arguments):
+    """mmpeft's adapters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*adapters have more parameters')
+        method = dict(type=type, rank=rank, **arguments)
+        mmpeft.inject(model, method, dict(kinds=kinds), execution=execution)
+    return model
 
-    def of(self, network: nn.Module, rank: int, seed: int = 0) -> nn.Module:
-        """The variant of a frozen network, which stays as it is.
 
-        Frozen weights are held in common. Adapters are moved off their start,
-        since products with zeros are faster than others on some devices.
-        """
-        model = deepcopy(network) if self.owns_weights else twin(network)
-        torch.manual_seed(seed)
-        model = self.build(model, rank)
-        if not self.owns_weights:
-            freeze_statistics(model)
-            with torch.no_grad():
-                for parameter in trained(model):
-                    parameter.add_(torch.randn_like(parameter) * PERTURBATION)
-        return model
+def freeze(model, rank):
+    """Nothing that trains, run by mmpeft."""
+    mmpeft.inject(model, dict(type='Frozen'))
+    return model
+
+
+def adapt(build, select=layers, **arguments):
+    """A variant of others' code on selected layers."""
+
+    def of_paths(model, rank):
+        paths = select(model)
+        if not paths:
+            raise UsageError('the network has no layer for it')
+        return build(model, rank, paths, **arguments)
+
+    return of_paths
+
+
+ungrouped = partial(layers, with_groups=False)
+matrices = partial(layers, with_groups=False, with_kernels=False)
+flora = partial(inject, type='FLoRA')
+lora = partial(inject, type='LoRA', layout='loralib')
+liera = partial(inject, type='LieRA', layout='loralib')
+VARIANTS = {
+    FLOOR: lambda model, rank: model,
+    'frozen': freeze,
+    'full': lambda model, rank: model.requires_grad_(True),
+    'flora': flora,
+    'lora': lora,
+    'lora_channel': partial(inject, type='LoRA', layout='channel'),
+    'dora': partial(inject, type='DoRA', layout='loralib'),
+    'liera': liera,
+    'liera_exact': partial(liera, update='lie_exact'),
+    'flora_linear': partial(flora, kinds=('linear', 'pointwise')),
+    'lora_linear': partial(lora, kinds=('linear', 'pointwise')),
+    'flora_plain': partial(flora, execution='plain'),
+    'lora_plain': partial(lora, execution='plain'),
+    'liera_plain': partial(liera, execution='plain'),
+    'published_flora': adapt(peers.published_flora, matrices),
+    'published_flora_all': adapt(peers.published_flora, ungrouped),
+    'peft_lora': adapt(peers.of_peft, matrices),
+    'peft_lora_all': adapt(peers.of_peft, ungrouped),
+    'peft_dora': adapt(peers.of_peft, matrices, use_dora=True),
+    'peft_hira': adapt(peers.of_peft, matrices, config='HiraConfig'),
+    'lycoris_locon': adapt(peers.locon),
+    'lycoris_tucker': adapt(peers.locon, tucker=True),
+}
+QUICK = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera')
+QUICK += ('flora_plain', 'published_flora', 'peft_lora', 'lycoris_locon')
+WITHOUT_RANK = (FLOOR, 'frozen', 'full')
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError unless there is such a variant."""
+    if name not in VARIANTS:
+        raise UsageError(f'--variants: there is no {name!r}. {near(name, VARIANTS)}')
+
+
+def package_of(name: str) -> str:
+    """The package that a variant needs; '' for torch and mmpeft alone."""
+    package = name.partition('_')[0]
+    return package if package in ('peft', 'lycoris') else ''
+
+
+def build(name: str, network: nn.Module, rank: int | None = None, seed: int = 0) -> nn.Module:
+    """A variant of a frozen network, which stays as it is.
+
+    Frozen weights are shared. Adapters are moved off their start, since
+    products with zeros are faster than others on some devices.
+
+    Raises:
+        UsageError: Its package is not installed, or it has nothing to adapt.
+    """
+    package = package_of(name)
+    if package and find_spec(package) is None:
+        raise UsageError(f'{package} is not installed')
+    shared = {} if name == 'full' else {id(p): p for p in network.parameters()}
+    model = deepcopy(network, shared)
+    torch.manual_seed(seed)
+    model = VARIANTS[name](model, rank)
+    if name != 'full':
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter.add_(torch.randn_like(parameter) * PERTURBATION)
+    return model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train, each once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def twin(network: nn.Module) -> nn.Module:
-    """A copy that holds the parameters in common with the original."""
-    return deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
-
-
-def inject(model, rank, method, kinds=None, is_ranked=True, plain=False):
-    """mmpeft's own, or with ``plain`` as torch's parametrize runs it."""
-    method = method | dict(rank=rank) if is_ranked else method
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*adapters have more parameters')
-        way = execution.PLAIN if plain else execution.AUTO
-        mmpeft.inject(model, method, kinds and dict(kinds=kinds), execution=way)
-    return model
-
-
-def nothing(model, rank):
-    return model
-
-
-def everything(model, rank):
-    return model.requires_grad_(True)
-
-
-def published(model, rank, with_kernels):
-    paths = ungrouped(model) if with_kernels else matrices(model)
-    return published_flora.replace(model, paths, rank=rank)
-
-
-def matrices(model: nn.Module) -> list[str]:
-    """Paths of the linear layers and ungrouped 1x1 convolutions."""
-    found = dict(layers(model))
-    return [
-        path
-        for path in ungrouped(model)
-        if isinstance(found[path], nn.Linear) or set(found[path].kernel_size) == {1}
-    ]
-
-
-def ungrouped(model: nn.Module) -> list[str]:
-    """Paths of the linear layers and of the 2-d convolutions without groups."""
-    return [
-        path
-        for path, layer in layers(model)
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    ]
-
-
-def every_layer(model: nn.Module) -> list[str]:
-    """Paths of the linear layers and 2-d convolutions."""
-    return [path for path, layer in layers(model) if isinstance(layer, nn.Linear | nn.Conv2d)]
-
-
-def _ours(name, text, type, kinds=ALL, plain=False, **arguments):
-    method = dict(type=type, **arguments)
-    build = partial(inject, method=method, kinds=kinds, plain=plain)
-    return Variant(name, text, build, hook=dict(method=method, targets=dict(kinds=kinds)))
-
-
-def _peer(name, text, needs, build, select):
-    def of_paths(model, rank):
-        paths = select(model)
-        if not paths:
-            raise UsageError('the network has no layer for it')
-        return build(model, rank, paths)
-
-    return Variant(name, text, of_paths, needs=needs)
-
-
-def _named(*variants):
-    return {variant.name: variant for variant in variants}
-
-
-FLOOR = 'floor'
-VARIANTS = _named(
-    Variant(
-        FLOOR,
-        'frozen, as torch runs it, with gradients flowing to the input',
-        nothing,
-        is_ranked=False,
-    ),
-    Variant(
-        'frozen',
-        'the same, as mmpeft runs frozen layers',
-        partial(inject, method=dict(type='Frozen'), is_ranked=False),
-        is_ranked=False,
-    ),
-    Variant(
-        'full',
-        'everything trains',
-        everything,
-        is_ranked=False,
-        owns_weights=True,
-    ),
-    _ours('flora', 'FLoRA on all layers', 'FLoRA'),
-    _ours('lora', 'LoRA on all layers, as loralib lays kernels out', 'LoRA'),
-    _ours('lora_channel', 'LoRA on all layers by channels', 'LoRA', layout='channel'),
-    _ours('dora', 'DoRA on all layers', 'DoRA'),
-    _ours('liera', 'LieRA on all layers, first order', 'LieRA'),
-    _ours('liera_exact', 'LieRA on all layers, exact', 'LieRA', update='lie_exact'),
-    _ours('flora_linear', 'FLoRA on matrices', 'FLoRA', MATRICES),
-    _ours('lora_linear', 'LoRA on matrices', 'LoRA', MATRICES),
-    _ours('flora_plain', "FLoRA on all layers by torch's parametrize", 'FLoRA', plain=True),
-    _ours('lora_plain', "LoRA on all layers by torch's parametrize", 'LoRA', plain=True),
-    _ours('liera_plain', "LieRA on all layers by torch's parametrize", 'LieRA', plain=True),
-    Variant(
-        'published_flora',
-        'FLoRA on matrices as published, a branch with the built update',
-        partial(published, with_kernels=False),
-    ),
-    Variant(
-        'published_flora_all',
-        'the same on all layers without groups',
-        partial(published, with_kernels=True),
-    ),
-    _peer('peft_lora', "peft's LoRA on matrices", 'peft', peers.peft_lora, matrices),
-    _peer('peft_lora_all', 'the same on layers without groups', 'peft', peers.peft_lora, ungrouped),
-    _peer('peft_dora', "peft's DoRA on matrices", 'peft', peers.peft_dora, matrices),
-    _peer('peft_hira', "peft's HiRA on matrices", 'peft', peers.peft_hira, matrices),
-    _peer('lycoris_locon', "LyCORIS's LoCon on all layers", 'lycoris', peers.locon, every_layer),
-    _peer(
-        'lycoris_tucker',
-        'the same with a Tucker core',
-        'lycoris',
-        partial(peers.locon, tucker=True),
-        every_layer,
-    ),
-)
-QUICK = (
-    FLOOR,
-    'frozen',
-    'full',
-    'flora',
-    'lora',
-    'dora',
-    'liera',
-    'flora_plain',
-    'published_flora',
-    'peft_lora',
-    'lycoris_locon',
-)
-
-
-def find(name: str) -> Variant:
-    """The variant of a name.
-
-    Raises:
-        UsageError: There is none.
-    """
-    if name not in VARIANTS:
-        raise UsageError(f'--variants: there is no {name!r}. {near(name, VARIANTS)}')
-    return VARIANTS[name]

@@ -55,50 +55,48 @@ def of_timm(name: str, model: str, height: int, width: int, batch: int) -> Workl
     return Workload(name, text, network, (batch, 3, height, width))
 
 
-def of_intern_vit(name, arch: Architecture, blocks, batch, tokens=TOKENS, dtype=torch.float32):
+def of_intern_vit(name, arch: Architecture, blocks, batch, dtype=torch.float32) -> Workload:
     """Blocks from the midst of an InternViT on tokens."""
-    text = f'{blocks} InternViT blocks of width {arch.width}, {batch} x {tokens} tokens'
+    text = f'{blocks} InternViT blocks of width {arch.width}, {batch} x {TOKENS} tokens'
     text += f', weights in {str(dtype).removeprefix("torch.")}'
 
     def network():
         return nn.Sequential(*(Block(arch) for _ in range(blocks)))
 
-    return Workload(name, text, network, (batch, tokens, arch.width), dtype, is_inner=True)
-
-
-def _named(*workloads):
-    return {workload.name: workload for workload in workloads}
+    return Workload(name, text, network, (batch, TOKENS, arch.width), dtype, is_inner=True)
 
 
 SMALL_VIT, LARGE_VIT = ARCHITECTURES['300m'], ARCHITECTURES['6b']
-FOR_CPU = _named(
+FOR_CPU = (
     of_timm('convnextv2_base-160', 'convnextv2_base', 160, 160, 2),
     of_timm('convnextv2_tiny-512', 'convnextv2_tiny', 512, 512, 1),
     of_timm('resnet50-320', 'resnet50', 320, 320, 1),
     of_intern_vit('internvit_1024', SMALL_VIT, blocks=2, batch=1),
 )
-# Images of 1333x800 are padded to a multiple of 32.
-FOR_GPU = _named(
-    *(
-        of_timm(f'convnextv2_{model}-{size}', f'convnextv2_{model}', height, width, batch)
-        for model in ('base', 'large')
-        for size, height, width, batch in (
-            (512, 512, 512, 8),
-            (1024, 1024, 1024, 2),
-            (1333, 800, 1344, 2),
-        )
-    ),
+FOR_GPU = (
+    of_timm('convnextv2_base-512', 'convnextv2_base', 512, 512, 8),
+    of_timm('convnextv2_base-1024', 'convnextv2_base', 1024, 1024, 2),
+    # Images of 1333x800 are padded to a multiple of 32.
+    of_timm('convnextv2_base-1333', 'convnextv2_base', 800, 1344, 2),
+    of_timm('convnextv2_large-512', 'convnextv2_large', 512, 512, 8),
+    of_timm('convnextv2_large-1024', 'convnextv2_large', 1024, 1024, 2),
+    of_timm('convnextv2_large-1333', 'convnextv2_large', 800, 1344, 2),
     of_timm('resnet50-1333', 'resnet50', 800, 1344, 2),
     of_intern_vit('internvit_1024-gpu', SMALL_VIT, blocks=4, batch=8, dtype=torch.bfloat16),
     of_intern_vit('internvit_3200', LARGE_VIT, blocks=4, batch=2, dtype=torch.bfloat16),
 )
-WORKLOADS = FOR_CPU | FOR_GPU
+WORKLOADS = {workload.name: workload for workload in FOR_CPU + FOR_GPU}
+QUICK = dict(
+    cpu=('convnextv2_base-160', 'resnet50-320'), cuda=('convnextv2_base-512', 'internvit_1024-gpu')
+)
 FREE_FORM = re.compile(r'(?P<model>[^:]+):(?P<height>\d+)x(?P<width>\d+):(?P<batch>\d+)')
 
 
-def defaults(device: str) -> list[str]:
+def names(device: str, quick: bool = False) -> list[str]:
     """The workloads that are measured on a kind of device."""
-    return list(FOR_CPU if device == 'cpu' else FOR_GPU)
+    if quick:
+        return list(QUICK[device])
+    return [workload.name for workload in (FOR_CPU if device == 'cpu' else FOR_GPU)]
 
 
 def find(name: str) -> Workload:
@@ -112,7 +110,7 @@ def find(name: str) -> Workload:
     free = FREE_FORM.fullmatch(name)
     if not free:
         raise UsageError(
-            f'--workloads: {name!r} is none. {near(name, WORKLOADS)} Any timm network can be '
+            f'--workloads: there is no {name!r}. {near(name, WORKLOADS)} Any timm network can be '
             'measured as model:HEIGHTxWIDTH:BATCH, such as convnextv2_atto:64x64:1.'
         )
     if not timm.is_model(free['model']):
