@@ -1,22 +1,29 @@
-"""The scripts of tools/ as modules."""
+"""The demo's tasks with a method, as configs and checkpoints that the tools take."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
-import mmpeft
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.checkpoint.manifest import describe
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import compose as compose_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.injections import adapt, build_model
 from tests.cases import randomize
 
 
 @pytest.fixture(scope='session')
-def compose(script):
+def compose():
     """Write the config of a method on one of the demo's tasks."""
-    return script('demo', 'experiment').compose
+
+    def write(method, task, folder):
+        path = folder / f'{method}_{task}.py'
+        compose_config(f'mmpeft::demo/_base_/{task}.py', method).dump(path)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope='session')
@@ -43,19 +50,15 @@ def adapted_demo(tmp_path_factory, compose):
 
 def _adapt(cfg, out):
     torch.manual_seed(0)
-    import_task(cfg)
-    init_default_scope(cfg.default_scope)
+    model = build_model(cfg)
     base = Path(cfg.model.backbone.checkpoint)
     if not base.exists():
         plain = MODELS.build(dict(cfg.model.backbone, checkpoint=None))
         plain.init_weights()
         base.parent.mkdir(parents=True, exist_ok=True)
         torch.save(getattr(plain, 'model', plain).state_dict(), base)
-    model = MODELS.build(cfg.model)
     model.backbone.init_weights()
-    hook = cfg.default_hooks.peft
-    targets = dict(module='backbone') | dict(hook.get('targets', {}))
-    mmpeft.inject(model, hook.method, targets, hook.get('unfreeze', ()))
+    adapt(model, cfg)
     randomize(model, std=0.02)
     meta = dict(mmpeft=describe(model) | dict(holds_base=False, base_checkpoint=None))
     torch.save(dict(meta=meta, state_dict=adapter_state_dict(model)), out)

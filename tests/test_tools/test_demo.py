@@ -1,4 +1,4 @@
-"""The demo's parts: configs that are composed, jobs, the report."""
+"""The demo's parts: composed configs, jobs, the report."""
 
 import json
 import time
@@ -21,23 +21,33 @@ def jobs(script):
     return script('demo', 'jobs')
 
 
-def test_every_method_can_be_run(experiment, compose, tmp_path):
-    names = experiment.methods()
-    assert {'flora', 'frozen', 'vpt_deep'} <= set(names)
-    for name in names:
-        cfg = read_config(compose(name, 'coco', tmp_path))
-        assert mmpeft.METHODS.build(cfg.default_hooks.peft.method)
-        assert cfg.model.backbone.checkpoint == 'work_dirs/demo/base.pth'
-        assert cfg.default_hooks.checkpoint.interval == 100
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in, with the name of data and bases."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('data/digits/made_with.json', 'work_dirs/demo/base.pth'):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('one')
+    return tmp_path
+
+
+@pytest.mark.parametrize('method', ['flora', 'frozen', 'vpt_deep', "dict(type='LoRA', rank=4)"])
+def test_a_method_can_be_run(method, experiment, place):
+    run = experiment.Experiment(method, 'coco', seed=0)
+    assert method in experiment.methods() or 'LoRA' in method
+    assert mmpeft.METHODS.build(run.cfg.default_hooks.peft.method)
+    assert run.cfg.model.backbone.checkpoint == 'work_dirs/demo/base.pth'
+    assert run.cfg.default_hooks.checkpoint.interval == 100
+    assert not set('\'"(), =') & set(run.folder.name)
 
 
 @pytest.mark.parametrize(
     'task, scope',
     [('coco', 'mmdet'), ('ade20k', 'mmseg'), ('dota', 'mmrotate'), ('internvit', 'mmseg')],
 )
-def test_every_task_can_be_run(task, scope, experiment, compose, tmp_path):
-    cfg = read_config(compose('lora', task, tmp_path))
-    assert cfg.default_scope == scope and task in experiment.TASKS
+def test_every_task_can_be_run(task, scope, experiment):
+    cfg = experiment.Experiment('lora', task, seed=0).cfg
+    assert cfg.default_scope == scope
     assert cfg.default_hooks.peft.method.type == 'LoRA'
     assert cfg.train_cfg.max_iters == (400 if task == 'internvit' else 600)
     base = experiment.BASES[experiment.TASKS[task]]
@@ -52,26 +62,34 @@ def test_every_task_can_be_run(task, scope, experiment, compose, tmp_path):
         ('lora', 'voc', "no task 'voc'. Valid names are 'ade20k', 'coco', 'dota', 'internvit'"),
     ],
 )
-def test_unknown_names_are_told(method, task, expected, compose, tmp_path):
+def test_unknown_names_are_refused(method, task, expected, experiment):
     with pytest.raises(UsageError) as error:
-        compose(method, task, tmp_path / 'configs')
+        experiment.Experiment(method, task, seed=0)
     assert expected in str(error.value)
-    assert not (tmp_path / 'configs').exists()
 
 
-def test_runs_start_anew_when_what_they_stand_on_changes(experiment, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'data/digits').mkdir(parents=True)
-    (tmp_path / 'data/digits/made_with.json').write_text('{}')
+def test_tools_are_called_with_the_composed_config(experiment, place):
+    run = experiment.Experiment('flora', 'coco', seed=3)
+    words = ' '.join(map(str, run.training().command))
+    assert 'train.py mmpeft::demo/_base_/coco.py --method flora --work-dir work_dirs/demo' in words
+    assert '--resume' not in words and words.endswith('randomness.seed=3')
+    run.prepare()
+    (run.folder / 'last_checkpoint').write_text('iter_100.pth')
+    assert '--resume' in run.training().command
+    assert run.config == run.folder / 'coco.py'  # as the Runner names what it writes
+    assert run.merging().command[1:3] == [run.config, run.checkpoint]
+    assert run.testing().command[1:3] == [run.config, run.checkpoint]
+    assert run.testing(merged=True).command[1:3] == [run.folder / 'merged.py', run.merged]
+
+
+def test_runs_start_anew_when_what_they_depend_on_changes(experiment, place):
     run = experiment.Experiment('houlsby', 'coco', seed=3)
-    assert not run.merges and run.config.parent != run.folder
-    base = tmp_path / 'work_dirs/demo/base.pth'
-    base.write_bytes(b'one')
+    assert not run.merges
     run.prepare()
     (run.folder / 'last_checkpoint').write_text(str(run.checkpoint))
     run.prepare()
     assert run.is_trained()
-    base.write_bytes(b'another')
+    (place / 'work_dirs/demo/base.pth').write_text('another')
     run.prepare()
     assert not run.is_trained()
 
@@ -110,35 +128,34 @@ def test_jobs_run_some_at_a_time_and_one_failure_stops_no_other(jobs, tmp_path):
 
 
 def test_run_jobs_stops_at_a_failure(jobs, tmp_path):
-    slow = write_job(jobs, tmp_path, 'slow', 'import time\ntime.sleep(60)')
+    mark = tmp_path / 'ended'
+    code = f'import pathlib, time\ntime.sleep(600)\npathlib.Path({str(mark)!r}).touch()'
+    slow = write_job(jobs, tmp_path, 'slow', code)
     fails = write_job(jobs, tmp_path, 'fails', 'raise SystemExit("no such thing")')
     start = time.monotonic()
     with pytest.raises(
         SystemExit, match='no such thing(.|\n)*fails ended with status 1.*fails.log'
     ):
         jobs.run_jobs([slow, fails])
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 600 and not mark.exists()
 
 
 @pytest.mark.parametrize('merges', [True, False])
 def test_a_method_that_cannot_be_merged_has_no_merged_row(merges, script):
-    def evaluated(box):
-        return SimpleNamespace(scores=lambda: {'coco/bbox_mAP': box, 'coco/segm_mAP': 0.5})
-
     def made(method, box):
-        return SimpleNamespace(
-            method=method,
-            merges=merges,
-            evaluation=lambda: evaluated(box),
-            evaluation_of_merged=lambda: evaluated(0.3),
-        )
+        def scores(merged=False):
+            return {'coco/bbox_mAP': 0.3 if merged else box, 'coco/segm_mAP': 0.5}
 
-    table = script('demo', 'report').score_table([made('frozen', 0.1), made('houlsby', 0.2)])
+        return SimpleNamespace(method=method, merges=merges, scores=scores)
+
+    table = script('demo', 'demo_report').score_table([made('frozen', 0.1), made('houlsby', 0.2)])
     names = list(table.columns[0].cells)
     assert names == ['frozen', 'houlsby', 'houlsby, merged'][: 2 + merges]
+    assert list(table.columns[1].cells) == ['0.100', '0.200', '0.300'][: 2 + merges]
 
 
 def test_the_whole_model_is_counted(script, compose, tmp_path):
     """Full fine-tuning has no `unfreeze`, and is counted nevertheless."""
-    counted = script('demo', 'report').summary_of(read_config(compose('full', 'coco', tmp_path)))
+    cfg = read_config(compose('full', 'coco', tmp_path))
+    counted = script('demo', 'demo_report').summary_of(cfg)
     assert counted.unfrozen == counted.base > 2_000_000

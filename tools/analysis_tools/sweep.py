@@ -27,17 +27,17 @@ from pathlib import Path
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.engine.config import read_config
+from mmpeft.engine.config import compose, read_config
 from mmpeft.engine.launch import check_checkpoint, run
 from mmpeft.methods import Ranked
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'demo'))
 
 # isort: off
-from experiment import CONFIGS, TASKS, TOOLS, Experiment, check_names  # noqa: E402
+from experiment import CONFIGS, TASKS, TOOLS, Experiment, config_of  # noqa: E402
 from experiment import fingerprint, make_data_and_base, methods, reached  # noqa: E402
 from jobs import Job, results, run_jobs  # noqa: E402
-from report import SCORES  # noqa: E402
+from demo_report import SCORES  # noqa: E402
 from sweep_report import score, show, summary_of, write  # noqa: E402
 # isort: on
 
@@ -47,7 +47,7 @@ TUNING_SEED = 1000
 def main():
     args = parse_args()
     for method in args.methods:
-        check_names(method, args.task)
+        compose(config_of(args.task), method)  # refuses unknown names
     start = args.start or detector(args.task)
     check_checkpoint(start)
     setting = Setting(args.task, args.steps, args.batch_size, args.head_lr, args.budget, str(start))

@@ -5,14 +5,13 @@ import json
 import statistics
 import sys
 
-from param_table import summarize
-from report import SCORES
+from demo_report import SCORES
 from rich.console import Console
 from rich.table import Table
 
 import mmpeft
 from mmpeft.engine.config import read_config
-from mmpeft.engine.packages import import_task
+from mmpeft.engine.injections import adapt, build_model
 from mmpeft.errors import UsageError
 from mmpeft.methods import Ranked
 from mmpeft.methods.base import FAMILIES
@@ -50,8 +49,7 @@ def summary_of(runs):
         runs=sum(run.is_done for run in runs),
     )
     try:
-        import_task(cfg)
-        counted = summarize(cfg)
+        counted = adapt(build_model(cfg, meta=True), cfg)
     except UsageError as error:
         row['failures'] = [str(error)]
     else:

@@ -7,7 +7,6 @@ them: under timm's names of a ConvNeXt-V2, or under those of InternViT.
 """
 
 import argparse
-import os
 from functools import partial
 from pathlib import Path
 
@@ -15,33 +14,30 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
 from torch import nn
 from tqdm import tqdm
 
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.engine.config import read_config
 from mmpeft.models import InternViT
 
 MODEL = dict(model_name='convnextv2_atto', depths=(1, 1, 4, 1))
-CONFIG = Path(__file__).parents[2] / 'configs/demo/_base_/internvit.py'
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def main():
     args = parse_args()
-    out = Path(args.out)
-    if out.exists():
-        print(f'{out} is there already.')
+    if args.out.exists():
+        print(f'{args.out} exists already.')
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the layers are too small for a second one to pay
     model = NETWORKS[args.network]()
     train(model, *load(args.data, 'train'), args)
     accuracy = evaluate(model, *load(args.data, 'val'))
-    print(f'The base tells {accuracy:.1%} of the single digits of the validation set apart.')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + '.part')
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(accuracy=accuracy)), part)
-    os.replace(part, out)
+    print(f'The base recognizes {accuracy:.1%} of the single digits of the validation set.')
+    with replacing(args.out) as temporary:
+        torch.save(dict(state_dict=model.state_dict(), meta=dict(accuracy=accuracy)), temporary)
 
 
 def parse_args():
@@ -49,8 +45,8 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--network', default='convnext', choices=NETWORKS)
-    parser.add_argument('--data', default='data/digits/source')
-    parser.add_argument('--out', default='work_dirs/demo/base.pth')
+    parser.add_argument('--data', type=Path, default='data/digits/source')
+    parser.add_argument('--out', type=Path, default='work_dirs/demo/base.pth')
     parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--batch-size', type=int, default=100)
     parser.add_argument('--lr', type=float, default=2e-3)
@@ -63,7 +59,7 @@ class InternViTClassifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        arch = Config.fromfile(CONFIG).model.backbone.arch
+        arch = read_config('mmpeft::demo/_base_/internvit.py').model.backbone.arch
         self.backbone = InternViT(arch)
         self.backbone.init_weights()
         self.norm = nn.LayerNorm(arch['width'])
@@ -80,7 +76,7 @@ NETWORKS = dict(
 
 def load(folder, split):
     """Return images, float (N, 3, H, W) and normalised, and labels, (N, )."""
-    with np.load(Path(folder) / f'{split}.npz') as arrays:
+    with np.load(folder / f'{split}.npz') as arrays:
         images, labels = torch.tensor(arrays['images']), torch.tensor(arrays['labels'])
     images = (images - torch.tensor(MEAN)) / torch.tensor(STD)
     return images.permute(0, 3, 1, 2).contiguous(), labels
@@ -95,22 +91,21 @@ def train(model, images, labels, args):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs, steps_per_epoch=len(loader), pct_start=0.1
     )
-    progress = tqdm(total=args.epochs * len(loader), desc='base')
-    for _ in range(args.epochs):
-        for batch, target in loader:
-            loss = F.cross_entropy(model(batch), target, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
-            progress.set_postfix(loss=f'{loss.item():.2f}')
-    progress.close()
+    with tqdm(total=args.epochs * len(loader), desc='base') as progress:
+        for _ in range(args.epochs):
+            for batch, target in loader:
+                loss = F.cross_entropy(model(batch), target, label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update()
+                progress.set_postfix(loss=f'{loss.item():.2f}')
 
 
 @torch.no_grad()
 def evaluate(model, images, labels):
-    """Share of the images whose digit is told right."""
+    """Fraction of the images whose digit is recognized."""
     return (model.eval()(images).argmax(1) == labels).float().mean().item()
 
 

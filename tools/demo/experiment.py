@@ -5,97 +5,63 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import Job
 
-from mmpeft.engine.config import read_config
+from mmpeft.engine.config import compose, find_hook
+from mmpeft.engine.method_argument import method_name, methods_in
 from mmpeft.errors import UsageError, near
 from mmpeft.registry import METHODS
 
 TOOLS = Path(__file__).resolve().parents[1]
 CONFIGS = TOOLS.parent / 'configs'
 DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
-
 # Each task with the network whose base it adapts.
 TASKS = dict(ade20k='convnext', coco='convnext', dota='convnext', internvit='internvit')
 BASES = dict(convnext=WORK / 'base.pth', internvit=WORK / 'base_internvit.pth')
-CONFIG = """\
-_base_ = ['mmpeft::demo/_base_/{task}.py', 'mmpeft::_base_/methods/{method}.py']
-default_hooks = dict(peft={hook})
-"""
-# InternViT has no fresh norms that the methods' configs could unfreeze.
-HOOKS = dict(
-    convnext='_base_.peft',
-    internvit="dict(_base_.peft, targets=dict(module='backbone'), unfreeze=())",
-)
 
 
-def methods():
-    """Names of the configs below ``_base_/methods``."""
-    return sorted(path.stem for path in (CONFIGS / '_base_' / 'methods').glob('*.py'))
+def methods() -> list[str]:
+    """Names that ``--method`` takes."""
+    return sorted(path.stem for path in (CONFIGS / '_base_/methods').glob('*.py'))
 
 
-def check_names(method, task):
-    """Raise UsageError unless there are such a method and task."""
-    for kind, name, known in (('method', method, methods()), ('task', task, TASKS)):
-        if name not in known:
-            raise UsageError(f'there is no {kind} {name!r}. {near(name, known)}')
-
-
-def compose(method, task, folder):
-    """Write the config of a method on one of the demo's tasks, for all tools to read.
-
-    Args:
-        method (str): Of :func:`methods`.
-        task (str): Of ``TASKS``.
-        folder (Path): Takes it. The Runner writes the whole config under the
-            same name into its work directory, so this must be another one.
-
-    Returns:
-        Path: ``folder/<method>_<task>.py``.
+def config_of(task: str) -> str:
+    """The config of a task, without a method.
 
     Raises:
-        UsageError: There is no such method or task.
+        UsageError: There is no such task.
     """
-    check_names(method, task)
-    path = folder / f'{method}_{task}.py'
-    folder.mkdir(parents=True, exist_ok=True)
-    hook = HOOKS[TASKS[task]]
-    path.write_text(CONFIG.format(method=method, task=task, hook=hook))
-    return path
+    if task not in TASKS:
+        raise UsageError(f'There is no task {task!r}. {near(task, TASKS)}')
+    return f'mmpeft::demo/_base_/{task}.py'
 
 
-def fingerprint(text, *files):
-    """Equal where a config's text, the data and the files that it stands on are the same."""
+def fingerprint(text: str, *files: Path) -> str:
+    """Equal where a config's text, the data and the files that it depends on are the same."""
     digest = hashlib.sha256(text.encode())
     for path in (DATA / 'made_with.json', *files):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
-def make_data_and_base(task):
-    """Compose the scenes and train the base of a task, unless they are there."""
-    call('dataset_converters/digits.py', '--out', DATA)
-    network = TASKS[task]
-    arguments = ('--network', network, '--data', DATA / 'source', '--out', BASES[network])
-    call('demo/base.py', *arguments)
-
-
-def call(tool, *arguments):
-    """Run a tool to its end.
+def make_data_and_base(task: str) -> None:
+    """Compose the scenes and train the base of a task, unless they exist.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: One of the tools failed.
     """
-    command = [sys.executable, TOOLS / tool, *arguments]
-    code = subprocess.run([str(part) for part in command]).returncode
-    if code:
-        raise SystemExit(code)
+    network = TASKS[task]
+    base = ('--network', network, '--data', DATA / 'source', '--out', BASES[network])
+    for tool in (('dataset_converters/digits.py', '--out', DATA), ('demo/base.py', *base)):
+        command = [sys.executable, TOOLS / tool[0], *tool[1:]]
+        code = subprocess.run([str(part) for part in command]).returncode
+        if code:
+            raise SystemExit(code)
 
 
-def reached(folder):
+def reached(folder: Path) -> tuple[int, str]:
     """The step that the training in a folder has reached, and its loss."""
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     lines = files[-1].read_text().splitlines() if files else []
@@ -107,29 +73,35 @@ def reached(folder):
 
 
 class Experiment:
-    """A method on a task, trained from a seed; all its files lie in ``folder``.
+    """A method on a task, trained from a seed.
 
     Args:
-        method (str): As in :func:`compose`.
-        task (str): Likewise.
-        seed (int): Of heads, adapters and batches.
+        method: Of :func:`methods`, or a dict as text.
+        task: Of ``TASKS``.
+        seed: Of heads, adapters and batches.
 
     Attributes:
+        cfg: The composed config.
         merges: Whether the adapters can be folded into the weights.
+        folder: Holds all files.
+        config: The composed config as a file, once the training has begun.
+
+    Raises:
+        UsageError: There is no such method or task.
     """
 
-    def __init__(self, method, task, seed):
-        self.method = method
-        self.seed = seed
-        self.config = compose(method, task, WORK / 'configs')
-        self.cfg = read_config(self.config)
-        self.merges = METHODS.build(self.cfg.default_hooks.peft.method).merges
+    def __init__(self, method: str, task: str, seed: int):
+        self.method, self.seed = method, seed
+        self.source = config_of(task)
+        self.cfg = compose(self.source, method)
+        self.merges = all(METHODS.build(m).merges for m in methods_in(find_hook(self.cfg)))
         self.steps = self.cfg.train_cfg.max_iters
-        self.folder = WORK / f'{method}_{task}_seed{seed}'
+        self.folder = WORK / f'{method_name(method)}_{task}_seed{seed}'
+        self.config = self.folder / f'{task}.py'
         self.checkpoint = self.folder / f'iter_{self.steps}.pth'
         self.merged = self.folder / 'merged.pth'
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Start anew where config, data or base are no longer what they were."""
         record = self.folder / 'made_from.txt'
         made_from = fingerprint(self.cfg.pretty_text, self.cfg.model.backbone.checkpoint)
@@ -139,78 +111,55 @@ class Experiment:
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(made_from)
 
-    def is_trained(self):
+    def is_trained(self) -> bool:
         """Whether the last checkpoint was written to its end."""
         last = self.folder / 'last_checkpoint'
         return last.exists() and Path(last.read_text()).name == self.checkpoint.name
 
-    def training(self):
+    def training(self) -> Job:
         """The job that trains, or goes on from the latest checkpoint."""
-        command = [TOOLS / 'train.py', self.config, '--work-dir', self.folder]
+        command = [TOOLS / 'train.py', self.source, '--method', self.method]
+        command += ['--work-dir', self.folder]
         if (self.folder / 'last_checkpoint').exists():
             command.append('--resume')
         command += ['--cfg-options', f'randomness.seed={self.seed}']
-        log = self.folder / 'train.log'
-        return Job(
-            f'train {self.folder.name}', command, log, self.steps, lambda: reached(self.folder)
-        )
+        return self._job('train', command, self.steps, lambda: reached(self.folder))
 
-    def merging(self):
+    def merging(self) -> Job:
         """The job that folds the adapters into the backbone."""
         files = [self.config, self.checkpoint, self.merged]
-        command = [TOOLS / 'merge.py', *files, '--overwrite']
-        return Job(f'merge {self.folder.name}', command, self.folder / 'merge.log')
+        return self._job('merge', [TOOLS / 'merge.py', *files, '--overwrite'])
 
-    def evaluation(self):
-        """Of the checkpoint, with predictions drawn."""
-        return Evaluation(self.config, self.checkpoint, self.folder / 'test', self.folder.name)
+    def testing(self, merged: bool = False) -> Job:
+        """The job that evaluates.
 
-    def evaluation_of_merged(self):
-        """Of the merged checkpoint, by the config that knows of no adapters."""
-        name = f'{self.folder.name} merged'
-        return Evaluation(
-            self.merged.with_suffix('.py'),
-            self.merged,
-            self.folder / 'test_merged',
-            name,
-            draw=False,
-        )
+        Args:
+            merged: The merged checkpoint, by its own config without adapters,
+                instead of the trained one, whose predictions are drawn.
+        """
+        folder = self._tests(merged)
+        shutil.rmtree(folder, ignore_errors=True)
+        files = [self.config, self.checkpoint]
+        if merged:
+            files = [self.merged.with_suffix('.py'), self.merged]
+        command = [TOOLS / 'test.py', *files, '--work-dir', folder]
+        if not merged:
+            command += ['--show-dir', (folder / 'pictures').resolve()]
+        return self._job(folder.name, command)
 
-
-@dataclass
-class Evaluation:
-    """A checkpoint's scores on the validation set, and pictures.
-
-    Attributes:
-        config: Of the model.
-        checkpoint: Of the model.
-        folder: Takes what the evaluation writes.
-        name: For the bar.
-        draw: Whether to draw predictions too.
-    """
-
-    config: Path
-    checkpoint: Path
-    folder: Path
-    name: str
-    draw: bool = True
-
-    def job(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
-        command = [TOOLS / 'test.py', self.config, self.checkpoint, '--work-dir', self.folder]
-        if self.draw:
-            command += ['--show-dir', (self.folder / 'pictures').resolve()]
-        return Job(f'test {self.name}', command, self.folder / 'test.log')
-
-    def is_done(self):
-        return bool(self.scores())
-
-    def scores(self):
-        """Names and values, empty before the evaluation has ended."""
-        for path in sorted(self.folder.glob('*/*.json')):
+    def scores(self, merged: bool = False) -> dict[str, float]:
+        """What the evaluation found; empty before it has ended."""
+        for path in sorted(self._tests(merged).glob('*/*.json')):
             return json.loads(path.read_text())
         return {}
 
-    def pictures(self):
+    def pictures(self) -> list[Path]:
         """Drawn predictions, in the order of the validation set."""
-        return sorted((self.folder / 'pictures').glob('**/*.[pj][np]g'))
+        return sorted(self._tests(False).glob('pictures/**/*.[pj][np]g'))
+
+    def _tests(self, merged):
+        return self.folder / ('test_merged' if merged else 'test')
+
+    def _job(self, name, command, *progress):
+        log = self.folder / f'{name}.log'
+        return Job(f'{name} {self.folder.name}', command, log, *progress)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Job:
         name: Shown beside its bar.
         command: Arguments of the interpreter, the script first.
         log: File that takes its output.
-        total: Steps that it takes; 1 if it does not tell.
+        total: Steps that it takes; 1 if they are not known.
         state: Returns the step that it has reached and a remark for the bar.
         seconds: That it took, once it has ended.
     """
@@ -33,13 +33,21 @@ class Job:
     state: Callable[[], tuple[int, str]] = lambda: (0, '')
     seconds: float = 0.0
 
-    def output_end(self):
+    def start(self, threads: int) -> subprocess.Popen:
+        """Start the program, on the CPU whatever the machine has, so that figures compare."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *map(str, self.command)]
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES='')
+        with self.log.open('w') as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+    def output_end(self) -> str:
         """The last lines of its output."""
         return ''.join(self.log.read_text(errors='replace').splitlines(keepends=True)[-25:])
 
 
-def run_jobs(jobs):
-    """Run all jobs at once, the cores shared out among them.
+def run_jobs(jobs: list[Job]) -> None:
+    """Run all jobs at once, the cores divided among them.
 
     Raises:
         SystemExit: One failed; the others are stopped. Names the log and shows
@@ -54,68 +62,44 @@ def run_jobs(jobs):
                 )
 
 
-def results(jobs, at_once):
-    """Run jobs, some at a time, the cores shared out among those.
+def results(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, int]]:
+    """Run jobs, some at a time, the cores divided among those.
 
     Closing the generator stops those that run.
 
     Args:
-        jobs (list[Job]): In the order in which they start.
-        at_once (int): How many run side by side.
+        jobs: In the order in which they start.
+        at_once: How many run side by side.
 
     Yields:
-        tuple[Job, int]: A job that has ended, and its status.
+        A job that has ended, and its status.
     """
-    if not jobs:
-        return
-    threads = max((os.cpu_count() or 1) // at_once, 1)
-    waiting, running = deque(jobs), {}
+    threads = max((os.cpu_count() or 1) // max(at_once, 1), 1)
+    waiting, running = deque(jobs), []
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    texts = TextColumn('{task.description:<28}'), TextColumn('{task.fields[remark]}')
     try:
-        with _bars() as bars:
-            whole = None
-            if len(jobs) > at_once:
-                whole = bars.add_task('all', total=len(jobs), remark='')
+        with Progress(texts[0], *columns, texts[1]) as bars:
+            whole = bars.add_task('all', total=len(jobs), remark='', visible=len(jobs) > at_once)
             while waiting or running:
                 while waiting and len(running) < at_once:
                     job = waiting.popleft()
                     bar = bars.add_task(job.name, total=job.total, remark='')
-                    running[bar] = job, _start(job, threads), time.monotonic()
+                    running.append((job, job.start(threads), bar, time.monotonic()))
                 time.sleep(0.5)
-                for bar, (job, process, start) in list(running.items()):
+                for entry in list(running):
+                    job, process, bar, start = entry
                     step, remark = job.state()
                     bars.update(bar, completed=step, remark=remark)
                     if process.poll() is None:
                         continue
                     job.seconds = time.monotonic() - start
-                    del running[bar]
-                    if whole is None:
-                        bars.update(bar, completed=job.total)
-                    else:
-                        bars.remove_task(bar)
-                        bars.advance(whole)
+                    running.remove(entry)
+                    bars.update(bar, completed=job.total, visible=len(jobs) <= at_once)
+                    bars.advance(whole)
                     yield job, process.returncode
     finally:
-        for _, process, _ in running.values():
+        for _, process, _, _ in running:
             process.terminate()
-        for _, process, _ in running.values():
+        for _, process, _, _ in running:
             process.wait()
-
-
-def _start(job, threads):
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    # The models run on the CPU whatever the machine has, so that figures compare.
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), CUDA_VISIBLE_DEVICES='')
-    with job.log.open('w') as log:
-        return subprocess.Popen(
-            [sys.executable, *map(str, job.command)], stdout=log, stderr=subprocess.STDOUT, env=env
-        )
-
-
-def _bars():
-    return Progress(
-        TextColumn('{task.description:<28}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn('{task.fields[remark]}'),
-    )

@@ -4,7 +4,7 @@
 
 Makes the data, trains the base on single digits, then trains two models on it
 that differ in one thing: in one the backbone is frozen, in the other it is
-adapted. What is there already is not made again, so that a second call takes
+adapted. What exists already is not made again, so that a second call takes
 seconds and an interrupted one goes on where it was.
 """
 
@@ -13,30 +13,27 @@ import os
 import signal
 import sys
 
+from demo_report import show_report
 from experiment import TASKS, Experiment, make_data_and_base, methods
 from jobs import run_jobs
-from report import show_report
 
 from mmpeft.engine.launch import run
 
 
 def main():
     args = parse_args()
-    adapted = Experiment(args.method, args.task, args.seed)
-    experiments = [adapted]
-    if args.method != 'frozen':
-        experiments.insert(0, Experiment('frozen', args.task, args.seed))
+    names = dict.fromkeys(['frozen', args.method])
+    experiments = [Experiment(name, args.task, args.seed) for name in names]
+    adapted = experiments[-1]
     avoid_gpu_without_operators()
     make_data_and_base(args.task)
     for experiment in experiments:
         experiment.prepare()
     run_jobs([e.training() for e in experiments if not e.is_trained()])
-    evaluations = [e.evaluation() for e in experiments]
-    if adapted.merges:
-        evaluations.append(adapted.evaluation_of_merged())
-        if not adapted.merged.exists():
-            run_jobs([adapted.merging()])
-    run_jobs([evaluation.job() for evaluation in evaluations if not evaluation.is_done()])
+    if adapted.merges and not adapted.merged.exists():
+        run_jobs([adapted.merging()])
+    tests = [(e, False) for e in experiments] + [(adapted, True)] * adapted.merges
+    run_jobs([e.testing(merged) for e, merged in tests if not e.scores(merged)])
     show_report(experiments)
 
 

@@ -7,13 +7,10 @@ import warnings
 import cv2
 import numpy as np
 import torch
-from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.table import Table
 
-import mmpeft
-from mmpeft.engine.packages import import_task
-from mmpeft.registry import MODELS
+from mmpeft.engine.injections import adapt, build_model
 
 SCORES = {
     'coco/bbox_mAP': 'box AP',
@@ -38,26 +35,22 @@ def show_report(experiments):
     console.rule(f'after {adapted.steps} steps each, seed {adapted.seed}')
     console.print(score_table(experiments))
     console.rule('files')
-    trained = trained_size(adapted.checkpoint)
-    remark = f'adapters, neck and heads {mib(trained)}, the rest is the optimizer'
-    rows = [(adapted.checkpoint, remark), (adapted.config, 'the config, for tools/test.py')]
+    weights = torch.load(adapted.checkpoint, map_location='cpu', weights_only=False)['state_dict']
+    trained = mib(sum(weight.numel() * weight.element_size() for weight in weights.values()))
+    rows = [
+        (adapted.checkpoint, f'adapters, neck and heads {trained}, the rest is the optimizer'),
+        (adapted.config, 'the config, for tools/test.py'),
+    ]
     if adapted.merges:
         rows.append((adapted.merged, 'the whole model, without adapters'))
         rows.append((adapted.merged.with_suffix('.py'), 'its config'))
     for experiment in experiments:
-        pictures = experiment.evaluation().pictures()
-        sheet = contact_sheet(pictures, experiment.folder / 'pictures.png')
-        rows.append((sheet, 'truth and prediction side by side'))
-    rows.append((pictures[0].parent, f'{len(pictures)} such pictures'))
+        pictures, sheet = experiment.pictures(), experiment.folder / 'pictures.png'
+        write_contact_sheet(pictures, sheet)
+        rows.append((sheet, f'truth and prediction, of {len(pictures)} in {pictures[0].parent}'))
     for path, remark in rows:
-        size = mib(path.stat().st_size) if path.is_file() else ''
-        console.print(f'{size:>9}  {path}  ({remark})', highlight=False, soft_wrap=True)
-
-
-def trained_size(checkpoint):
-    """Bytes of the weights in a checkpoint of training."""
-    weights = torch.load(checkpoint, map_location='cpu', weights_only=False)['state_dict']
-    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+        line = f'{mib(path.stat().st_size):>9}  {path}  ({remark})'
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def mib(size):
@@ -69,19 +62,15 @@ def summary_of(cfg):
     """Count a config's parameters, on a model without weights."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        import_task(cfg)
-        init_default_scope(cfg.default_scope)
-        peft = dict(cfg.default_hooks.peft)
-        model = MODELS.build(cfg.model)
-        return mmpeft.inject(model, peft['method'], peft['targets'], peft.get('unfreeze', ()))
+        return adapt(build_model(cfg, meta=True), cfg)
 
 
 def score_table(experiments):
-    """One row a model: what trains in its backbone, and its scores."""
-    rows = [(e.method, e.evaluation().scores()) for e in experiments]
+    """One row a model: the method in its backbone, and its scores."""
+    rows = [(e.method, e.scores()) for e in experiments]
     adapted = experiments[-1]
     if adapted.merges:
-        rows.append((f'{adapted.method}, merged', adapted.evaluation_of_merged().scores()))
+        rows.append((f'{adapted.method}, merged', adapted.scores(merged=True)))
     names = [name for name in SCORES if name in rows[0][1]]
     table = Table('backbone', *(SCORES[name] for name in names))
     for method, scores in rows:
@@ -89,20 +78,17 @@ def score_table(experiments):
     return table
 
 
-def contact_sheet(pictures, path, columns=4, rows=3):
-    """Lay pictures of one size beside each other, and write the sheet.
+def write_contact_sheet(pictures, path, columns=4, rows=3):
+    """Lay the first pictures beside each other and write the sheet.
 
     Args:
-        pictures (list[Path]): The first ``columns * rows`` are used.
+        pictures (list[Path]): Of one size.
         path (Path): Where the sheet goes.
-
-    Returns:
-        Path: ``path``.
+        columns (int): Pictures in a row.
+        rows (int): Rows at most; only full ones are drawn.
     """
     tiles = [cv2.imread(str(picture)) for picture in pictures[: columns * rows]]
     tiles = [cv2.resize(tile, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for tile in tiles]
     tiles = [np.pad(tile, ((4, 4), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
-    lines = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    lines = [np.hstack(line) for line in lines if len(line) == columns]
-    cv2.imwrite(str(path), np.vstack(lines))
-    return path
+    full = range(0, len(tiles) - columns + 1, columns)
+    cv2.imwrite(str(path), np.vstack([np.hstack(tiles[i : i + columns]) for i in full]))
