@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .linear import Frozen
-from .recompute import Recipe, remember
+from .cpu import onednn
+from .recompute import tag_for_recompute
 from .response_norm import response_norm
 
 
@@ -15,31 +15,31 @@ class FrozenLinear:
     """A linear layer without adapter."""
 
     def forward(self, x):
-        if not _is_passed_through(self, x) or torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast or not onednn.pays(x, self.weight) or not _is_passed_through(self, x):
             return super().forward(x)
-        return Frozen.apply(x, self.weight, self.bias)
+        return onednn.FrozenLinear.apply(x, self.weight, self.bias)
 
 
 class FrozenResponseNorm:
     """timm's global response normalization."""
 
     def forward(self, x):
-        if not _is_passed_through(self, x) or x.ndim != 4:
+        if x.ndim != 4 or not _is_passed_through(self, x):
             return super().forward(x)
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
 
 
-class Repeatable:
+class Recomputable:
     """A norm or an activation whose output costs little to compute again."""
 
     def forward(self, x):
         y = super().forward(x)
-        if y is x or not _is_passed_through(self, x):
+        if y is x or torch.promote_types(x.dtype, y.dtype) != y.dtype:
             return y
-        if torch.promote_types(x.dtype, y.dtype) != y.dtype:
+        if not _is_passed_through(self, x):
             return y
-        again = partial(_again, super().forward, y.dtype)
-        return remember(y, Recipe(again, (x,)))
+        return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
 
 
 def _again(forward, dtype, x):
@@ -49,23 +49,19 @@ def _again(forward, dtype, x):
 KINDS = {
     'torch.nn.modules.linear.Linear': FrozenLinear,
     'timm.layers.grn.GlobalResponseNorm': FrozenResponseNorm,
-    'torch.nn.modules.normalization.LayerNorm': Repeatable,
-    'torch.nn.modules.normalization.RMSNorm': Repeatable,
-    'torch.nn.modules.activation.GELU': Repeatable,
-    'torch.nn.modules.activation.SiLU': Repeatable,
-    'timm.layers.norm.LayerNorm': Repeatable,
-    'timm.layers.norm.LayerNorm2d': Repeatable,
-    'timm.layers.norm.RmsNorm': Repeatable,
-    'timm.layers.activations.GELU': Repeatable,
+    'torch.nn.modules.normalization.LayerNorm': Recomputable,
+    'torch.nn.modules.normalization.RMSNorm': Recomputable,
+    'torch.nn.modules.activation.GELU': Recomputable,
+    'torch.nn.modules.activation.SiLU': Recomputable,
+    'timm.layers.norm.LayerNorm': Recomputable,
+    'timm.layers.norm.LayerNorm2d': Recomputable,
+    'timm.layers.norm.RmsNorm': Recomputable,
+    'timm.layers.activations.GELU': Recomputable,
 }
 
 
 def kind_for(layer: nn.Module) -> type | None:
-    """Which of the classes above a layer may take; None if none.
-
-    What counts is whose ``forward`` it runs; a subclass with its own is left
-    alone.
-    """
+    """The class above for a layer that runs the ``forward`` of a class named here, if it does."""
     owner = next(c for c in type(layer).__mro__ if 'forward' in vars(c))
     return KINDS.get(f'{owner.__module__}.{owner.__qualname__}')
 

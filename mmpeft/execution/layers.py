@@ -8,55 +8,53 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .frozen import kind_for
-from .select import AUTO, PLAIN, choose, has_one_adapter
+from .kernels import AUTO, PLAIN
+from .select import has_one_adapter, select_kernel
 
 
-class _Exchanged:
-    """Marks the classes that layers were given here."""
+class _Fast:
+    """Marks the classes that layers are given here."""
 
 
-class _Executed:
-    """A layer whose forward takes the fastest way that computes the same."""
+class _Adapted:
+    """A layer whose forward runs the fastest kernel that computes the same."""
 
     execution = AUTO
 
     def forward(self, x):
-        chosen = choose(self, x)
-        if chosen is None:
-            return super().forward(x)
-        way, thin = chosen
-        return way.run(self, x, thin)
+        kernel = select_kernel(self, x)
+        return super().forward(x) if kernel is None else kernel(x)
 
 
 def enable(layer: nn.Module, execution: str = AUTO) -> None:
-    """Let a layer with one adapter on its weight choose its way in each forward.
+    """Let a layer with one adapter on its weight select a kernel in each forward.
 
     Args:
-        layer: Others are left alone.
+        layer: Others are left unchanged.
         execution: One of :data:`mmpeft.execution.CHOICES`.
     """
     if execution != PLAIN and _is_eligible(layer):
-        _exchange(layer, _Executed, execution=execution)
+        _change_class(layer, _Adapted, execution=execution)
 
 
 def enable_frozen(root: nn.Module) -> None:
-    """Let frozen layers without adapters compute faster, or have less kept for backward."""
+    """Let frozen layers without adapters compute faster, or have less saved for backward."""
     for layer in root.modules():
-        if not isinstance(layer, _Exchanged) and not parametrize.is_parametrized(layer):
+        if not isinstance(layer, _Fast) and not parametrize.is_parametrized(layer):
             kind = kind_for(layer)
             if kind is not None:
-                _exchange(layer, kind)
+                _change_class(layer, kind)
 
 
 def disable(layer: nn.Module) -> None:
     """Undo the two above: the layer computes as its own class does."""
-    if isinstance(layer, _Exchanged):
+    if isinstance(layer, _Fast):
         layer.__class__ = type(layer).__bases__[2]
 
 
 def is_enabled(layer: nn.Module) -> bool:
-    """Whether a layer with an adapter chooses its way."""
-    return isinstance(layer, _Executed)
+    """Whether a layer with an adapter selects kernels."""
+    return isinstance(layer, _Adapted)
 
 
 def execution_of(layer: nn.Module) -> str:
@@ -64,14 +62,14 @@ def execution_of(layer: nn.Module) -> str:
     return getattr(layer, 'execution', PLAIN)
 
 
-def _exchange(layer, mixin, **attributes):
+def _change_class(layer, mixin, **attributes):
     kind = type(layer)
     content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-    layer.__class__ = type(kind.__name__, (_Exchanged, mixin, kind), content)
+    layer.__class__ = type(kind.__name__, (_Fast, mixin, kind), content)
 
 
 def _is_eligible(layer):
-    if isinstance(layer, _Exchanged) or not parametrize.is_parametrized(layer, 'weight'):
+    if isinstance(layer, _Fast) or not parametrize.is_parametrized(layer, 'weight'):
         return False
     known = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
     return type(layer).forward in known and has_one_adapter(layer)

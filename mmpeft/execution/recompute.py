@@ -1,63 +1,55 @@
 """Maps that are cheaper to compute again than to keep.
 
-A norm or an activation keeps its input for backward, and the layer that
-follows keeps its output: twice the same content. A recipe, hung on the
-output, says how it follows from what is kept anyway, and the layer keeps that.
+A norm or an activation saves its input for backward, and the layer that
+follows saves its output: twice the same content. A tag on the output says how
+it follows from what is saved anyway, and the layer saves that.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NAME = '_mmpeft_recipe'
+NAME = '_mmpeft_recompute'
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recomputation(NamedTuple):
     """How a tensor follows from others.
 
     Attributes:
-        function: Takes ``tensors``; called without gradients and autocast.
-        tensors: What somebody keeps for backward in any case.
+        function: Takes ``tensors``; called outside autocast.
+        tensors: What is saved for backward in any case.
     """
 
     function: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
 
-    def then(self, function: Callable[[Tensor], Tensor]) -> 'Recipe':
-        """The recipe of what a function makes of the tensor."""
-        first = self.function
-        return Recipe(lambda *tensors: function(first(*tensors)), self.tensors)
 
-
-def remember(y: Tensor, recipe: Recipe | None) -> Tensor:
-    """Hang a recipe on a tensor, where it will be of use."""
-    if recipe is not None and y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, NAME, (recipe, y._version))
+def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Note on a tensor that it is ``function(*tensors)``, where a gradient flows through it."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        setattr(y, NAME, (Recomputation(function, tensors), y._version))
     return y
 
 
-def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe that hangs on a tensor; None if it was changed since."""
-    recipe, version = getattr(x, NAME, (None, None))
-    return recipe if recipe is not None and x._version == version else None
+def recomputation_of(x: Tensor) -> Recomputation | None:
+    """What was noted on a tensor; None if it was changed since."""
+    found, version = getattr(x, NAME, (None, None))
+    return found if found is not None and x._version == version else None
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype, its recipe with it."""
-    recipe = recipe_of(x)
-    y = x.to(dtype)
-    if recipe is None or y is x:
+    """A tensor in another dtype, its tag with it."""
+    y, found = x.to(dtype), recomputation_of(x)
+    if y is x or found is None:
         return y
-    return remember(y, recipe.then(lambda t: t.to(dtype)))
+    return tag_for_recompute(y, lambda *t: found.function(*t).to(dtype), *found.tensors)
 
 
-def to_keep(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """How to get a tensor back in backward, and what to keep for that."""
-    recipe = recipe_of(x)
-    return (_itself, (x,)) if recipe is None else (recipe.function, recipe.tensors)
+def save_or_recompute(x: Tensor) -> Recomputation:
+    """How to get a tensor back in backward; its ``tensors`` are to be saved."""
+    return recomputation_of(x) or Recomputation(_itself, (x,))
 
 
 def _itself(x):

@@ -7,44 +7,52 @@ as such it reads and writes the map half as often as operation by operation,
 and needs one map of memory instead of four. Weight and bias are frozen here.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from mmpeft.methods.precision import outside_autocast
+
+from .cpu.norm import norm_over
+from .function import FastFunction
 from .matmul import is_low
-from .precision import without_autocast
-from .recompute import Recipe, remember
+from .recompute import tag_for_recompute
 
 
-class ResponseNorm(Function):
-    """y, and the factor (1 + w n / (mean n + eps)) that recomputes it."""
+@dataclass(frozen=True, eq=False)
+class ResponseNorm(FastFunction):
+    """y, with the norms known.
 
-    @staticmethod
-    @without_autocast
-    def forward(ctx, x, weight, bias, eps, positions, channel):
-        norm = _norm(x, positions)
-        mean = norm.mean(channel, keepdim=True) + eps
-        weight = weight.to(norm.dtype)
-        factor = weight * (norm / mean) + 1
-        ctx.positions, ctx.channel = positions, channel
-        ctx.save_for_backward(x, weight, norm, mean, factor)
-        ctx.mark_non_differentiable(factor)
-        return _affine(x, factor, bias), factor
+    Shapes: ``x``, ``dy`` and y (N, H, W, C) or (N, C, H, W); ``weight`` and ``bias``
+    broadcastable to them, ``norm`` n, ``mean`` (mean n + eps) and ``factor`` (1 + w n / mean)
+    too. Only ``x`` has a gradient.
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, dy, _):
-        x, weight, norm, mean, factor = ctx.saved_tensors
-        low, x, dy = x.dtype, x.to(norm.dtype), dy.to(norm.dtype)
+    Attributes:
+        positions: Dimensions of the positions.
+        channel: Dimension of the channels.
+        eps: Added to the mean norm.
+    """
+
+    positions: tuple[int, ...]
+    channel: int
+    eps: float
+
+    def forward(self, x, weight, bias, norm, mean, factor):
+        return _affine(x, factor, bias), ()
+
+    def gradients(self, needs, dy, x, weight, bias, norm, mean, factor):
+        dtype, x, dy = x.dtype, x.to(norm.dtype), dy.to(norm.dtype)
         product = dy * x
-        d_ratio = product.sum(ctx.positions, keepdim=True) * weight
-        shared = (d_ratio * norm).mean(ctx.channel, keepdim=True) / mean.square()
+        d_ratio = product.sum(self.positions, keepdim=True) * weight
+        shared = (d_ratio * norm).mean(self.channel, keepdim=True) / mean.square()
         d_norm = d_ratio / mean - shared
         pull = torch.where(norm > 0, d_norm / norm, 0)
-        dx = torch.mul(dy, factor, out=product).addcmul_(x, pull)
-        return dx.to(low), None, None, None, None, None
+        return (torch.mul(dy, factor, out=product).addcmul_(x, pull).to(dtype),)
+
+    def reference(self, x, weight, bias, *_):
+        norm = torch.linalg.vector_norm(x, dim=self.positions, keepdim=True)
+        return x * (1 + weight * norm / (norm.mean(self.channel, keepdim=True) + self.eps)) + bias
 
 
 def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: int) -> Tensor:
@@ -61,20 +69,23 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: 
         Of the shape and dtype of ``x``.
     """
     channel %= x.ndim
-    positions = [d for d in range(1, x.ndim) if d != channel]
+    positions = tuple(d for d in range(1, x.ndim) if d != channel)
     shape = [-1 if d == channel else 1 for d in range(x.ndim)]
-    weight, bias = weight.view(shape), bias.view(shape)
-    y, factor = ResponseNorm.apply(x, weight, bias, eps, positions, channel)
-    return remember(y, Recipe(_affine, (x, factor, bias)))
+    with torch.no_grad(), outside_autocast(x.device.type):
+        norm = _norm(x, positions)
+        mean = norm.mean(channel, keepdim=True) + eps
+        weight, bias = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype)
+        factor = weight * (norm / mean) + 1
+    y = ResponseNorm(positions, channel, eps)(x, weight, bias, norm, mean, factor)
+    return tag_for_recompute(y, _affine, x, factor, bias)
 
 
 def _affine(x, factor, bias):
-    return torch.addcmul(bias.to(factor.dtype), x.to(factor.dtype), factor).to(x.dtype)
+    return torch.addcmul(bias, x.to(factor.dtype), factor).to(x.dtype)
 
 
 def _norm(x, positions):
     if x.device.type == 'cpu' and not is_low(x):
-        # torch's own norm over positions is many times slower there.
-        return x.square().sum(positions, keepdim=True).sqrt_()
+        return norm_over(x, positions)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)

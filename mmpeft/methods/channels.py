@@ -57,3 +57,18 @@ def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
         return values.view(-1, 1, *ones)
     rows = values.view(spec.groups, 1, -1).expand(-1, spec.shape[0] // spec.groups, -1)
     return rows.reshape(spec.shape[0], -1, *ones)
+
+
+def draw_input_dropout(like: Tensor, spec: WeightSpec, p: float) -> Tensor:
+    """A random 0 or 1 / (1 - p) for each input channel.
+
+    Args:
+        like: Gives dtype and device.
+        spec: The weight's role.
+        p: Probability of 0.
+
+    Returns:
+        (in_features,)
+    """
+    keep = torch.full((spec.in_features,), 1 - p, dtype=like.dtype, device=like.device)
+    return torch.bernoulli(keep) / (1 - p)

@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from .dropout import draw_input_dropout
+from .channels import draw_input_dropout
 from .spec import WeightSpec
+from .updates import UPDATES
 
 
 @dataclass(frozen=True, eq=False)
 class NormalForm:
-    """phi(W) by thin factors of its channel modes, which is faster to train than dW itself.
+    """phi(W) by thin factors of its channel modes.
 
         dW[o, i, k] = sum_ab up[o, a] core[a, b, k] down[b, i]
-        W' = update(W, scale * dW) = V, or magnitude * V / ||V|| by output channel
+        V = update(W, scale * dW)
+        W' = V, or magnitude * V / ||V|| by output channel
 
-    of a weight whose outputs see all inputs, (out, in, *kernel).
+    where all outputs see all inputs: W and dW are (out, in, *kernel).
 
     Attributes:
         up: (out, a)
@@ -24,7 +27,7 @@ class NormalForm:
         update: Of :data:`.updates.UPDATES`.
         scale: The factor before dW.
         dropout: Probability with which dW ignores an input channel.
-        magnitude: (out,); None where the rows are not normalized.
+        magnitude: (out,); None where V is not normalized.
         detach_norm: Whether ||V|| counts as a constant in backward.
     """
 
@@ -44,14 +47,14 @@ class NormalForm:
         core = self.core.flatten(1)
         return (self.up, core) if self.down is None else (self.up @ core, self.down)
 
-    def with_kernel(self, kernel_size: tuple[int, ...]) -> 'NormalForm':
-        """The same with a ``core`` in any case."""
+    def with_core(self, kernel_size: tuple[int, ...]) -> 'NormalForm':
+        """The same, ``down`` as a ``core`` where there is none."""
         if self.core is not None:
             return self
         return replace(self, core=self.down.view(*self.down.shape, *kernel_size), down=None)
 
     def dropped(self, spec: WeightSpec) -> 'NormalForm':
-        """The same with the input channels of one training step dropped."""
+        """The same with the dropout of one training step in its factors."""
         if not self.dropout:
             return self
         mask = draw_input_dropout(self.up, spec, self.dropout)
@@ -59,3 +62,23 @@ class NormalForm:
             return replace(self, down=self.down * mask, dropout=0.0)
         mask = mask.view(-1, *(1,) * len(spec.kernel_size))
         return replace(self, core=self.core * mask, dropout=0.0)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """W' without dropout, by operations of torch alone.
+
+        Args:
+            weight: W, (out, in, *kernel).
+
+        Returns:
+            Of the same shape.
+        """
+        delta = self.up if self.core is None else torch.tensordot(self.up, self.core, 1)
+        if self.down is not None:
+            delta = torch.tensordot(delta, self.down, ([1], [0])).movedim(-1, 1)
+        direction = UPDATES[self.update](weight, self.scale * delta.view(weight.shape))
+        if self.magnitude is None:
+            return direction
+        norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+        norm = norm.detach() if self.detach_norm else norm
+        ratio = torch.where(norm > 0, self.magnitude / norm.clamp_min(1e-30), 1)
+        return direction * ratio.view(-1, *(1,) * (weight.ndim - 1))

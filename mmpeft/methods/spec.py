@@ -1,8 +1,9 @@
 """What a method sees of where it is applied: the role of a weight, or a place in the network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Size, nn
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear', 'embedding', 'norm')
 POINT_DESCRIPTIONS = dict(
@@ -15,6 +16,7 @@ POINT_DESCRIPTIONS = dict(
     border='a zero-padded convolution of stride 1 in a block',
 )
 POINT_KINDS = tuple(POINT_DESCRIPTIONS)
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,44 @@ class ConvGeometry:
             padding = tuple((0, 0) if p == 'valid' else (p, p) for p in each('padding', 0))
         mode = getattr(module, 'padding_mode', 'zeros')
         return cls(each('stride', 1), padding, mode, dilation)
+
+    @property
+    def zeros(self) -> tuple[int, ...]:
+        """Zeros before and after each axis, where they are as many."""
+        return tuple(before for before, _ in self.padding)
+
+    def padded(self, x: Tensor) -> tuple[Tensor, 'ConvGeometry']:
+        """A map with the padding that torch's convolutions do not take as numbers.
+
+        Args:
+            x: (N, C, *size) or (C, *size).
+
+        Returns:
+            The map, and the geometry of what is left to do.
+        """
+        if self.padding_mode == 'zeros' and all(a == b for a, b in self.padding):
+            return x, self
+        sides = [side for pair in reversed(self.padding) for side in pair]
+        x = F.pad(x, sides, 'constant' if self.padding_mode == 'zeros' else self.padding_mode)
+        return x, replace(self, padding=((0, 0),) * len(self.padding), padding_mode='zeros')
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1
+    ) -> Tensor:
+        """The convolution.
+
+        Args:
+            x: (N, in, *size) or (in, *size).
+            weight: (out, in / groups, *kernel).
+            bias: (out,)
+            groups: Of the channels.
+
+        Returns:
+            (N, out, *size'), or without N.
+        """
+        x, rest = self.padded(x)
+        function = CONVOLUTIONS[weight.ndim - 2]
+        return function(x, weight, bias, rest.stride, rest.zeros, rest.dilation, groups)
 
 
 @dataclass(frozen=True)

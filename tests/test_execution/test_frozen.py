@@ -11,8 +11,8 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution.matmul import Columns, Rows, linear
-from mmpeft.execution.recompute import Recipe, recipe_of, remember
+from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast, linear
+from mmpeft.execution.recompute import recomputation_of, tag_for_recompute
 from mmpeft.execution.response_norm import response_norm
 from tests.cases import METHODS, randomize
 from tests.comparing import assert_equal, plain_of, results
@@ -168,7 +168,7 @@ def test_classes_come_back(network):
         'ParametrizedConv2d',
         'ModuleDict',
     }
-    assert not any(isinstance(m, execution.layers._Exchanged) for m in network.modules())
+    assert not any(isinstance(m, execution.layers._Fast) for m in network.modules())
 
 
 def kept_bytes(model, x):
@@ -200,9 +200,9 @@ def test_a_norms_output_is_not_kept(norm):
 
 def test_an_input_that_was_changed_is_kept_itself():
     x = torch.randn(4, 3, requires_grad=True)
-    y = remember(F.gelu(x), Recipe(F.gelu, (x,)))
-    assert recipe_of(y).tensors == (x,)
-    assert recipe_of(y.add_(1)) is None
+    y = tag_for_recompute(F.gelu(x), F.gelu, x)
+    assert recomputation_of(y).tensors == (x,)
+    assert recomputation_of(y.add_(1)) is None
 
     class Shifted(nn.Module):
         def __init__(self):
@@ -234,18 +234,18 @@ def test_products_in_any_strides(shape):
     turned = x.T.contiguous().T, w.T.contiguous().T
     for one, other in [(x, w), turned, (x, turned[1]), (turned[0], w)]:
         close(linear(one, other, bias), exact)
-        close(Rows.outer(one, x), x.double().T @ x.double())
+        close(ChannelsLast.weight_grad(one, x), x.double().T @ x.double())
         columns = one.T[None].contiguous()
-        close(Columns.times(columns, other, bias), exact.T[None])
+        close(ChannelsFirst.matmul(columns, other, bias), exact.T[None])
         close(
-            Columns.times(columns.expand(2, -1, -1), other),
+            ChannelsFirst.matmul(columns.expand(2, -1, -1), other),
             (x.double() @ w.double().T).T.expand(2, -1, -1),
         )
-        close(Columns.outer(columns, columns), x.double().T @ x.double())
+        close(ChannelsFirst.weight_grad(columns, columns), x.double().T @ x.double())
     y = torch.randn(tokens, out)
-    close(Rows.accumulate(y.clone(), x, w), y.double() + x.double() @ w.double().T)
+    close(ChannelsLast.accumulate(y.clone(), x, w), y.double() + x.double() @ w.double().T)
     wide = y.T[None].contiguous()
     close(
-        Columns.accumulate(wide.clone(), x.T[None], w),
+        ChannelsFirst.accumulate(wide.clone(), x.T[None], w),
         (y.double() + x.double() @ w.double().T).T[None],
     )

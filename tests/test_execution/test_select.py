@@ -8,7 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution.select import choose
+from mmpeft.execution.select import select_kernel
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods import ActivationMethod
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
@@ -212,16 +212,16 @@ def test_most_layers_of_a_network_take_a_faster_way():
     x = torch.randn(2, 16, 16, 16)
     for layer in model:
         if execution.is_enabled(layer):
-            taken.append(choose(layer, x)[0].name)
+            taken.append(select_kernel(layer, x).describe(x))
         x = layer(x)
     assert taken == [
         'kernel gradient as a convolution',
-        'thin products',
-        'thin convolutions',
-        'thin products',
+        'thin products, in the weight',
+        'thin convolutions, in the weight',
+        'dense gradient, nothing kept',
     ]
     with torch.no_grad():
-        assert choose(model[4], torch.randn(1, 8192)) is None
+        assert select_kernel(model[4], torch.randn(1, 8192)) is None
 
 
 def test_nothing_of_the_built_weight_is_kept_for_backward():

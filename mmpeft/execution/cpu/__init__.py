@@ -1,0 +1,1 @@
+"""Fast forms that only a CPU has."""

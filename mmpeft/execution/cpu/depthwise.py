@@ -1,0 +1,77 @@
+"""A depthwise convolution with a faster gradient of its kernel.
+
+The gradient is itself a grouped convolution, of the padded input with dy as the
+kernel, which for large maps is many times faster on a CPU than torch's own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.execution.conv import convolution_gradients
+from mmpeft.execution.function import FastFunction
+from mmpeft.methods.spec import ConvGeometry
+
+# Maps of fewer elements (N C H W) are not worth it.
+SMALL_MAP = 2**12
+
+
+@dataclass(frozen=True, eq=False)
+class DepthwiseConv(FastFunction):
+    """y = x convolved with W, plus b, at stride and dilation 1.
+
+    Shapes: ``x`` (N, C, H, W); ``weight`` W (C, 1, kh, kw), adapted already; ``bias`` b (C,) or
+    None. The result is (N, C, H', W'), and each gradient has its argument's shape.
+
+    Attributes:
+        geometry: Of the layer, with zeros alone and as many before an axis as after it.
+    """
+
+    geometry: ConvGeometry
+
+    def forward(self, x, weight, bias):
+        return self.reference(x, weight, bias), ()
+
+    def gradients(self, needs, dy, x, weight, bias):
+        dx = d_weight = None
+        if needs[0]:
+            mask, groups = (True, False), len(weight)
+            dx, _ = convolution_gradients(self.geometry, dy, x, weight, mask, groups)
+        if needs[1]:
+            d_weight = kernel_gradient(x, dy, weight.shape, self.geometry.zeros)
+        return dx, d_weight, dy.sum((0, 2, 3)) if needs[2] else None
+
+    def reference(self, x, weight, bias):
+        return self.geometry.convolve(x, weight, bias, len(weight))
+
+
+def pays(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> bool:
+    """Whether a layer is such a convolution, on a map x (N, C, H, W) that is large enough."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and set(geometry.stride) == set(geometry.dilation) == {1}
+        and layer.in_channels == layer.out_channels == layer.groups
+        and x.device.type == 'cpu'
+        and x.numel() >= SMALL_MAP
+    )
+
+
+def kernel_gradient(x: Tensor, dy: Tensor, shape: torch.Size, padding: tuple[int, ...]) -> Tensor:
+    """The gradient of a depthwise kernel at stride 1.
+
+    Args:
+        x: Input, (N, C, H, W).
+        dy: Gradient of the output, (N, C, H', W').
+        shape: Of the kernel, (C, 1, kh, kw).
+        padding: Zeros around the input.
+
+    Returns:
+        (C, 1, kh, kw)
+    """
+    images, channels = x.shape[:2]
+    x = x.reshape(1, images * channels, *x.shape[2:])
+    dy = dy.reshape(images * channels, 1, *dy.shape[2:])
+    gradient = F.conv2d(x, dy, padding=padding, groups=images * channels)
+    return gradient.view(images, channels, *shape[2:]).sum(0).unsqueeze(1)

@@ -1,0 +1,71 @@
+"""Products in float32 by oneDNN, where torch has it.
+
+torch's own go to MKL, which does not use all of the vector units of processors of other makers.
+Shapes are those of :mod:`mmpeft.execution.matmul`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+# Multiply-adds below which oneDNN's preparation takes longer than the product.
+SMALL_PRODUCT = 2**21
+# Columns up to which it computes a product faster transposed.
+THIN = 128
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes a product faster than torch.
+
+    Args:
+        x: A map of I channels.
+        weight: (O, I)
+    """
+    return (
+        x.device.type == 'cpu'
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * len(weight) >= SMALL_PRODUCT
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for x (..., I), W (O, I) with any strides and b (O,)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+
+def channels_first(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A map (N, I, T) through a matrix (O, I), plus a bias (O,): (N, O, T)."""
+    if len(x) == 1 and bias is None:
+        positions_are_few = x.shape[2] * sum(weight.shape) < weight.numel()
+        if positions_are_few and not weight.is_contiguous():
+            return linear(x[0].T, weight).T.contiguous()[None]
+        return linear(weight, x[0].T)[None]
+    # oneDNN reads a transposed matrix several times slower.
+    if weight.is_contiguous():
+        return F.conv1d(x, weight.unsqueeze(2), bias)
+    return F.conv_transpose1d(x, weight.T.unsqueeze(2), bias)
+
+
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """dy (O, T) times x (I, T), over T: (O, I)."""
+    is_thin = len(x) <= THIN or dy.shape[1] >= len(dy)
+    if len(x) < len(dy) and is_thin:
+        return linear(x, dy).T
+    return linear(dy, x)
+
+
+class FrozenLinear(Function):
+    """y = x W^T + b for x (..., I), frozen W (O, I) and b (O,) or None: (..., O)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.aten._unsafe_view(y := linear(x, weight, bias), y.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return FrozenLinear.apply(dy, ctx.saved_tensors[0].T, None), None, None
