@@ -1,8 +1,26 @@
-"""Batches with labels, as each task's pipeline packs them."""
+"""What the tests of configs share: models with adapters, and batches with labels."""
 
 import numpy as np
 import torch
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
+
+import mmpeft
+from mmpeft.engine.packages import import_task
+
+
+def build(cfg):
+    """The model of a config, without adapters."""
+    import_task(cfg)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
+def adapt(model, cfg):
+    """Inject what the PEFTHook of a config says, and return the summary."""
+    hook = cfg.default_hooks.peft
+    targets = dict(module='backbone') | dict(hook.get('targets') or {})
+    return mmpeft.inject(model, hook.method, targets, hook.get('unfreeze', ()))
 
 
 def batch(scope, size=128):

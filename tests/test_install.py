@@ -160,6 +160,7 @@ def test_base_of_every_config_is_shipped(config):
                     assert (parent / path).is_file(), f'{config} inherits from {base}'
 
 
+@pytest.mark.slow
 def test_wheel_serves_its_configs(tmp_path):
     """Built, unpacked elsewhere and inherited from, as after `pip install mmpeft`."""
     source = tmp_path / 'source'

@@ -29,6 +29,7 @@ def test_every_config_is_a_case():
     assert {path.parent.name for path in ROOT.glob('configs/*/internvit_ade20k.py')} == set(SHARES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', SHARES)
 def test_shares_of_the_whole_model(method):
     cfg = read(method)

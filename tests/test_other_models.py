@@ -20,10 +20,12 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import plain_key
+from tests.tasks import adapt
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / 'docs/other_models.md').read_text()
@@ -73,7 +75,7 @@ def scope():
 
 
 @pytest.fixture(scope='module')
-def scenes(tmp_path_factory, script):  # noqa: F811
+def scenes(tmp_path_factory, script):
     """The demo's data, four scenes to train on and two to look at."""
     folder = tmp_path_factory.mktemp('scenes')
     digits = script('dataset_converters', 'digits')
@@ -271,7 +273,7 @@ def pairs(note, other):
     return zip(*found, strict=True)
 
 
-def merged(cfg, checkpoint, script):  # noqa: F811
+def merged(cfg, checkpoint, script):
     """What a Runner without mmpeft notes of the merged checkpoint, made as tools/merge.py does."""
     tool = script('.', 'merge')
     model = tool.load_adapted(cfg, checkpoint)
@@ -296,7 +298,7 @@ def test_every_config_is_a_case():
 
 
 @pytest.mark.parametrize('name', SMALLER_HEADS)
-def test_trained_loaded_and_merged(name, workplace, script):  # noqa: F811
+def test_trained_loaded_and_merged(name, workplace, script):
     cfg = config(name)
     base = pretrain(cfg)
     model, trained = run(cfg, 'train')
@@ -341,7 +343,7 @@ def test_methods_on_activations(name, method, workplace):
         mmpeft.merge(model)
 
 
-def test_the_transformer_of_a_detr(workplace, script, monkeypatch):  # noqa: F811
+def test_the_transformer_of_a_detr(workplace, script, monkeypatch):
     """The page's config: backbone, encoder and decoder adapted in a detector that is trained."""
     (block,) = [b for b in re.findall(r'```python\n(.*?)```', PAGE, re.S) if 'decoder' in b]
     (workplace / 'detr_coco.py').write_text(block)
@@ -374,8 +376,8 @@ def build(name, **changes):
     """A config's model with adapters, and the config."""
     cfg = config(name, **changes)
     init_default_scope(cfg.default_scope)
-    model, peft = MODELS.build(cfg.model), cfg.default_hooks.peft
-    mmpeft.inject(model, peft['method'], peft['targets'], peft['unfreeze'])
+    model = MODELS.build(cfg.model)
+    adapt(model, cfg)
     return model, cfg
 
 

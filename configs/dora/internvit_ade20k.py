@@ -5,6 +5,4 @@ _base_ = [
     '../_base_/runtime_seg.py',
     '../_base_/methods/dora.py',
 ]
-default_hooks = dict(
-    peft=dict(_base_.peft, targets=dict(module='backbone', kinds=('linear',)), unfreeze=())
-)
+default_hooks = dict(peft=dict(_base_.peft, targets=dict(kinds=('linear',))))

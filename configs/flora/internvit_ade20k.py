@@ -7,9 +7,6 @@ _base_ = [
 ]
 default_hooks = dict(
     peft=dict(
-        _base_.peft,
-        method=dict(_base_.peft.method, rank=16),
-        targets=dict(module='backbone', kinds=('linear',)),
-        unfreeze=(),
+        _base_.peft, method=dict(_base_.peft.method, rank=16), targets=dict(kinds=('linear',))
     )
 )

@@ -5,4 +5,4 @@ _base_ = [
     '../_base_/runtime_seg.py',
     '../_base_/methods/frozen.py',
 ]
-default_hooks = dict(peft=dict(_base_.peft, targets=dict(module='backbone'), unfreeze=()))
+default_hooks = dict(peft=_base_.peft)

@@ -5,4 +5,5 @@ _base_ = [
     '../_base_/runtime_seg.py',
     '../_base_/methods/lora.py',
 ]
-default_hooks = dict(peft=_base_.peft)
+# The papers' parameter counts come from kernels flattened as loralib does it.
+default_hooks = dict(peft=dict(_base_.peft, method=dict(_base_.peft.method, layout='loralib')))

@@ -8,4 +8,5 @@ _base_ = [
 model = dict(backbone=_base_.swin_t, neck=dict(in_channels=[192, 384, 768]))
 # Upstream's 0.1 is for pretrained weights that train, not for adapters.
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=1.0))))
-default_hooks = dict(peft=_base_.peft)
+# The norms on Swin's outputs are new: no pretrained file holds them.
+default_hooks = dict(peft=dict(_base_.peft, unfreeze=(r'^norm[0-3]\.',)))

@@ -4,5 +4,5 @@ _base_ = [
     '../_base_/methods/flora.py',
 ]
 
-targets = dict(_base_.peft.targets, exclude=(r'^conv1', r'^layer1'))  # frozen_stages=1
-default_hooks = dict(peft=dict(_base_.peft, targets=targets, unfreeze=()))
+targets = dict(exclude=(r'^conv1', r'^layer1'))  # frozen_stages=1
+default_hooks = dict(peft=dict(_base_.peft, targets=targets))

@@ -5,4 +5,4 @@ _base_ = [
 ]
 
 model = dict(backbone=dict(frozen_stages=-1))  # would freeze the adapters there
-default_hooks = dict(peft=dict(_base_.peft, unfreeze=()))
+default_hooks = dict(peft=_base_.peft)

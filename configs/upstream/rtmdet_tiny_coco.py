@@ -4,5 +4,4 @@ _base_ = [
     '../_base_/methods/dora.py',
 ]
 
-targets = dict(_base_.peft.targets, exclude_kinds=('depthwise',))
-default_hooks = dict(peft=dict(_base_.peft, targets=targets, unfreeze=()))
+default_hooks = dict(peft=dict(_base_.peft, targets=dict(exclude_kinds=('depthwise',))))

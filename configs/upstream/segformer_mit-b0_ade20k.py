@@ -4,5 +4,4 @@ _base_ = [
     '../_base_/methods/lora.py',
 ]
 
-targets = dict(_base_.peft.targets, kinds=('linear', 'pointwise'))
-default_hooks = dict(peft=dict(_base_.peft, targets=targets, unfreeze=()))
+default_hooks = dict(peft=dict(_base_.peft, targets=dict(kinds=('linear', 'pointwise'))))

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmpeft.engine.config import read_config
 from mmpeft.engine.packages import import_task
+from tests.tasks import adapt
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / 'tools/analysis_tools/sweep.py'
@@ -71,14 +72,11 @@ def test_learning_rates_of_backbone_and_heads(sweep, setting, tmp_path):
     """Adapters at theirs; neck, heads and the backbone's fresh norms at the heads'."""
     from mmengine.optim import build_optim_wrapper
 
-    import mmpeft
-
     cfg = read_config(sweep.Run('lotr', 0, 1e-3, setting, tmp_path / 'sweep').config)
     import_task(cfg)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    peft = cfg.default_hooks.peft
-    mmpeft.inject(model, peft['method'], peft['targets'], peft['unfreeze'])
+    adapt(model, cfg)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     rates = {id(p): group['lr'] for group in groups for p in group['params']}
     for name, parameter in model.named_parameters():

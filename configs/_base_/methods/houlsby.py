@@ -1,7 +1,2 @@
 # Houlsby adapters: a bottleneck after each branch (arXiv:1902.00751).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='HoulsbyAdapter', rank=16),
-    targets=dict(module='backbone'),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='HoulsbyAdapter', rank=16))

@@ -1,7 +1,2 @@
 # IA3: a scale for each output channel of a weight (arXiv:2205.05638).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='IA3'),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='IA3'))

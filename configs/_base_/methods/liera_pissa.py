@@ -1,7 +1,2 @@
 # LieRA on PiSSA: its update multiplies the weight (arXiv:2504.00851).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='PiSSA', rank=16, update='lie'),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='PiSSA', rank=16, update='lie'))

@@ -1,7 +1,2 @@
 # LoHa: the elementwise product of two low-rank updates (arXiv:2108.06098).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='LoHa', rank=16),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='LoHa', rank=16))

@@ -1,7 +1,2 @@
 # LoKr: a Kronecker product with a low-rank block (arXiv:2309.14859).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='LoKr', rank=16),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='LoKr', rank=16))

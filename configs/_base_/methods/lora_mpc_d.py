@@ -1,7 +1,2 @@
 # LoRA with MPC_d: one factor orthogonal, one uncorrelated (arXiv:2407.05417, Eq. 21).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='LoRA', rank=16, mpc='d'),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='LoRA', rank=16, mpc='d'))

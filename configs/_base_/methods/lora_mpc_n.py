@@ -1,7 +1,2 @@
 # LoRA with MPC_n: a non-linearity between the factors, the parallel adapter (arXiv:2407.05417).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='ParallelAdapter', rank=16),
-    targets=dict(module='backbone'),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='ParallelAdapter', rank=16))

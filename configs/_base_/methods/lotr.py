@@ -1,7 +1,2 @@
 # LoTR: factors that all weights of one shape share (arXiv:2402.01376).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='LoTR', rank=16),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='LoTR', rank=16))

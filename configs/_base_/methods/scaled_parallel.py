@@ -1,7 +1,2 @@
 # Scaled parallel adapters: a scaled bottleneck beside each MLP (arXiv:2110.04366).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='ScaledParallelAdapter', rank=16),
-    targets=dict(module='backbone'),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='ScaledParallelAdapter', rank=16))

@@ -1,7 +1,2 @@
 # Spectral adapter: shifts of the top singular vectors (arXiv:2405.13952).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='SpectralAdapter', rank=16),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='SpectralAdapter', rank=16))

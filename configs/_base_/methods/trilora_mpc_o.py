@@ -1,7 +1,2 @@
 # TriLoRA with MPC_o: both factors drawn to orthogonality (arXiv:2407.05417, Eq. 20).
-peft = dict(
-    type='mmpeft.PEFTHook',
-    method=dict(type='TriLoRA', rank=16, mpc='o'),
-    targets=dict(module='backbone', kinds=('conv', 'linear')),
-    unfreeze=(r'^norm[0-3]\.',),  # the fresh norms after each level
-)
+peft = dict(type='mmpeft.PEFTHook', method=dict(type='TriLoRA', rank=16, mpc='o'))

@@ -1,0 +1,178 @@
+"""The documents: links lead somewhere, files exist, code runs, and the site builds."""
+
+import copy
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmpeft
+from mmpeft.engine.config import compose
+from mmpeft.engine.packages import import_task
+from tests.cases import randomize
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
+PAGES = [
+    *ROOT.glob('*.md'),
+    *DOCS.glob('*.md'),
+    *ROOT.glob('configs/*/README.md'),
+]
+# What a run makes, and what a reader is to make.
+MADE = re.compile(r'work_dirs/|data/|/(mine|new|my\w*|pets|digits|merged)\.|[<>{*]|NAME|\.\.\.')
+
+
+def blocks(page, language='python'):
+    text = (DOCS / page).read_text()
+    return re.findall(rf'^```{language}\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(path):
+    """What GitHub and the site make of a page's headings."""
+    text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+    plain = (re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', heading) for heading in headings)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in plain}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r'\]\((?!https?:)([^)]+)\)', text):
+        file, _, anchor = link.partition('#')
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+# The changelog names files of earlier versions.
+@pytest.mark.parametrize(
+    'page',
+    [p for p in PAGES if p.stem != 'CHANGELOG'],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_that_are_named_exist(page):
+    ending = r'\.(?:py|sh|md|txt|json|jsonl|yml)'
+    named = re.findall(
+        rf'(?<![\w/.-])((?:tools|configs|docs|mmpeft|tests|requirements)/[^\s`)\]:"]*{ending})\b',
+        page.read_text(),
+    )
+    for name in named:
+        if not MADE.search(name):
+            assert (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (DOCS / 'index.md').read_text()
+    listed = set(re.findall(r'^(\w+)$', index, re.MULTILINE))
+    assert listed == {path.stem for path in DOCS.glob('*.md')} - {'index'}
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_api(tmp_path, monkeypatch, capsys):
+    """All blocks of the page, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks('api.md'):
+        exec(block, names)
+    assert names['summary'].adapters > 0 and (tmp_path / 'adapter.safetensors').exists()
+    assert 'FLoRA' in repr(mmpeft.summary(names['model'])) + capsys.readouterr().out
+
+
+def test_several_adapters_on_one_base(tmp_path, monkeypatch):
+    block = next(b for b in blocks('serving.md') if 'AdapterLibrary' in b)
+    monkeypatch.chdir(tmp_path)
+    detector, x = build_detector(), torch.randn(1, 3, 8, 8)
+    before, expected = detector(x), {}
+    for seed, name in enumerate(re.findall(r"'(\w+)\.safetensors'", block)):
+        adapted = copy.deepcopy(detector)
+        mmpeft.inject(adapted, dict(type='FLoRA', rank=2), dict(module='backbone'))
+        torch.manual_seed(seed)
+        randomize(adapted)
+        nn.init.normal_(adapted.head.weight)
+        expected[name] = adapted(x)
+        mmpeft.save_adapter(adapted, f'{name}.safetensors')
+    names = dict(detector=detector)
+    exec(block, names)
+    adapters = names['adapters']
+    assert len(expected) == 2 and adapters.current == 'harbour'
+    for name, output in expected.items():
+        assert torch.equal(adapters.use(name)(x), output)
+    adapters.combine('both', {'city': 0.7, 'harbour': 0.3}, heads='city')
+    assert not torch.equal(adapters.use('both')(x), expected['city'])
+    assert torch.equal(adapters.use(None)(x), before)
+
+
+def build_detector():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    parts = dict(backbone=backbone, head=nn.Conv2d(8, 2, 1))
+    return nn.Sequential(OrderedDict(parts))
+
+
+@pytest.mark.parametrize('page', ['configs.md'])
+def test_hooks_of_the_pages_can_be_built(page):
+    found = [block for block in blocks(page) if block.startswith('default_hooks')]
+    assert found
+    for block in found:
+        names = {}
+        exec(block, names)
+        mmpeft.registry.HOOKS.build(names['default_hooks']['peft'])
+
+
+@pytest.mark.usefixtures('scope')
+def test_a_dataset_of_label_images(tmp_path, monkeypatch):
+    block = next(b for b in blocks('configs.md') if 'data/aerial' in b)
+    monkeypatch.chdir(tmp_path)
+    for folder, ending in (('images', 'jpg'), ('annotations', 'png')):
+        for split in ('training', 'validation'):
+            (tmp_path / 'data/aerial' / folder / split).mkdir(parents=True)
+            picture = np.full((64, 64, 3) if ending == 'jpg' else (64, 64), 3, np.uint8)
+            cv2.imwrite(str(tmp_path / f'data/aerial/{folder}/{split}/a.{ending}'), picture)
+    (tmp_path / 'aerial.py').write_text(block)
+    config = compose('aerial.py')
+    import_task(config)
+    from mmseg.registry import DATASETS
+
+    for loader in (config.train_dataloader, config.val_dataloader):
+        dataset = DATASETS.build(loader.dataset)
+        (sample,) = dataset
+        assert sample['data_samples'].gt_sem_seg.data.unique().tolist() == [2]
+        assert dataset.metainfo['classes'] == ('road', 'roof', 'tree')
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    command = ['-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', DOCS, tmp_path / 'html']
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    html = tmp_path / 'html'
+    assert (html / 'searchindex.js').stat().st_size > 100_000
+    assert 'id="pissa"' in (html / 'methods.html').read_text()
+    reference = (html / 'reference/mmpeft.html').read_text()
+    missing = [n for n in mmpeft.__all__ if n[0] != '_' and f'id="mmpeft.{n}"' not in reference]
+    assert not missing
+    for page in html.rglob('*.html'):
+        check_local_links(page, html)
+
+
+def check_local_links(page, root):
+    """What a page of the site refers to is there, anchors included."""
+    text = page.read_text()
+    for link in re.findall(r'(?:href|src)="([^"]+)"', text):
+        file, _, anchor = link.partition('#')
+        if re.match(r'\w+:|//', link):
+            continue
+        target = page if not file else (page.parent / file.partition('?')[0]).resolve()
+        assert target.exists(), f'{page.relative_to(root)}: {link}'
+        if anchor and target.suffix == '.html' and '_modules' not in target.parts:
+            assert f'id="{anchor}"' in target.read_text(), f'{page.relative_to(root)}: {link}'
