@@ -1,6 +1,7 @@
 """The injections that the arguments of PEFTHook ask for, and a model adapted by them."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -103,6 +104,29 @@ def adapt(model: nn.Module, cfg: Config, rank: int | None = None) -> Summary:
             each['method'] = _with_rank(each['method'], rank)
         summary = inject(model, **each, execution=hook.get('execution', 'auto'))
     return summary
+
+
+def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
+    """The model of a config with its adapters, from random weights.
+
+    Args:
+        cfg: See :func:`adapt`.
+        recompute: The backbone's ``with_cp``. The result is None if it is to
+            recompute and has no such argument.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('checkpoint', None)  # not read here, and InternViT prepares for it
+    import_task(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    with MODELS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(cfg.model.backbone.type)
+    if 'with_cp' in inspect.signature(kind).parameters:
+        cfg.model.backbone.with_cp = recompute
+    elif recompute:
+        return None
+    model = build_model(cfg)
+    adapt(model, cfg)
+    return model
 
 
 def _with_rank(method, rank):

@@ -14,16 +14,15 @@ from .weights import is_below, layers, newly_initialized, weights_of
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One adapted weight or place.
+    """One adapter.
 
     Attributes:
         name: Path of the weight or module in the model.
-        kind: Kind of the layer or place.
-        shape: Of the weight; (output channels, input channels) of a place.
+        kind: Kind of the layer or insertion point.
+        shape: Of the weight; (output, input channels) of an insertion point.
         method: The method and the arguments that differ from its defaults.
         weight: Parameters of the frozen weight or module.
-        adapter: Parameters of the adapter; those that it holds in common
-            with others count in the first row.
+        adapter: Parameters of the adapter; shared ones count in the first row.
     """
 
     name: str
@@ -44,13 +43,13 @@ class Summary:
     """Parameters of an adapted model.
 
     Attributes:
-        rows: The adapted weights and places.
-        module: Path of the target module.
-        base: Parameters of the target module without adapters.
+        rows: One for each adapter.
+        module: Path of the target module; paths where there are several.
+        base: Parameters of the target without adapters.
         adapters: Parameters of all adapters.
-        unfrozen: Parameters of the target module that train themselves.
-        outside: Trainable parameters outside the target module (neck, heads).
-        skipped: Weights that were not adapted: kind to count.
+        unfrozen: Parameters of the target that train themselves.
+        outside: Trainable parameters outside the target (neck, heads).
+        skipped: How many weights of each kind in the target are not adapted.
     """
 
     rows: list[SummaryRow] = field(default_factory=list)
@@ -63,7 +62,7 @@ class Summary:
 
     @property
     def share(self) -> float:
-        """What trains in the target module, as a share of its own parameters."""
+        """What trains in the target, as a fraction of its own parameters."""
         return (self.adapters + self.unfrozen) / max(self.base, 1)
 
     @property
@@ -79,7 +78,7 @@ class Summary:
         skipped = ', '.join(f'{n} {kind}' for kind, n in sorted(self.skipped.items())) or 'none'
         methods = Counter(row.method for row in self.rows)
         lines = [
-            f'adapted in {self.module or "the model"}: {len(self.rows)} weights or places'
+            f'adapted in {self.module or "the model"}: {len(self.rows)} weights or modules'
             + ''.join(f'\n  {n} x {method}' for method, n in methods.most_common()),
             f'skipped: {skipped}',
             f'adapters {self.adapters:,} + unfrozen {self.unfrozen:,} '
@@ -96,7 +95,7 @@ def summary(model: nn.Module) -> Summary:
         model: With or without adapters; meta tensors will do.
 
     Returns:
-        One row a weight, and totals.
+        A row for each adapter, and totals.
     """
     modules = {record.module: None for record in getattr(model, 'peft', [])} or {'': None}
     modules = [path for path in modules if not is_below(path, modules.keys() - {path})]
@@ -113,7 +112,7 @@ def summary(model: nn.Module) -> Summary:
         adapters=sum(row.adapter for row in rows),
         unfrozen=sum(p.numel() for p in own if p.requires_grad),
         outside=sum(p.numel() for p in outside if p.requires_grad),
-        skipped=sum(map(_skipped, roots), Counter()),
+        skipped=dict(sum(map(_skipped, roots), Counter())),
     )
 
 

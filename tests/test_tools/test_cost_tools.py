@@ -1,50 +1,40 @@
-"""What training costs: predicted memory, and the ways that layers take."""
+"""What training costs: the tools on configs, and how layers are computed."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmpeft
 from mmpeft.analysis.explain import explain
 from mmpeft.analysis.operations import Operations
-from mmpeft.models import InternViT
 
-ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)
-
-
-@pytest.fixture
-def memory(script):
-    return script('analysis_tools', 'memory_table')
+ROOT = Path(__file__).parents[2]
+UPSTREAM = sorted((ROOT / 'configs/upstream').glob('*.py'))
+QUICK = ('segformer_mit-b0_ade20k', 'rtmdet_tiny_coco')
+pytestmark = pytest.mark.usefixtures('scope')
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
-@pytest.mark.parametrize('method', ['FLoRA', 'LieRA', 'DoRA', 'BitFit', 'Full'])
-def test_saved_bytes_are_predicted_without_data(method, with_cp, memory):
-    saved = []
-    for mode in (torch.enable_grad(), FakeTensorMode()):
-        with mode:
-            model = InternViT(ARCH, frozen_dtype='bfloat16', with_cp=with_cp)
-            mmpeft.inject(model, dict(type=method))
-            saved.append(memory.saved_bytes(model, torch.randn(2, 3, 56, 56)))
-    assert saved[0] == saved[1] > 0
+@pytest.mark.parametrize('tool', ['explain', 'memory_table'])
+@pytest.mark.parametrize(
+    'config', [pytest.param(p, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in UPSTREAM]
+)
+def test_upstream_configs(tool, config, script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(config), '--size', '128', '160'])
+    script('analysis_tools', tool).main()
+    shown = capsys.readouterr().out
+    assert ('GMAC in the adapted layers' if tool == 'explain' else '│ 1') in shown
 
 
-def test_saved_bytes_of_a_layer(memory):
-    layer = nn.Linear(8, 4)
-    x = torch.randn(16, 8, requires_grad=True)
-    assert memory.saved_bytes(layer, x) == 16 * 8 * 4
-    assert memory.saved_bytes(layer.requires_grad_(False), x) == 0
-
-
-def test_the_table_of_a_config(memory, tmp_path):
-    rows = [
-        dict(config='configs/flora/x.py', batch=1, **dict.fromkeys(memory.COLUMNS, 3 * 2**30)),
-    ]
-    text = memory.markdown(rows, 504)
-    assert '| flora, 1 | 3.00 |' in text and '504x504' in text
+def test_another_method_on_a_config(script, monkeypatch, capsys):
+    words = [str(ROOT / 'configs/upstream/rtmdet_tiny_coco.py'), '--method', 'lora']
+    words += ['--size', '64', '64', '--cfg-options', 'default_hooks.peft.method.rank=4']
+    monkeypatch.setattr(sys, 'argv', ['explain.py', *words])
+    script('analysis_tools', 'explain').main()
+    assert 'GMAC' in capsys.readouterr().out
 
 
 def test_explanations():

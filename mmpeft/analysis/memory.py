@@ -1,0 +1,149 @@
+"""What training a network takes in memory, predicted from tensors without data."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step with AdamW.
+
+    Attributes:
+        weights: Of the whole model.
+        gradients: Of what trains.
+        optimizer: AdamW's two moments.
+        saved: What the backbone's forward pass keeps for backward.
+        recomputed: The same where blocks are recomputed: their inputs, and
+            what the largest block keeps while it is recomputed. None where the
+            backbone cannot.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    recomputed: int | None
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the images."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, int, int]) -> Memory:
+    """Predict the memory of one step; parameters and images have no data.
+
+    Args:
+        build: Makes the adapted model, which has a ``backbone``. Its argument
+            says whether blocks are recomputed; it returns None if they cannot.
+        images: Shape of a batch, (N, 3, H, W).
+    """
+    model, mode = built_without_data(lambda: build(False))
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    with mode:
+        saved, kept = saved_bytes(model.backbone, torch.randn(images))
+    recomputed = None
+    again, mode = built_without_data(lambda: build(True))
+    if again is not None:
+        for module in recomputed_modules(again.backbone):
+            let_inputs_require_grad(module)
+        with mode:
+            recomputed, still_kept = saved_bytes(again.backbone, torch.randn(images))
+        recomputed += _largest_block(again.backbone, kept, still_kept)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Memory(weights, trained, 2 * trained, saved, recomputed)
+
+
+def built_without_data(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
+    """A model whose tensors have shapes and no data, and the mode in which it runs.
+
+    Models whose construction reads numbers off tensors (mmdet's Swin, for its
+    drop-path rates) take memory while they are built.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            return build(), mode
+    except (RuntimeError, DataDependentOutputException):
+        model = build()
+    for module in model.modules() if model is not None else ():
+        for held in (module._parameters, module._buffers):
+            held.update({k: mode.from_tensor(v) for k, v in held.items() if v is not None})
+    return model, mode
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
+    """Bytes that a forward pass keeps for backward, parameters and buffers not counted.
+
+    Args:
+        model: With data, or without.
+        images: Its input.
+
+    Returns:
+        Of the whole pass, and by the path of each module that runs in it.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    seen, running, by_module, handles = {}, [], defaultdict(int), []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in seen:
+            seen[storage._cdata] = storage  # held, so that its address stays its own
+            for path in running:
+                by_module[path] += storage.nbytes()
+        return tensor
+
+    def enter(path):
+        return lambda module, args: running.append(path)
+
+    def leave(*_):
+        running.pop()
+
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(path)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    del outputs
+    return sum(storage.nbytes() for storage in seen.values()), dict(by_module)
+
+
+def table(rows: Iterable[tuple[str, Memory]]) -> Table:
+    """A line for each named prediction, in GiB."""
+    names = [field.name for field in fields(Memory)]
+    result = Table('run', *names, 'total', 'total, recomputing', title='GiB')
+    for name, memory in rows:
+        values = [getattr(memory, name) for name in names]
+        totals = [memory.fixed + memory.saved]
+        totals += [None if memory.recomputed is None else memory.fixed + memory.recomputed]
+        result.add_row(name, *('-' if v is None else f'{v / GIB:.2f}' for v in values + totals))
+    return result
+
+
+def _largest_block(model, kept, still_kept):
+    """What the largest recomputed block keeps: modules that keep less where blocks are recomputed.
+
+    Where a backbone does not mark its blocks, they are the outermost modules
+    that keep nothing.
+    """
+    marked = {id(module) for module in recomputed_modules(model)}
+    spared = {path: value - still_kept.get(path, 0) for path, value in kept.items()}
+    paths = [path for path, module in model.named_modules() if id(module) in marked]
+    if not paths:
+        empty = [path for path in spared if spared[path] and not still_kept.get(path, 0)]
+        paths = [p for p in empty if not any(p.startswith(f'{e}.') for e in empty)]
+    return max((spared.get(path, 0) for path in paths), default=0)
