@@ -6,7 +6,11 @@ config may name ``mmpeft.PEFTHook`` or ``mmpeft.TimmBackbone`` without
 the registry then imports its ``locations``.
 """
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -14,15 +18,15 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
 from .errors import UsageError, near
+from .version import __version__
 
 
-def build_method(cfg, registry, *args, **kwargs):
-    """Build a method from ``dict(type=..., ...)``; a built one is returned as it is.
+def build_method(cfg: Any, registry: Registry, *args, **kwargs) -> Any:
+    """Build a method from ``dict(type=..., ...)``; a method is returned as it is.
 
     Raises:
-        UsageError: The config is no dict with a ``type``, or an argument is
-            unknown to the method.
-        UsageError: No method has the name.
+        UsageError: The config is no dict with a ``type``, no method has the
+            name, or an argument is unknown to the method or wrong.
     """
     if not isinstance(cfg, dict) and hasattr(cfg, 'apply'):
         return cfg
@@ -33,13 +37,59 @@ def build_method(cfg, registry, *args, **kwargs):
     method = registry.get(name) if isinstance(name, str) else name
     if method is None:
         raise UsageError(f'There is no method {name!r}. {near(name, registry.module_dict)}')
-    known = [field.name for field in fields(method)]
-    for argument in given:
-        if argument not in known:
+    return method(**known_arguments(method, given))
+
+
+def known_arguments(method: type, given: Mapping[str, Any], where: str = '') -> dict[str, Any]:
+    """Arguments under their present names; a former name is replaced with a warning.
+
+    Args:
+        method: The class of the method.
+        given: Arguments by name.
+        where: Where they were given, to begin messages with.
+
+    Raises:
+        UsageError: The method has no such argument.
+    """
+    known, arguments = [field.name for field in fields(method)], {}
+    for name, value in given.items():
+        present = getattr(method, 'renamed', {}).get(name, name)
+        if present not in known:
             raise UsageError(
-                f'{method.__name__} has no argument {argument!r}. {near(argument, known)}'
+                f'{where}{method.__name__} has no argument {name!r}. {near(name, known)}'
             )
-    return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        if present in arguments or (present != name and present in given):
+            raise UsageError(
+                f'{where}{method.__name__}: {name!r} is the former name of {present!r}, and both '
+                f'are given. Write {present!r} alone.'
+            )
+        if present != name:
+            warnings.warn(
+                f'{where}{method.__name__}: the argument {name!r} is now called {present!r}. '
+                f'Write {present}={value!r}.',
+                stacklevel=2,
+            )
+        arguments[present] = value
+    return arguments
+
+
+def modern_arguments(cfg: Mapping[str, Any], version: str = __version__) -> dict[str, Any]:
+    """The config of a method from a file that an earlier version wrote, in present terms.
+
+    Args:
+        cfg: ``dict(type=..., ...)``, as stored.
+        version: Of mmpeft, that wrote it.
+
+    Returns:
+        A new dict; of an unknown method an equal one.
+    """
+    METHODS.import_from_location()
+    method = METHODS.module_dict.get(cfg.get('type'))  # get() would import dotted names
+    if method is None:
+        return dict(cfg)
+    numbers = tuple(int(number) for number in re.findall(r'\d+', version)[:2])
+    arguments = {name: value for name, value in cfg.items() if name != 'type'}
+    return {'type': cfg['type'], **method.modernize(arguments, numbers)}
 
 
 METHODS = Registry('method', build_func=build_method, scope='mmpeft', locations=['mmpeft.methods'])
@@ -49,6 +99,6 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmpeft', locations=['m
 CONFIG_PACKAGES = ('mmpeft', 'mmseg')
 
 
-def register_config_packages():
+def register_config_packages() -> None:
     """Let configs inherit from :data:`CONFIG_PACKAGES` by ``name::path``."""
     MODULE2PACKAGE.update({name: name for name in CONFIG_PACKAGES})

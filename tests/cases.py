@@ -25,7 +25,7 @@ METHODS = dict(
     lotr=dict(type='LoTR', rank=3),
     lotr_lie=dict(type='LoTR', rank=2, scale=0.4, update='lie'),
     liera=dict(type='LieRA', rank=2, scale=2.0),
-    liera_exact=dict(type='LieRA', rank=2, update='lie_exact'),
+    liera_exact=dict(type='LieRA', rank=2, scale=1.0, update='lie_exact'),
     loha=dict(type='LoHa', rank=2),
     loha_channel=dict(type='LoHa', rank=2, alpha=4, layout='channel', update='lie'),
     lokr=dict(type='LoKr', rank=1),
@@ -52,8 +52,8 @@ METHODS = dict(
     diff_pruning_structured=dict(
         type='DiffPruning', structured=True, start=0.6, gate_speed=1.0, sample=False
     ),
-    fish=dict(type='FISH', share=0.2, samples=2),
-    pafi=dict(type='PaFi', share=0.2),
+    fish=dict(type='FISH', density=0.2, samples=2),
+    pafi=dict(type='PaFi', density=0.2),
     houlsby=dict(type='HoulsbyAdapter', rank=2),
     pfeiffer=dict(type='PfeifferAdapter', rank=3, activation='swish'),
     parallel=dict(type='ParallelAdapter', rank=2),

@@ -74,14 +74,11 @@ def test_convolutions_keep_their_options(method, options):
 def test_a_depthwise_adapter_can_be_smaller_than_its_layer():
     """peft puts 803k parameters beside the 6.4k of a depthwise convolution of 128 channels."""
     layer = nn.Conv2d(128, 128, 7, groups=128)
-    for method in (
-        dict(type='LoRA', rank=8, layout='channel'),
-        dict(type='FLoRA', rank=8),
-    ):
+    for method in (dict(type='LoRA', rank=8), dict(type='FLoRA', rank=8)):
         summary = mmpeft.inject(nn.Sequential(copy.deepcopy(layer)), method)
         assert summary.adapters < layer.weight.numel() == 6272
     with pytest.warns(UserWarning, match='more parameters than the weight'):
-        mmpeft.inject(nn.Sequential(layer), dict(type='LoRA', rank=8))
+        mmpeft.inject(nn.Sequential(layer), dict(type='LoRA', rank=8, layout='loralib'))
 
 
 def test_dora_on_an_output_channel_of_zeros():

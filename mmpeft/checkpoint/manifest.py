@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -146,6 +146,8 @@ def _fits(value, hint) -> bool:
         return True
     if origin in (Union, UnionType):
         return any(_fits(value, choice) for choice in inner)
+    if origin is Literal:
+        return value in inner
     if origin is tuple:
         return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
     if origin in (dict, Mapping):

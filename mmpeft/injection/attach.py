@@ -60,9 +60,9 @@ def make_adapters(
         if site.tie_key not in adapters:
             kind = ActivationAdapter if not site.tensor else WeightAdapter
             adapter = kind(site.method, site.spec, site.weight, empty)
-            for name in site.method.shared:
+            for name in site.method.tied:
                 own = getattr(adapter, name)
-                key = site.method, name, site.method.share_key(site.spec), own.dtype, own.device
+                key = site.method, name, site.method.tie_key(site.spec), own.dtype, own.device
                 setattr(adapter, name, shared.setdefault(key, own))
             adapters[site.tie_key] = adapter
     return [replace(site, adapter=adapters[site.tie_key], execution=execution) for site in sites]

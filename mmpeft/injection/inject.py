@@ -8,6 +8,7 @@ from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, CHOICES
+from mmpeft.methods import Ranked
 from mmpeft.registry import METHODS
 
 from .attach import attach, make_adapters
@@ -58,6 +59,7 @@ def inject(
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
+    method = _resolved(method, sites)
     method = settle_ranks(method, sites, targets.max_share)
     trained = _trained(target_module(model, targets.module), unfreeze)
     sites = make_adapters(sites, empty, execution)
@@ -66,7 +68,8 @@ def inject(
     for site in sites:
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
-    _warn_oversized(summary_rows(sites))
+    if isinstance(method, Ranked):  # of other methods, the size is no argument
+        _warn_oversized(summary_rows(sites))
     return summary(model)
 
 
@@ -80,6 +83,16 @@ def _check_beside_earlier(model, method, module):
                 f'same modules ({record.module!r} and {module!r}). To train some weights beside '
                 'adapters, name them in unfreeze.'
             )
+
+
+def _resolved(method, sites):
+    """Fill in what methods leave to the weights, in the sites too."""
+    weights = {site.tie_key: site for site in sites if site.tensor}.values()
+    methods = {method, *(site.method for site in sites)}
+    resolved = {each: each.resolve(site.weight for site in weights) for each in methods}
+    for site in sites:
+        site.method = resolved[site.method]
+    return resolved[method]
 
 
 def _trained(root, patterns):

@@ -19,12 +19,12 @@ def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | InsertionPoint]]) -
     total, counted = 0, set()
     for method, spec in pairs:
         for name, value in method.init(torch.empty(spec.shape, device='meta'), spec).items():
-            shared = (method, name, method.share_key(spec)) if name in method.shared else None
-            if isinstance(value, nn.Buffer) or shared in counted:
+            tied = (method, name, method.tie_key(spec)) if name in method.tied else None
+            if isinstance(value, nn.Buffer) or tied in counted:
                 continue
             total += value.numel()
-            if shared:
-                counted.add(shared)
+            if tied:
+                counted.add(tied)
     return total
 
 

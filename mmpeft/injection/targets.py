@@ -10,7 +10,7 @@ from torch import nn
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationMethod, Method
 from mmpeft.methods.spec import KINDS, POINT_DESCRIPTIONS, POINT_KINDS, InsertionPoint, WeightSpec
-from mmpeft.registry import METHODS
+from mmpeft.registry import METHODS, known_arguments
 
 from .insertion_points import insertion_points
 from .site import Site
@@ -200,14 +200,9 @@ def _matches(patterns, name):
 def _overridden(method, overrides, name):
     for pattern, arguments in overrides.items():
         if re.search(pattern, name):
-            known = [f.name for f in fields(method)]
-            for argument in arguments:
-                if argument not in known:
-                    raise UsageError(
-                        f'targets.overrides[{pattern!r}]: {type(method).__name__} has no argument '
-                        f'{argument!r}. {near(argument, known)}'
-                    )
-            if 'rank' in arguments and 'budget' in known:
+            where = f'targets.overrides[{pattern!r}]: '
+            arguments = known_arguments(type(method), arguments, where)
+            if 'rank' in arguments and hasattr(method, 'budget'):
                 arguments = dict(budget=None) | arguments
             method = replace(method, **arguments)
     return method

@@ -33,7 +33,8 @@ from mmpeft.injection.site import adapters_of, attached
 from mmpeft.injection.weights import layers, weights_of
 from mmpeft.methods.channels import output_norm
 from mmpeft.methods.dora import DoRA
-from mmpeft.methods.lora import LoRA, matrix_shape
+from mmpeft.methods.lora import LoRA
+from mmpeft.methods.matrix import matrix_shape
 from mmpeft.methods.spec import WeightSpec
 
 PREFIX = 'base_model.model.'

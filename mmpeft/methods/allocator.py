@@ -1,4 +1,4 @@
-"""Deciding during training where the parameters go."""
+"""Deciding during training which parameters to keep."""
 
 from collections.abc import Mapping
 from math import inf
@@ -9,14 +9,15 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 
 from .adapter import Adapter
+from .arguments import require
 from .base import Method
 
 
 class Allocator:
     """Acts around every optimizer step on all adapters of one method.
 
-    :func:`mmpeft.allocate` calls it through the optimizer's own hooks, so that
-    gradient accumulation, gradient scaling and any training loop are right.
+    :func:`mmpeft.allocate` calls it from hooks of the optimizer, so that it
+    works with gradient accumulation, gradient scaling and any training loop.
 
     Args:
         adapters: By path in the model; each adapter once.
@@ -32,13 +33,13 @@ class Allocator:
         self.step = 0
 
     def before_step(self) -> None:
-        """Gradients are there; those set to None are not stepped on."""
+        """Called with gradients computed; a parameter whose gradient is set to None stays."""
 
     def after_step(self) -> None:
-        """The optimizer has stepped; :attr:`step` counts this step already."""
+        """Called after the optimizer's step, which :attr:`step` counts already."""
 
     def state_dict(self) -> dict:
-        """Plain data and tensors that a resumed run goes on from."""
+        """Plain data and tensors that a resumed run needs."""
         return dict(step=self.step)
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -46,7 +47,7 @@ class Allocator:
         self.step = state['step']
 
     def close(self) -> None:
-        """Take off what was put on the adapters."""
+        """Remove all hooks from the adapters."""
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -77,10 +78,14 @@ def best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def common_method(adapters: Mapping[str, Adapter], *names: str) -> Method:
-    """The method of adapters, which agree in the fields that the whole run follows.
+    """The method of all adapters, for arguments that govern the whole run.
+
+    Args:
+        adapters: By path.
+        names: Of the arguments.
 
     Raises:
-        UsageError: They do not.
+        UsageError: The adapters differ in one of them.
     """
     methods = [adapter.method for adapter in adapters.values()]
     for name in names:
@@ -95,15 +100,14 @@ def common_method(adapters: Mapping[str, Adapter], *names: str) -> Method:
 
 
 def check_span(method: Method, name: str) -> None:
-    """Raise UsageError unless a field is a number of steps or a share of the run."""
+    """Raise UsageError unless an argument is a number of steps or a fraction of the run."""
     value = getattr(method, name)
-    if not (isinstance(value, int) and value >= 0 or isinstance(value, float) and 0 <= value < 1):
-        raise UsageError(
-            f'{type(method).__name__}: {name}={value!r} is neither a number of steps, such as '
-            '500, nor a share of the run below 1, such as 0.1.'
-        )
+    rule = (
+        'is neither a number of steps, such as 500, nor a fraction of the run below 1, such as 0.1.'
+    )
+    require(method, name, value >= 0 if isinstance(value, int) else 0 <= value < 1, rule)
 
 
 def span(value: int | float, steps: int) -> int:
-    """Steps, from a number of them (int) or a share of the run (float)."""
+    """Steps, from a number of them (int) or a fraction of the run (float)."""
     return value if isinstance(value, int) else round(value * steps)

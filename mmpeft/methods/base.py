@@ -1,19 +1,18 @@
 """The contract: a method is a function phi(W) = g(f(W)) on a frozen weight.
 
-A :class:`Method` holds hyper-parameters and pure functions, nothing trained;
-what is trained for one weight is held by an :class:`~.adapter.Adapter`.
-Methods that cannot be written on a weight act on activations: see
-:mod:`.activation`.
+A :class:`Method` holds hyper-parameters and pure functions. What is trained
+for one weight is held by an :class:`~.adapter.Adapter`. Methods that cannot
+be written as a function of a weight act on activations: see :mod:`.activation`.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import UsageError
-
+from .arguments import check_types
 from .normal_form import NormalForm
 from .spec import WeightSpec
 
@@ -24,15 +23,15 @@ FAMILIES = ('ends', 'reconstruction', 'extension', 'combination', 'activations')
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a reader chooses a method by; docs/methods.md is made of these.
+    """A short description of a method; docs/methods.md is generated from these.
 
     Attributes:
-        family: Of ``FAMILIES``, the branches of subspace tuning.
+        family: One of ``FAMILIES``, the branches of subspace tuning.
         formula: phi(W) in one line.
-        trains: What is trained, and where it starts.
+        trains: What is trained, and its initial values.
         paper: Title, equation and arXiv number.
-        cost: What a training step pays beside building and multiplying W',
-            and what an adapter file holds beside the trained values.
+        cost: Cost of a training step beyond building W' and multiplying with
+            it, and what an adapter file holds besides the trained values.
         suits: When to choose it.
     """
 
@@ -52,18 +51,17 @@ class Card:
 class Method:
     """Hyper-parameters of a method and the functions that define it.
 
-    Subclasses are frozen dataclasses: their fields are the arguments that a
-    config gives. They define :attr:`card`, :meth:`init` and :meth:`apply`.
+    Subclasses are frozen dataclasses whose fields are the arguments in a
+    config. They define :attr:`card`, :meth:`init` and :meth:`apply`.
 
     Attributes:
-        card: The method in a few words.
-        kinds: Kinds of layers that are adapted unless the targets say
-            otherwise.
+        card: A short description.
+        kinds: Kinds of layers that are adapted unless the targets name others.
         adapts: Whether the method has adapters at all.
         trains_base: Whether the weights of the target module train themselves.
         merges: Whether adapters can be folded into the weights.
-        shared: Names of factors that all weights of one :meth:`share_key`
-            hold in common.
+        tied: Names of factors that all weights of one :meth:`tie_key` share.
+        renamed: Former names of arguments and the present ones.
     """
 
     card: ClassVar[Card]
@@ -71,33 +69,49 @@ class Method:
     adapts: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
     merges: ClassVar[bool] = True
-    shared: ClassVar[tuple[str, ...]] = ()
+    tied: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if 'apply' in cls.__dict__ and 'normal_form' not in cls.__dict__:
             cls.normal_form = Method.normal_form  # the inherited one is of another phi
 
+    def __post_init__(self):
+        """Check the arguments; subclasses call this first and then check further."""
+        check_types(self)
+
     def accepts(self, spec: WeightSpec) -> bool:
         """Whether the method is defined on a parameter of this role."""
         return not spec.is_bias and len(spec.shape) > 1
 
+    def resolve(self, weights: Iterable[Tensor]) -> 'Method':
+        """The method with the arguments filled in that follow from the weights.
+
+        Args:
+            weights: All weights that one injection adapts, each once.
+
+        Returns:
+            The method itself if there are none.
+        """
+        return self
+
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
-        """Initial values of what an adapter holds for a weight, by name.
+        """Initial values of an adapter's tensors, by name.
 
         Tensors are trained. An ``nn.Buffer`` is fixed and stored with the
-        adapter, such as the factors of a decomposition of the weight. Runs
-        once in an adapter's life: a loaded adapter takes shapes alone from
-        here, by a weight on the meta device.
+        adapter, such as the factors of a decomposition of the weight. This
+        runs once, when an adapter is made; for an adapter that is about to be
+        loaded, the weight is on the meta device and only shapes are used.
         """
         raise NotImplementedError
 
     def rebuilt(self, spec: WeightSpec) -> Factors:
-        """What is fixed and not stored: a function of role and arguments alone."""
+        """Fixed tensors that are not stored: functions of role and arguments alone."""
         return {}
 
-    def share_key(self, spec: WeightSpec) -> Any:
-        """Weights of equal keys hold the :attr:`shared` factors in common."""
+    def tie_key(self, spec: WeightSpec) -> Any:
+        """Weights of equal keys share the factors named in :attr:`tied`."""
         return tuple(spec.shape)
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
@@ -111,11 +125,11 @@ class Method:
         return None
 
     def penalty(self, factors: Factors, spec: WeightSpec) -> Tensor | None:
-        """A scalar to add to the training loss, its weight included; None for none."""
+        """A scalar to add to the training loss, already weighted; None if there is none."""
         return None
 
     def allocator(self, adapters: dict[str, nn.Module], steps: int):
-        """What decides during training where the parameters go, if anything.
+        """What decides during training which parameters to keep, if anything does.
 
         Args:
             adapters: All adapters of this method in a model, by path.
@@ -127,8 +141,26 @@ class Method:
         return None
 
     def config(self) -> dict:
-        """The method as ``METHODS.build`` takes it; defaults included."""
+        """The method as ``METHODS.build`` takes it, defaults included."""
         return dict(type=type(self).__name__, **asdict(self))
+
+    def definition(self) -> dict:
+        """The arguments that phi and the factors' shapes depend on.
+
+        Methods of equal definitions can load each other's adapters.
+        """
+        trains_only = ('dropout', 'budget')
+        return {key: value for key, value in self.config().items() if key not in trains_only}
+
+    @classmethod
+    def modernize(cls, arguments: dict, version: tuple[int, ...]) -> dict:
+        """Arguments of an earlier version of mmpeft under their present names.
+
+        Args:
+            arguments: As stored by that version.
+            version: Its numbers, such as (0, 3).
+        """
+        return {cls.renamed.get(name, name): value for name, value in arguments.items()}
 
     def __str__(self):
         changed = [
@@ -140,15 +172,5 @@ class Method:
 
 
 def gaussian(weight: Tensor, *shape: int, std: float = 1.0) -> Tensor:
-    """A new Gaussian factor, of the weight's dtype and device."""
+    """A new Gaussian factor of a given shape, of the weight's dtype and device."""
     return torch.randn(shape, dtype=weight.dtype, device=weight.device) * std
-
-
-def check_choice(method: Method, name: str, choices) -> None:
-    """Raise UsageError unless a field holds one of the choices."""
-    value = getattr(method, name)
-    if value not in choices:
-        raise UsageError(
-            f'{type(method).__name__}: {name}={value!r} is unknown. '
-            f'Write one of {", ".join(map(repr, choices))}.'
-        )

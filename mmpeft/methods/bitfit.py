@@ -2,9 +2,9 @@
 
     b' = b + db
 
-with db starting at zero. Holding the change apart from the frozen bias leaves
-the base as it was, and lets the adapter be stored, merged and removed as any
-other. Layers without a bias get none.
+with db starting at zero. The frozen bias and its change are held apart, so
+that the adapter can be stored, merged and removed as any other. Layers without
+a bias get none.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     W' = W + z * delta          elementwise, z in [0, 1]
 
 A gate z is hard concrete (Louizos et al., arXiv:1712.01312): a stretched
-sigmoid, cut off so that it is exactly 0 or 1 with a probability of its own,
+sigmoid, clamped so that it is exactly 0 or 1 with a positive probability,
 
     z = min(1, max(0, (h - l) sigmoid(log_alpha + log u - log(1 - u)) + l))
 
@@ -17,23 +17,24 @@ more for each weight multiplies its elements' (the paper's structured
 variant), and so do the probabilities. delta starts at zero, log_alpha at
 ``start`` = 5, where 97% of the gates are 1. Nothing is flattened.
 
-Midway the allocator projects: of all entries of all weights the ``share``
-with the largest |z delta| keep z delta as their delta and a gate that is
-exactly 1, the gates of all others are exactly 0, and from there on delta
-trains alone. Gates that training had closed by then stay closed, so that there
-may be fewer.
+Midway the allocator projects: of all entries of all weights, the fraction
+``density`` with the largest |z delta| keep z delta as their delta and a gate
+that is exactly 1, the gates of all others are exactly 0, and from there on
+delta trains alone. Gates that training had closed by then stay closed, so that
+there may be fewer.
 
 log_alpha is stored as its distance from ``start`` divided by ``gate_speed``.
-The paper trains it by an optimizer of its own, at 10,000 times the learning
-rate of delta; with Adam a factor of that kind does the same within one. The
-paper finetunes with the mask in a second run, this is its second half; and it
-prunes biases, which are left alone here.
+The paper trains it with an optimizer of its own, at 10,000 times the learning
+rate of delta; under Adam such a factor has the same effect. The paper
+finetunes with the mask in a second run, which is the second half here, and
+prunes biases, which stay as they are here.
 
 While it trains, a weight has two dense copies (delta and gates) beside it,
 each with a gradient and the optimizer's averages, and an adapter file holds
-both dense copies: it is sparse in what it changes, not in what it takes.
+both: it is sparse in what it changes, not in what it takes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar
@@ -44,8 +45,11 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .adapter import Adapter
 from .allocator import Allocator, best_of_all, check_span, common_method, span
+from .arguments import require
 from .base import Card, Factors, Method
+from .sparse import check_density
 
 LOW, HIGH = -1.5, 1.5
 # A log_alpha at which a gate is exactly 0 or 1, whatever the noise.
@@ -60,8 +64,8 @@ def hard_concrete(
     Args:
         log_alpha: Of any shape.
         noise: Uniform in (0, 1), of the same shape; None for 1/2.
-        low: Where the stretched sigmoid begins, below 0.
-        high: Where it ends, from 1 on.
+        low: Lower end of the stretched sigmoid, below 0.
+        high: Its upper end, at least 1.
     """
     if noise is not None:
         log_alpha = log_alpha + noise.logit(1e-6)
@@ -76,12 +80,13 @@ def open_probability(log_alpha: Tensor, low: float = LOW, high: float = HIGH) ->
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
 class DiffPruning(Method):
-    """A gated difference of each weight element, projected onto a share of them.
+    """A gated difference of each weight element, projected onto a fraction of them.
 
     Attributes:
-        share: Of the elements of all weights that are changed in the end, at most.
+        density: Fraction of the elements of all weights that are changed in
+            the end, at most.
         project_at: The step after which the others are closed (int), or its
-            share of the run (float below 1).
+            fraction of the run (float below 1).
         l0_weight: Of the expected number of open gates in the loss; 0 for
             none.
         structured: One gate more for each weight.
@@ -105,7 +110,9 @@ class DiffPruning(Method):
         suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
     )
 
-    share: float = 0.005
+    renamed: ClassVar = {'share': 'density'}
+
+    density: float = 0.005
     project_at: int | float = 0.5
     l0_weight: float = 1.25e-7
     structured: bool = False
@@ -114,26 +121,22 @@ class DiffPruning(Method):
     sample: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
+        check_density(self)
         check_span(self, 'project_at')
-        if not 0 < self.share <= 1:
-            raise UsageError(
-                f'DiffPruning: share={self.share} is no share above 0 and up to 1, such as 0.005.'
-            )
-        if self.gate_speed <= 0:
-            raise UsageError(f'DiffPruning: gate_speed={self.gate_speed} must be positive.')
+        require(self, 'gate_speed', self.gate_speed > 0, 'must be positive.')
 
     def accepts(self, spec):
         return not spec.is_bias
 
     @property
     def gate_names(self) -> tuple[str, ...]:
-        """Of the factors that hold log_alpha."""
+        """Names of the factors that hold log_alpha."""
         return ('gate', 'weight_gate') if self.structured else ('gate',)
 
     def init(self, weight, spec) -> Factors:
-        shapes = {'gate': spec.shape, 'weight_gate': (1,)}
-        zeros = {name: weight.new_zeros(shapes[name]) for name in self.gate_names}
-        return {'delta': weight.new_zeros(spec.shape)} | zeros
+        factors = {'delta': weight.new_zeros(spec.shape), 'gate': weight.new_zeros(spec.shape)}
+        return factors | ({'weight_gate': weight.new_zeros(1)} if self.structured else {})
 
     def log_alpha(self, stored: Tensor) -> Tensor:
         """log_alpha from what is stored of it."""
@@ -175,14 +178,14 @@ class Projection(Allocator):
         UsageError: The run ends before.
     """
 
-    def __init__(self, adapters, steps):
+    def __init__(self, adapters: Mapping[str, Adapter], steps: int):
         super().__init__(adapters, steps)
         project_at = common_method(adapters, 'project_at').project_at
         self.at = max(1, span(project_at, steps))
         if self.at > steps:
             raise UsageError(
                 f'DiffPruning: project_at={project_at} is after the {steps} steps of the run. '
-                'Lower it, or give it as a share of the run.'
+                'Lower it, or give it as a fraction of the run.'
             )
 
     def before_step(self):
@@ -196,7 +199,7 @@ class Projection(Allocator):
         if self.step != self.at:
             return
         values = {p: a.method.gates(a.factors) * a.delta for p, a in self.adapters.items()}
-        count = round(sum(a.method.share * a.delta.numel() for a in self.adapters.values()))
+        count = round(sum(a.method.density * a.delta.numel() for a in self.adapters.values()))
         masks = best_of_all({path: value.abs() for path, value in values.items()}, max(1, count))
         for path, adapter in self.adapters.items():
             shut, opened = adapter.method.stored(SHUT), adapter.method.stored(OPEN)

@@ -1,74 +1,44 @@
 """FISH mask: the entries of the largest Fisher information (arXiv:2111.09839).
 
-    W' = W, with ``values`` added to k entries of it
+    W' = W, with values added to k entries of it
 
-k is ``share`` of the weight's entries, in the order in which it is stored.
-The values start at zero; where they stand (``index``) is fixed and stored.
 The empirical Fisher information of an entry is its mean squared gradient,
 
     F = 1/N sum (dL/dw)^2          Eq. 3
 
-which the allocator collects in the first ``samples`` optimizer steps. No
-value is trained in them; then each weight's k entries of the largest F are
-chosen. Until then, and without an allocator, they are the k entries of the
-largest |W|. Values that were trained before stay where they are.
+which the allocator collects in the first ``samples`` optimizer steps, in which
+no value is trained; then each weight's k entries of the largest F are chosen.
+Until then, and without an allocator, they are the k entries of the largest
+|W|. Values that were trained before stay where they are.
 
 Three differences from the paper. A sample is the batch of one step in each
-process, since a backward pass gives no single sample's gradient. Each weight
-has its own ``share``, where the paper takes the top of the whole network, so
+process, since a backward pass gives no single sample's gradient. ``density``
+holds for each weight, where the paper takes the top of the whole network, so
 that an adapter's shape does not depend on data. Biases have no mask.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .allocator import Allocator, best, common_method
-from .base import Card, Factors, Method
-from .spec import WeightSpec
-
-
-def add_at(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """A weight with values added to some of its entries.
-
-    Args:
-        weight: Of any shape.
-        index: (k,) int64, places in the flattened weight.
-        values: (k,)
-
-    Returns:
-        A new tensor of the weight's shape.
-    """
-    return weight.flatten().index_add(0, index, values).view(weight.shape)
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Places of the largest scores, ascending; of equal ones the first.
-
-    Args:
-        scores: Of any shape.
-        count: k.
-
-    Returns:
-        (k,) int64, places in the flattened scores; left open on the meta device.
-    """
-    if scores.is_meta:
-        return torch.empty(count, dtype=torch.int64, device='meta')
-    return best(scores.flatten(), count).nonzero().flatten()
+from .adapter import Adapter
+from .allocator import Allocator, common_method
+from .arguments import require
+from .base import Card
+from .sparse import SparseMethod, largest
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class FISH(Method):
+class FISH(SparseMethod):
     """A few entries of each weight, trained themselves.
 
     Attributes:
-        share: Of a weight's entries that are trained, at least one.
         samples: Optimizer steps that the choice is made from, at most half of
             the run; 0 keeps the entries of the largest |W|.
     """
@@ -85,33 +55,17 @@ class FISH(Method):
         suits='Exact control of how many weights change; the first steps choose and do not train.',
     )
 
-    share: float = 0.005
     samples: int = 16
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise UsageError(
-                f'FISH: share={self.share} is no share above 0 and up to 1, such as 0.005.'
-            )
-        if not isinstance(self.samples, int) or self.samples < 0:
-            raise UsageError(f'FISH: samples={self.samples!r} is no number of steps, such as 16.')
+        super().__post_init__()
+        require(self, 'samples', self.samples >= 0, 'must be a number of steps, such as 16.')
 
     def accepts(self, spec):
         return not spec.is_bias
 
-    def count(self, spec: WeightSpec) -> int:
-        """k of a weight."""
-        return max(1, round(self.share * spec.numel))
-
-    def init(self, weight, spec) -> Factors:
-        count = self.count(spec)
-        return {
-            'values': weight.new_zeros(count),
-            'index': nn.Buffer(largest(weight.abs(), count)),
-        }
-
-    def apply(self, weight, factors, spec, training=False):
-        return add_at(weight, factors['index'], factors['values'])
+    def scores(self, weight):
+        return weight.abs()
 
     def allocator(self, adapters, steps):
         return FisherMask(adapters, steps)
@@ -122,7 +76,7 @@ class FisherMask(Allocator):
 
     It sees the gradient of W' by hooks on the adapters, and sums it over all
     uses of a weight in a step before squaring. A step whose gradient is not
-    finite counts for nothing; gradient scaling multiplies all entries alike.
+    finite is left out; gradient scaling multiplies all entries alike.
 
     Attributes:
         samples: Steps that the choice is made from.
@@ -130,7 +84,7 @@ class FisherMask(Allocator):
             empty once the choice is made.
     """
 
-    def __init__(self, adapters, steps):
+    def __init__(self, adapters: Mapping[str, Adapter], steps: int):
         super().__init__(adapters, steps)
         self.samples = min(common_method(adapters, 'samples').samples, steps // 2)
         self.scores = {}

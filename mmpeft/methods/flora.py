@@ -19,8 +19,10 @@ from torch import Tensor
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .arguments import require
 from .base import Card, Factors, gaussian
 from .ranked import RankMethod
+from .spec import WeightSpec
 
 
 def tucker(core: Tensor, factors: list[Tensor]) -> Tensor:
@@ -48,7 +50,8 @@ class FLoRA(RankMethod):
             in the order in which the weight stores them, or one a mode of a
             whole kernel. Each is capped by its mode's size.
         kernel_rank: Of each kernel mode (r_3 in the paper), capped likewise.
-        scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4.
+        scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4. If None it
+            is 4, and for a Lie update what follows from 4.
         init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
     """
 
@@ -64,23 +67,20 @@ class FLoRA(RankMethod):
         ),
     )
 
+    default_scale: ClassVar = 4.0
+
+    rank: int | tuple[int, ...] = 8
     kernel_rank: int = 2
-    scale: float = 4.0
     init_std: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.kernel_rank, int) or self.kernel_rank < 1:
-            raise UsageError(f'FLoRA: kernel_rank={self.kernel_rank!r} must be a positive integer.')
-
-    @property
-    def scaling(self):
-        return self.scale
+        require(self, 'kernel_rank', self.kernel_rank > 0, 'must be a positive integer.')
 
     def accepts(self, spec):
         return not spec.is_bias
 
-    def ranks(self, spec) -> tuple[int, ...]:
+    def ranks(self, spec: WeightSpec) -> tuple[int, ...]:
         """J_1, ..., J_N for a weight."""
         modes = len(spec.shape)
         rank = (self.rank,) * min(modes, 2) if isinstance(self.rank, int) else self.rank

@@ -1,10 +1,11 @@
 """LieRA: LoRA in the Lie algebra (arXiv:2504.00851).
 
-    W' = W * (1 + B A)          Eq. 8, ``update='lie'``
-    W' = W * exp(B A)           Eq. 5 and 6, ``update='lie_exact'``
+    W' = W * (1 + s B A)        Eq. 8, ``update='lie'``
+    W' = W * exp(s B A)         Eq. 5 and 6, ``update='lie_exact'``
 
-Any other method that gives a dW is coupled with it by its ``update``
-argument; this name is the paper's, for LoRA.
+Any other method that gives a dW takes the same ``update`` argument; this is
+the paper's name for LoRA with it. The default of s follows the weights, see
+:class:`~.delta.DeltaMethod`. The paper has s = 1.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mmpeft.registry import METHODS
 
 from .base import Card
 from .lora import LoRA
+from .updates import Update
 
 
 @METHODS.register_module()
@@ -22,13 +24,13 @@ class LieRA(LoRA):
     """LoRA's update, applied by the first-order exponential map.
 
     Attributes:
-        update: ``'lie'`` (first order, the paper's experiments) or
+        update: ``'lie'`` (first order, as in the paper's experiments) or
             ``'lie_exact'``.
     """
 
     card: ClassVar = Card(
         family='extension',
-        formula='W ⊙ (1 + s · B A), or W ⊙ exp(s · B A)',
+        formula='W ⊙ (1 + s · B A), or W ⊙ exp(s · B A); s ≈ 1 / rms(W)',
         trains='A (uniform), B (zero)',
         paper='LieRA, Eq. 5-8 (arXiv:2504.00851)',
         cost='One product, and the dense gradient of W.',
@@ -38,4 +40,4 @@ class LieRA(LoRA):
         ),
     )
 
-    update: str = 'lie'
+    update: Update = 'lie'

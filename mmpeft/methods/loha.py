@@ -8,9 +8,9 @@ clients; LyCORIS (arXiv:2309.14859) fine-tunes with them. The product of two
 matrices of rank r has rank up to r^2, hence r^2 for the parameters of a LoRA
 of rank 2 r. Two layouts treat a kernel:
 
+``channel``  The stored weight unfolded along its first mode, as LoRA's.
 ``tucker``   Keeps its axes, which the cores T of size (r, r, *kernel) hold. A
              kernel of one element is a matrix.
-``channel``  The stored weight unfolded along its first mode, as LoRA's.
 
 The start is LyCORIS': B2 is zero, B1 and T Gaussian with standard deviation
 0.1, A1 and A2 with 1. A factor that is a single number, that of a depthwise
@@ -21,7 +21,7 @@ merges).
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ from .spec import WeightSpec
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRankMethod(ScaledRankMethod):
-    """One that keeps the axes of a kernel (``layout='tucker'``) or unfolds it (``'channel'``)."""
+    """A method that unfolds a kernel (``'channel'``) or keeps its axes (``'tucker'``).
 
-    layouts: ClassVar = ('tucker', 'channel')
+    Attributes:
+        layout: One of the two.
+    """
 
-    layout: str = 'tucker'
+    layout: Literal['channel', 'tucker'] = 'channel'
 
     def keeps_axes(self, spec: WeightSpec) -> bool:
         """Whether the weight has a kernel whose axes stay apart."""
@@ -69,9 +71,7 @@ class LoHa(KernelRankMethod):
 
     Attributes:
         rank: r, of each of the two.
-        alpha: dW is multiplied by alpha / rank.
-        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
-        layout: ``'tucker'`` keeps the axes of a kernel, ``'channel'`` does not.
+        layout: ``'channel'`` unfolds a kernel, ``'tucker'`` keeps its axes.
     """
 
     card: ClassVar = Card(

@@ -6,10 +6,10 @@ Both channel modes of the stored weight are split in two, n = a b and m = c d
 with a <= b and c <= d. C is (a, c), the second block (b, d, *kernel), so that
 dW is a (a, c) grid of multiples of one block. Two layouts treat a kernel:
 
-``tucker``   Keeps its axes: the block is T x_1 B x_2 A' with a core T of size
-             (r, r, *kernel). A kernel of one element is a matrix.
 ``channel``  The block unfolded along its first mode: B is (b, r), A (r, the
              rest).
+``tucker``   Keeps its axes: the block is T x_1 B x_2 A' with a core T of size
+             (r, r, *kernel). A kernel of one element is a matrix.
 
 The block is low rank only where that takes fewer parameters than the whole of
 it, and so is C with ``decompose_both``. LyCORIS asks instead whether r is below
@@ -30,9 +30,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .arguments import require
 from .base import Card, Factors
 from .loha import KernelRankMethod, low_rank
 from .spec import WeightSpec
@@ -78,9 +78,7 @@ class LoKr(KernelRankMethod):
 
     Attributes:
         rank: r, of the block.
-        alpha: dW is multiplied by alpha / rank.
-        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
-        layout: ``'tucker'`` keeps the axes of a kernel, ``'channel'`` does not.
+        layout: ``'channel'`` unfolds a kernel, ``'tucker'`` keeps its axes.
         factor: Size of C's modes, by :func:`split`; -1 for C and the block as
             alike in size as the modes allow.
         decompose_both: Take C low rank too where that takes fewer parameters.
@@ -100,11 +98,8 @@ class LoKr(KernelRankMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.factor, int) or (self.factor < 1 and self.factor != -1):
-            raise UsageError(
-                f'LoKr: factor={self.factor!r} must be a positive integer, the size of C, or -1 '
-                'for the split that is nearest to square.'
-            )
+        rule = 'must be a positive integer, the size of C, or -1 for the split nearest to square.'
+        require(self, 'factor', self.factor > 0 or self.factor == -1, rule)
 
     def sizes(self, spec: WeightSpec) -> tuple[tuple[int, int], tuple[int, int]]:
         """((a, c), (b, d)): sizes of C and of the block's channel modes."""

@@ -4,8 +4,8 @@
 
 The weights of one shape are stacked to a tensor, whose Tucker-2 form has A and
 B in common and a small core for each weight l. A and B act on the two channel
-modes of the stored weight, and the core of a kernel keeps the kernel's axes,
-which the paper has none of.
+modes of the stored weight. The core of a kernel keeps the kernel's axes, which
+the paper does not treat.
 
 The core starts at zero, A and B Gaussian with standard deviation 1 / sqrt(r)
 of their own r columns, as FLoRA's factors here. At the start that is the
@@ -13,9 +13,9 @@ published code, which divides by r what it multiplies with standard Gaussians:
 an Adam step on the core moves the entries of W by about ``scale`` times the
 learning rate whatever the rank. The factor of a mode of size 1 starts at 1.
 
-The paper stacks the weights that one chooses (query and value of all blocks);
-here all those of equal shape and role share, unless ``targets.overrides``
-gives some of them other arguments.
+The paper stacks chosen weights (query and value of all blocks); here all those
+of equal shape and role share A and B, unless ``targets.overrides`` gives some
+of them other arguments.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
 from .base import Card, Factors, gaussian
@@ -53,7 +52,6 @@ class LoTR(RankMethod):
 
     Attributes:
         rank: Of both channel modes, capped by their sizes.
-        scale: dW is multiplied by it.
         init_std: Standard deviation of A and B; 1 / sqrt(rank) if None.
     """
 
@@ -66,24 +64,14 @@ class LoTR(RankMethod):
         suits='Deep networks of equal blocks: a further block adds its cores alone.',
     )
 
-    shared: ClassVar = ('lotr_A', 'lotr_B')
+    tied: ClassVar = ('lotr_A', 'lotr_B')
 
-    scale: float = 1.0
     init_std: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.rank, int):
-            raise UsageError(f'LoTR: rank={self.rank!r} must be one integer.')
-
-    @property
-    def scaling(self):
-        return self.scale
 
     def max_rank(self, spec):
         return max(spec.shape[:2])
 
-    def share_key(self, spec):
+    def tie_key(self, spec):
         return tuple(spec.shape), spec.input_first, spec.groups
 
     def init(self, weight, spec) -> Factors:

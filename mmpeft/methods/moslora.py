@@ -2,40 +2,25 @@
 
     dW = reshape(B M A)
 
-LoRA with a trained mixer M between the factors, square in the inner size of
-LoRA's ``layout``: (r, r) on a matrix, (r k, r k) on a kernel in ``loralib``'s.
-B starts at zero, A and M as linear layers do (Kaiming uniform within
-1 / sqrt(columns), as in the published code), or M as a random orthogonal
-matrix; the paper has both.
+LoRA with a trained mixer M between the factors, square in their inner size:
+(r, r), or (r k, r k) for a kernel in the ``loralib`` layout. B starts at zero,
+A and M as linear layers do (Kaiming uniform within 1 / sqrt(columns), as in
+the published code), or M as a random orthogonal matrix; the paper has both.
 
 ``mpc`` is LoRA's. Here it restricts the factors alone and not what dW can be,
-since M is free to undo whatever B and A are made to be.
+since M can undo whatever is required of B and A.
 """
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from mmpeft.registry import METHODS
 
-from .base import Card, Factors, check_choice
-from .lora import LoRA, matrix_shape
-
-
-def kaiming_mixer(weight: Tensor, size: int) -> Tensor:
-    """A uniform (size, size) matrix, bounded as a linear layer's weight."""
-    bound = 1 / sqrt(size)
-    return weight.new_empty(size, size).uniform_(-bound, bound)
-
-
-def orthogonal_mixer(weight: Tensor, size: int) -> Tensor:
-    """A random orthogonal (size, size) matrix."""
-    return nn.init.orthogonal_(weight.new_empty(size, size))
-
-
-MIXERS = {'kaiming': kaiming_mixer, 'orthogonal': orthogonal_mixer}
+from .base import Card, Factors
+from .lora import LoRA
 
 
 @METHODS.register_module()
@@ -56,20 +41,18 @@ class MoSLoRA(LoRA):
         suits='As LoRA, with every direction of A free to reach every direction of B.',
     )
 
-    mixer_init: str = 'kaiming'
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice(self, 'mixer_init', MIXERS)
+    mixer_init: Literal['kaiming', 'orthogonal'] = 'kaiming'
 
     def init(self, weight, spec) -> Factors:
-        _, inner, _ = matrix_shape(spec, self.rank, self.layout)
-        return super().init(weight, spec) | {'mixer': MIXERS[self.mixer_init](weight, inner)}
+        factors = super().init(weight, spec)
+        return factors | {'mixer': self.mixer(weight, len(factors['lora_A']))}
 
-    def delta(self, factors, spec) -> Tensor:
-        return (factors['lora_B'] @ factors['mixer'] @ factors['lora_A']).view(spec.shape)
+    def mixer(self, weight: Tensor, size: int) -> Tensor:
+        """The start of M (size, size), of the weight's dtype and device."""
+        mixer = weight.new_empty(size, size)
+        if self.mixer_init == 'orthogonal':
+            return nn.init.orthogonal_(mixer)
+        return mixer.uniform_(-1 / sqrt(size), 1 / sqrt(size))
 
-    def low_rank(self, factors, spec):
-        if not spec.is_matrix:
-            return None
-        return factors['lora_B'] @ factors['mixer'], None, factors['lora_A']
+    def matrices(self, factors):
+        return factors['lora_B'] @ factors['mixer'], factors['lora_A']

@@ -1,34 +1,24 @@
 """PaFi: the entries of the smallest magnitude (arXiv:2305.16742).
 
-    W' = W, with ``values`` added to k entries of it
+    W' = W, with values added to the k entries of the smallest |W|
 
-k is ``share`` of the weight's entries, in the order in which it is stored,
-and they are those of the smallest |W|: a mask that needs no data and is the
-same for every task. The values start at zero; where they stand (``index``)
-is fixed and stored. As in the paper the choice is made over the entries of
-one weight, not over those of the whole network.
+A mask that needs no data and is the same for every task. As in the paper the
+choice is made over the entries of one weight, not of the whole network.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
-from .base import Card, Method
-from .fish import add_at, largest
+from .base import Card
+from .sparse import SparseMethod
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class PaFi(Method):
-    """A few small entries of each weight, trained themselves.
-
-    Attributes:
-        share: Of a weight's entries that are trained, at least one.
-    """
+class PaFi(SparseMethod):
+    """A few small entries of each weight, trained themselves."""
 
     card: ClassVar = Card(
         family='reconstruction',
@@ -39,18 +29,5 @@ class PaFi(Method):
         suits='A sparse change without a look at the data, with one mask for all tasks.',
     )
 
-    share: float = 0.005
-
-    def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise UsageError(
-                f'PaFi: share={self.share} is no share above 0 and up to 1, such as 0.005.'
-            )
-
-    def init(self, weight, spec):
-        count = max(1, round(self.share * spec.numel))
-        index = largest(-weight.abs(), count)
-        return {'values': weight.new_zeros(count), 'index': nn.Buffer(index)}
-
-    def apply(self, weight, factors, spec, training=False):
-        return add_at(weight, factors['index'], factors['values'])
+    def scores(self, weight):
+        return -weight.abs()

@@ -17,8 +17,8 @@ form would draw a part of W itself to zero.
 
 The decomposition is one of a matrix. Layout ``channel`` unfolds the stored
 kernel along its first mode. ``loralib`` decomposes the matrix that
-:mod:`.lora` reshapes a kernel to: it mixes the kernel's axes with the
-channels and is no natural matrix, so its triplets mean little.
+:mod:`.matrix` reshapes a kernel to: it mixes the kernel's axes with the
+channels, so that its triplets mean little.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .arguments import require
 from .base import Card, Factors
 from .decomposition import Triplets, leading, trailing
-from .lora import LoRA, matrix_shape
+from .lora import LoRA
+from .matrix import matrix_shape
 
 COST = 'Two products to build the update. The file holds A₀ and B₀ beside what was trained.'
 
@@ -45,18 +46,16 @@ class SingularLoRA(LoRA):
 
     Attributes:
         rank: r, capped by the smaller side of each weight's matrix.
-        layout: How kernels become matrices, ``'channel'`` or ``'loralib'``.
+        scale_power: Of s, in an optimizer step: B0 and A0 are divided by its root.
     """
 
-    layout: str = 'channel'
+    scale_power: ClassVar = 0.5
 
     def __post_init__(self):
         super().__post_init__()
-        if self.scaling <= 0:
-            raise UsageError(
-                f'{type(self).__name__}: a scale of {self.scaling} cannot divide singular values. '
-                'Give a positive alpha or scale, or leave both out.'
-            )
+        name = 'scale' if self.alpha is None else 'alpha'
+        rule = 'must be positive, because singular values are divided by the scale.'
+        require(self, name, self.scaling > 0, rule)
 
     def triplets(self, matrix: Tensor, rank: int) -> Triplets:
         """U (n, rank), S (rank,) and V^T (rank, m) of a matrix (n, m)."""
@@ -67,7 +66,7 @@ class SingularLoRA(LoRA):
         return max(1, min(rows, columns) // inner)
 
     def init(self, weight, spec) -> Factors:
-        rows, inner, columns = matrix_shape(spec, self.rank, self.layout)
+        rows, inner, columns = self.matrix_shape(spec)
         matrix = weight.reshape(rows, columns)
         left, values, right = self.triplets(matrix, min(inner, rows, columns))
         root = (values / self.scaling).sqrt()
@@ -87,12 +86,12 @@ class SingularLoRA(LoRA):
         delta = torch.mm(factors['lora_B'], moved)
         return delta.addmm(factors['start_B'], factors['lora_A']).view(spec.shape)
 
-    def low_rank(self, factors, spec):
-        if not spec.is_matrix:
-            return None
+    low_rank = LoRA.low_rank
+
+    def matrices(self, factors):
         up = torch.cat([factors['lora_B'], factors['start_B']], 1)
         down = torch.cat([factors['start_A'] + factors['lora_A'], factors['lora_A']])
-        return up, None, down
+        return up, down
 
 
 @METHODS.register_module()
@@ -118,11 +117,8 @@ class PiSSA(SingularLoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.niter is not None and (not isinstance(self.niter, int) or self.niter < 0):
-            raise UsageError(
-                f'PiSSA: niter={self.niter!r} must be a number of power iterations, such as 4, or '
-                'None for the exact decomposition.'
-            )
+        rule = 'must be a number of power iterations, such as 4, or None for the exact triplets.'
+        require(self, 'niter', self.niter is None or self.niter >= 0, rule)
 
     def triplets(self, matrix, rank):
         return leading(matrix, rank, self.niter)

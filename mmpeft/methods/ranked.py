@@ -1,11 +1,11 @@
-"""Methods whose size is governed by a rank, and those of them that give an update dW."""
+"""Methods whose size is governed by a rank."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from mmpeft.errors import UsageError
 
-from .base import Method, check_choice
+from .arguments import require
+from .base import Method
 from .delta import DeltaMethod
 from .spec import WeightSpec
 
@@ -21,22 +21,16 @@ class Ranked(Method):
             that fits is taken.
     """
 
-    rank: int | tuple[int, ...] = 8
-    budget: int | str | None = None
+    rank: int = 8
+    budget: int | float | str | None = None
 
     def __post_init__(self):
-        if hasattr(super(), '__post_init__'):
-            super().__post_init__()
-        ranks = (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
-        object.__setattr__(self, 'rank', self.rank if isinstance(self.rank, int) else ranks)
-        if not ranks or any(not isinstance(r, int) or r < 1 for r in ranks):
-            raise UsageError(
-                f'{type(self).__name__}: rank={self.rank!r} must be a positive integer'
-                ' or one positive integer a mode.'
-            )
+        super().__post_init__()
+        ranks = (self.rank,) if isinstance(self.rank, int) else self.rank
+        require(self, 'rank', min(ranks, default=0) > 0, 'must be a positive integer.')
 
     def max_rank(self, spec: WeightSpec) -> int:
-        """The size of the weight's largest channel mode; no rank beyond it makes sense."""
+        """The largest rank that makes sense for a weight: the size of its largest channel mode."""
         return max(spec.in_features, spec.out_features)
 
     def with_rank(self, rank: int) -> 'Ranked':
@@ -51,28 +45,17 @@ class RankMethod(Ranked, DeltaMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledRankMethod(RankMethod):
-    """A method of one rank whose update is multiplied by alpha / rank or by scale.
+    """A method whose update is multiplied by ``scale`` or by alpha / rank.
 
     Attributes:
-        layouts: What ``layout`` may be.
         rank: r.
-        alpha: dW is multiplied by alpha / rank.
-        scale: In place of ``alpha``, the multiplier itself; 1 with neither.
-        layout: How the method takes a kernel.
+        alpha: In place of ``scale``: dW is multiplied by alpha / rank.
     """
 
-    layouts: ClassVar[tuple[str, ...]]
-
-    rank: int = 8
     alpha: float | None = None
-    scale: float | None = None
-    layout: str = 'channel'
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, 'layout', self.layouts)
-        if not isinstance(self.rank, int):
-            raise UsageError(f'{type(self).__name__}: rank={self.rank!r} must be one integer.')
         if self.alpha is not None and self.scale is not None:
             raise UsageError(
                 f'{type(self).__name__}: alpha={self.alpha} and scale={self.scale} say the same '
@@ -81,6 +64,11 @@ class ScaledRankMethod(RankMethod):
 
     @property
     def scaling(self):
-        if self.scale is not None:
-            return self.scale
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        if self.alpha is not None:
+            return self.alpha / self.rank
+        # Not super().scaling, which torch.compile does not follow.
+        return self.default_scale if self.scale is None else self.scale
+
+    @property
+    def scale_is_open(self):
+        return self.alpha is None and super().scale_is_open

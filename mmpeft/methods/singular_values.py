@@ -1,13 +1,13 @@
 """SAM-PARSER and SVDiff: the singular values train (arXiv:2308.14604, arXiv:2303.11305).
 
-    W' = U (S + D) V^T                                           SAM-PARSER
-       = W + U D V^T                            Subspace tuning, Eq. 4
-    W' = U relu(S + D) V^T                                       SVDiff
-       = W + U max(D, -S) V^T                   Subspace tuning, Eq. 34 and 35
+    W' = U (S + s D) V^T                                         SAM-PARSER
+       = W + s U D V^T                          Subspace tuning, Eq. 4
+    W' = U relu(S + s D) V^T                                     SVDiff
+       = W + s U max(D, -S / s) V^T             Subspace tuning, Eq. 34 and 35
 
-for the thin SVD W = U S V^T of the pretrained weight, taken once. The
-diagonal D starts at zero. Kernels are unfolded along the first mode of the
-stored weight, as SVDiff does.
+for the thin SVD W = U S V^T of the pretrained weight, taken once; the papers
+have s = 1. The diagonal D starts at zero. Kernels are unfolded along the first
+mode of the stored weight, as SVDiff does.
 
 U and V are stored with the adapter: another machine's SVD may differ in signs
 and, where singular values coincide, in directions. For all singular values
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .arguments import require
 from .base import Card, Factors
 from .decomposition import channel_matrix, leading
 from .delta import DeltaMethod
@@ -32,6 +32,21 @@ COST = (
     'One product with min(n, m) columns. The file holds min(n, m) · (n + m) fixed numbers for a '
     'weight of n · m; with rank k, k · (n + m).'
 )
+
+
+def stored_triplets(weight: Tensor, spec, rank: int) -> Factors:
+    """The leading singular triplets of an unfolded weight, fixed and stored.
+
+    Args:
+        weight: Of ``spec.shape``.
+        spec: The weight's role.
+        rank: Number of triplets k.
+
+    Returns:
+        ``left`` U (n, k), ``values`` S (k,) and ``right`` V^T (k, m).
+    """
+    triplets = leading(channel_matrix(weight, spec), rank)
+    return dict(zip(('left', 'values', 'right'), map(nn.Buffer, triplets), strict=True))
 
 
 @METHODS.register_module()
@@ -47,7 +62,7 @@ class SAMPARSER(DeltaMethod):
 
     card: ClassVar = Card(
         family='reconstruction',
-        formula='U (Σ + D) Vᵀ',
+        formula='U (Σ + s · D) Vᵀ',
         trains='shift D of each singular value (zero)',
         paper='SAM-PARSER (arXiv:2308.14604); Subspace tuning, Eq. 4',
         cost=COST,
@@ -58,25 +73,21 @@ class SAMPARSER(DeltaMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise UsageError(
-                f'{type(self).__name__}: rank={self.rank!r} must be a positive integer, the number '
-                'of leading singular values that train, or None for all of them.'
-            )
+        rule = 'must be the number of leading singular values that train, or None for all.'
+        require(self, 'rank', self.rank is None or self.rank > 0, rule)
 
     def init(self, weight, spec) -> Factors:
-        matrix = channel_matrix(weight, spec)
-        rank = min(self.rank or weight.numel(), *matrix.shape)
-        left, values, right = leading(matrix, rank)
-        return {
-            'shift': torch.zeros_like(values),
-            'left': nn.Buffer(left),
-            'values': nn.Buffer(values),
-            'right': nn.Buffer(right),
-        }
+        rows = spec.shape[0]
+        triplets = stored_triplets(weight, spec, min(self.rank or rows, rows, spec.numel // rows))
+        return {'shift': torch.zeros_like(triplets['values'])} | triplets
+
+    def diagonal(self, factors: Factors) -> Tensor:
+        """The change of the singular values before scaling, (k,)."""
+        return factors['shift']
 
     def delta(self, factors, spec):
-        return _reshaped(factors['shift'], factors, spec)
+        scaled = factors['left'] * self.diagonal(factors)
+        return torch.mm(scaled, factors['right']).view(spec.shape)
 
 
 @METHODS.register_module()
@@ -90,16 +101,17 @@ class SVDiff(SAMPARSER):
 
     card: ClassVar = Card(
         family='combination',
-        formula='U relu(Σ + D) Vᵀ',
+        formula='U relu(Σ + s · D) Vᵀ',
         trains='spectral shift D (zero)',
         paper='SVDiff (arXiv:2303.11305); Subspace tuning, Eq. 34 and 35',
         cost=COST,
         suits='Few examples: the directions of the pretrained weight are kept.',
     )
 
-    def delta(self, factors, spec):
-        return _reshaped(torch.maximum(factors['shift'], -factors['values']), factors, spec)
+    def __post_init__(self):
+        super().__post_init__()
+        rule = 'must be positive: singular values are compared with -s · D.'
+        require(self, 'scale', self.scaling > 0, rule)
 
-
-def _reshaped(diagonal, factors, spec):
-    return torch.mm(factors['left'] * diagonal, factors['right']).view(spec.shape)
+    def diagonal(self, factors):
+        return torch.maximum(factors['shift'], -factors['values'] / self.scaling)

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
 from .base import Card, Factors
-from .decomposition import channel_matrix, leading
 from .ranked import RankMethod
+from .singular_values import stored_triplets
 
 
 @METHODS.register_module()
@@ -41,29 +39,17 @@ class SpectralAdapter(RankMethod):
         suits='Adapters that stay close to the pretrained spectrum.',
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.rank, int):
-            raise UsageError(f'SpectralAdapter: rank={self.rank!r} must be one integer.')
-
     def max_rank(self, spec):
         return min(spec.shape[0], spec.numel // spec.shape[0])
 
     def init(self, weight, spec) -> Factors:
-        left, values, right = leading(
-            channel_matrix(weight, spec), min(self.rank, self.max_rank(spec))
-        )
+        triplets = stored_triplets(weight, spec, min(self.rank, self.max_rank(spec)))
         return {
-            'shift_left': torch.zeros_like(left),
-            'shift_right': torch.zeros_like(right),
-            'left': nn.Buffer(left),
-            'values': nn.Buffer(values),
-            'right': nn.Buffer(right),
-        }
+            'shift_left': torch.zeros_like(triplets['left']),
+            'shift_right': torch.zeros_like(triplets['right']),
+        } | triplets
 
     def delta(self, factors, spec):
-        values = factors['values']
-        shifted = torch.mm(
-            factors['shift_left'] * values, factors['right'] + factors['shift_right']
-        )
+        values, right = factors['values'], factors['right'] + factors['shift_right']
+        shifted = torch.mm(factors['shift_left'] * values, right)
         return shifted.addmm(factors['left'] * values, factors['shift_right']).view(spec.shape)

@@ -1,13 +1,14 @@
-"""Ways to apply an update dW to a weight W.
+"""How an update dW is applied to a weight W.
 
 ``additive``   W + dW
 ``lie``        W * (1 + dW)      LieRA, Eq. 8 (first order)
 ``lie_exact``  W * exp(dW)       LieRA, Eq. 5 and 6
 
-The weights without zeros form a Lie group under the elementwise product; dW
-is an element of its Lie algebra, which has the additive structure that any
-low-rank method can fill.
+Weights without zeros form a Lie group under the elementwise product. dW is an
+element of its Lie algebra, which is additive, so that any method can give dW.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,3 +30,4 @@ def lie_exact(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 UPDATES = {'additive': additive, 'lie': lie, 'lie_exact': lie_exact}
+Update = Literal['additive', 'lie', 'lie_exact']

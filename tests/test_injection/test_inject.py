@@ -46,7 +46,7 @@ def adapted(model):
 def test_parameter_counts_of_the_papers(name, method, kinds, expected):
     with torch.device('meta'):
         model = timm.create_model(name, features_only=True)
-    summary = mmpeft.inject(model, method, dict(kinds=kinds))
+    summary = mmpeft.inject(model, method | dict(layout='loralib'), dict(kinds=kinds))
     assert summary.adapters == expected
     assert summary.base == {'convnextv2_large': 196_416_768, 'convnextv2_base': 87_690_752}[name]
 
@@ -183,11 +183,12 @@ def test_a_rank_that_no_mode_allows():
 def test_an_adapter_that_outgrows_its_weight_is_told_and_can_be_capped():
     model = Net()
     with pytest.warns(UserWarning, match=r'3 of 7 adapters .*backbone\.\d\.dw'):
-        mmpeft.inject(model, dict(type='LoRA', rank=4))
+        mmpeft.inject(model, dict(type='LoRA', rank=4, layout='loralib'))
     mmpeft.remove(model)
-    summary = mmpeft.inject(model, dict(type='LoRA', rank=4), dict(max_share=0.5))
+    method = dict(type='LoRA', rank=4, layout='loralib')
+    summary = mmpeft.inject(model, method, dict(max_share=0.5))
     for row in summary.rows:
-        rank_1 = row.method.endswith('rank=1)')
+        rank_1 = 'rank=1,' in row.method
         assert row.adapter <= 0.5 * row.weight or rank_1
     assert len({row.method for row in summary.rows}) > 1
 

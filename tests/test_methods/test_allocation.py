@@ -13,10 +13,12 @@ import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import weights_of
-from mmpeft.methods.adalora import AdaLoRA, importance, smoothed, triplets_at
+from mmpeft.methods.adalora import AdaLoRA
 from mmpeft.methods.allocator import best, span
 from mmpeft.methods.diff_pruning import DiffPruning, hard_concrete, open_probability
-from mmpeft.methods.fish import FISH, largest
+from mmpeft.methods.fish import FISH
+from mmpeft.methods.rank_allocator import importance, smoothed, triplets_at
+from mmpeft.methods.sparse import largest
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -105,7 +107,7 @@ def test_spans_are_steps_or_shares_of_the_run():
 
 # AdaLoRA
 
-RANKS = dict(type='AdaLoRA', rank=2, warmup=10, settle=20, beta1=0.7, beta2=0.8)
+RANKS = dict(type='AdaLoRA', rank=2, layout='loralib', warmup=10, settle=20, beta1=0.7, beta2=0.8)
 OVERRIDES = {'out': dict(rank=1, init_rank=4)}
 # Triplets of the convolution (3 for each rank), the linear pair and the last layer.
 INITIAL, TARGET = 3 * 3 + 3 + 4, 3 * 2 + 2 + 1
@@ -467,9 +469,9 @@ def test_an_adam_step_moves_gates_by_the_learning_rate_times_their_speed():
 @pytest.mark.parametrize('structured', [False, True])
 def test_projection_keeps_exactly_the_share(structured):
     config = dict(
-        type='DiffPruning', share=0.1, project_at=0.5, structured=structured, gate_speed=5.0
+        type='DiffPruning', density=0.1, project_at=0.5, structured=structured, gate_speed=5.0
     )
-    model, adapters = adapted(config | dict(start=1.0), overrides={'out': dict(share=0.5)})
+    model, adapters = adapted(config | dict(start=1.0), overrides={'out': dict(density=0.5)})
     optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
     before = {}
 
@@ -519,7 +521,9 @@ def test_projection_keeps_exactly_the_share(structured):
 
 def test_projection_opens_no_gate_that_training_closed():
     model, adapters = adapted(
-        dict(type='DiffPruning', share=0.5, project_at=1, start=-3.0, gate_speed=1.0, sample=False)
+        dict(
+            type='DiffPruning', density=0.5, project_at=1, start=-3.0, gate_speed=1.0, sample=False
+        )
     )
     randomize(model, 1e-3)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
@@ -534,11 +538,11 @@ def test_projection_opens_no_gate_that_training_closed():
 @pytest.mark.parametrize(
     'method, wrong',
     [
-        (DiffPruning, dict(share=0)),
-        (DiffPruning, dict(share=1.2)),
+        (DiffPruning, dict(density=0)),
+        (DiffPruning, dict(density=1.2)),
         (DiffPruning, dict(project_at=1.0)),
         (DiffPruning, dict(gate_speed=0)),
-        (FISH, dict(share=0)),
+        (FISH, dict(density=0)),
         (FISH, dict(samples=-1)),
         (FISH, dict(samples=0.1)),
     ],
@@ -568,7 +572,7 @@ def top(square, k):
 
 
 def test_fish_adds_values_at_its_entries():
-    model, adapters = adapted(dict(type='FISH', share=0.1))
+    model, adapters = adapted(dict(type='FISH', density=0.1))
     randomize(model)
     expected = {'conv': 16, 'hidden': 4, 'out': 2}
     for name, k in expected.items():
@@ -583,12 +587,12 @@ def test_fish_adds_values_at_its_entries():
         close(layer.weight.detach().numpy().ravel(), new)
         assert adapter.values.numel() == adapter.index.numel() == k
         np.testing.assert_array_equal(adapter.index, top(np.abs(original.numpy()), k))
-    assert FISH(share=0.001).count(adapter.spec) == 1
+    assert FISH(density=0.001).count(adapter.spec) == 1
 
 
 @pytest.mark.parametrize('micro', [1, 2])
 def test_fish_picks_the_largest_squared_gradients(micro):
-    model, adapters = adapted(dict(type='FISH', share=0.1, samples=5))
+    model, adapters = adapted(dict(type='FISH', density=0.1, samples=5))
     start = [a.index.clone() for a in adapters.values()]
     frozen = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
@@ -637,7 +641,7 @@ def test_fish_takes_at_most_half_of_a_run():
 
 
 def test_a_step_that_overflowed_counts_for_nothing():
-    model, adapters = adapted(dict(type='FISH', share=0.1, samples=5))
+    model, adapters = adapted(dict(type='FISH', density=0.1, samples=5))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     (allocator,) = mmpeft.allocate(model, optimizer, 40).allocators
     train(model, optimizer, [0])
@@ -649,7 +653,7 @@ def test_a_step_that_overflowed_counts_for_nothing():
 
 
 def test_a_trained_fish_mask_is_kept_in_a_second_run():
-    model, adapters = adapted(dict(type='FISH', share=0.1, samples=2))
+    model, adapters = adapted(dict(type='FISH', density=0.1, samples=2))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     first = mmpeft.allocate(model, optimizer, 40)
     train(model, optimizer, range(6))
@@ -663,7 +667,7 @@ def test_a_trained_fish_mask_is_kept_in_a_second_run():
 
 
 def test_a_weight_without_gradients_keeps_its_largest_entries():
-    model, adapters = adapted(dict(type='FISH', share=0.1, samples=2))
+    model, adapters = adapted(dict(type='FISH', density=0.1, samples=2))
     start = {path: a.index.clone() for path, a in adapters.items()}
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     mmpeft.allocate(model, optimizer, 40)
@@ -679,9 +683,9 @@ def test_a_weight_without_gradients_keeps_its_largest_entries():
 RUNS = dict(
     adalora=RANKS | dict(every=3),
     diff_pruning=dict(
-        type='DiffPruning', share=0.1, project_at=30, structured=True, start=1.0, gate_speed=20.0
+        type='DiffPruning', density=0.1, project_at=30, structured=True, start=1.0, gate_speed=20.0
     ),
-    fish=dict(type='FISH', share=0.1, samples=12),
+    fish=dict(type='FISH', density=0.1, samples=12),
 )
 
 

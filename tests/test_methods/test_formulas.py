@@ -114,7 +114,7 @@ def test_lora_on_a_matrix():
 def test_lora_on_a_kernel_in_loralibs_layout(groups):
     k, r, out = 3, 2, 6
     layer = nn.Conv2d(6, out, k, groups=groups)
-    frozen, new, f = adapted(layer, dict(type='LoRA', rank=r, scale=0.5))
+    frozen, new, f = adapted(layer, dict(type='LoRA', rank=r, scale=0.5, layout='loralib'))
     assert f['lora_A'].shape == (r * k, 6 * k)
     assert f['lora_B'].shape == (out // groups * k, r * k)
     close(new, frozen + 0.5 * (f['lora_B'] @ f['lora_A']).reshape(frozen.shape))
@@ -172,8 +172,9 @@ def test_flora_couples_with_the_lie_update():
 
 @pytest.mark.parametrize('update', ['additive', 'lie', 'lie_exact'])
 def test_dora_on_a_matrix(update):
-    frozen, new, f = adapted(nn.Linear(6, 5), dict(type='DoRA', rank=2, update=update))
-    delta = f['lora_B'] @ f['lora_A']
+    config = dict(type='DoRA', rank=2, scale=1.5, update=update)
+    frozen, new, f = adapted(nn.Linear(6, 5), config)
+    delta = 1.5 * f['lora_B'] @ f['lora_A']
     v = dict(additive=frozen + delta, lie=frozen * (1 + delta), lie_exact=frozen * np.exp(delta))[
         update
     ]
@@ -275,7 +276,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
 
 def test_pafi_trains_the_smallest_entries():
     layer = nn.Conv2d(4, 6, 3)
-    frozen, new, f = adapted(layer, dict(type='PaFi', share=0.1))
+    frozen, new, f = adapted(layer, dict(type='PaFi', density=0.1))
     smallest = np.sort(np.argsort(np.abs(frozen).ravel(), kind='stable')[:22])
     assert (f['index'] == smallest).all() and f['values'].shape == (22,)
     expected = frozen.copy().ravel()

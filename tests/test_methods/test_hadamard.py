@@ -75,7 +75,7 @@ KERNELS = [
 
 @pytest.mark.parametrize('layer', KERNELS, ids=lambda layer: type(layer).__name__)
 def test_loha_keeps_the_axes_of_a_kernel(layer):
-    frozen, new, f = adapted(layer, dict(type='LoHa', rank=3, scale=0.7))
+    frozen, new, f = adapted(layer, dict(type='LoHa', rank=3, scale=0.7, layout='tucker'))
     one, two = (
         np.einsum(TUCKER[frozen.ndim], f[f'loha_T{i}'], f[f'loha_B{i}'], f[f'loha_A{i}'])
         for i in (1, 2)
@@ -99,8 +99,8 @@ def test_lohas_parameters_in_closed_form(weight, spec, rank):
     r, s = min(rank, n), min(rank, m)
     flat = 2 * min(rank, n, m * size) * (n + m * size)
     kept = 2 * (r * s * size + r * n + s * m) if size > 1 else flat
-    assert count(LoHa(rank=rank).init(weight, spec)) == kept
-    assert count(LoHa(rank=rank, layout='channel').init(weight, spec)) == flat
+    assert count(LoHa(rank=rank, layout='tucker').init(weight, spec)) == kept
+    assert count(LoHa(rank=rank).init(weight, spec)) == flat
 
 
 def test_loha_reaches_the_square_of_its_rank():
@@ -114,7 +114,7 @@ def test_loha_reaches_the_square_of_its_rank():
 
 def test_loha_of_a_kernel_reaches_the_square_along_both_channel_modes():
     layer = nn.Conv2d(20, 30, 3).double()
-    method = LoHa(rank=3)
+    method = LoHa(rank=3, layout='tucker')
     factors = init(layer, method)
     factors['loha_B2'].normal_()
     delta = method.delta(factors, spec_of(layer))
@@ -123,7 +123,7 @@ def test_loha_of_a_kernel_reaches_the_square_along_both_channel_modes():
 
 
 def test_loha_starts_as_lycoris_does():
-    factors = init(nn.Conv2d(500, 400, 3), LoHa(rank=20))
+    factors = init(nn.Conv2d(500, 400, 3), LoHa(rank=20, layout='tucker'))
     assert not factors['loha_B2'].any()
     for name, std in dict(loha_B1=0.1, loha_A1=1, loha_A2=1, loha_T1=0.1, loha_T2=0.1).items():
         assert abs(factors[name].std().item() / std - 1) < 0.05, name
@@ -131,7 +131,7 @@ def test_loha_starts_as_lycoris_does():
 
 
 def test_loha_starts_a_depthwise_kernels_number_at_1():
-    factors = init(nn.Conv2d(6, 6, 3, groups=6), LoHa(rank=2))
+    factors = init(nn.Conv2d(6, 6, 3, groups=6), LoHa(rank=2, layout='tucker'))
     assert factors['loha_A1'].item() == factors['loha_A2'].item() == 1
     assert factors['loha_T1'].shape == (2, 1, 3, 3)
 
@@ -175,7 +175,7 @@ def test_lokr_with_a_whole_block():
 
 @pytest.mark.parametrize('layer', KERNELS, ids=lambda layer: type(layer).__name__)
 def test_lokr_keeps_the_axes_of_a_kernel(layer):
-    frozen, new, f = adapted(layer, dict(type='LoKr', rank=1, scale=0.7))
+    frozen, new, f = adapted(layer, dict(type='LoKr', rank=1, scale=0.7, layout='tucker'))
     block = np.einsum(TUCKER[frozen.ndim], f['lokr_T'], f['lokr_B'], f['lokr_A'])
     delta = np.empty_like(frozen)
     for position in np.ndindex(*frozen.shape[2:]):
@@ -204,9 +204,9 @@ def test_lokrs_parameters_in_closed_form(weight, spec, rank, factor, decompose_b
     whole = b * d * size
     arguments = dict(rank=rank, factor=factor, decompose_both=decompose_both)
     expected = first + min(whole, kept if size > 1 else flat)
-    assert count(LoKr(**arguments).init(weight, spec)) == expected
+    assert count(LoKr(**arguments, layout='tucker').init(weight, spec)) == expected
     expected = first + min(whole, flat)
-    assert count(LoKr(**arguments, layout='channel').init(weight, spec)) == expected
+    assert count(LoKr(**arguments).init(weight, spec)) == expected
 
 
 def test_lokr_on_a_wide_layer_is_a_tenth_of_lora():
@@ -239,7 +239,12 @@ def test_the_rank_of_lokr_is_the_product_of_its_blocks():
             'lokr_A',
             dict(lokr_C1=5**-0.5, lokr_C2=30**-0.5, lokr_B=5**-0.5),
         ),
-        (nn.Conv2d(900, 1600, 3), {}, 'lokr_T', dict(lokr_C=30**-0.5, lokr_B=5**-0.5)),
+        (
+            nn.Conv2d(900, 1600, 3),
+            dict(layout='tucker'),
+            'lokr_T',
+            dict(lokr_C=30**-0.5, lokr_B=5**-0.5),
+        ),
         (nn.Conv2d(100, 100, 3), dict(rank=10), 'lokr_block', dict(lokr_C=10**-0.5)),
     ],
     ids=['both', 'tucker', 'whole'],
@@ -254,7 +259,7 @@ def test_lokr_starts_as_linear_layers_and_at_zero(layer, arguments, zero, bounds
 
 
 def test_lokr_starts_single_numbers_at_1():
-    factors = init(nn.Conv2d(7, 7, 3, groups=7), LoKr(rank=2))
+    factors = init(nn.Conv2d(7, 7, 3, groups=7), LoKr(rank=2, layout='tucker'))
     assert factors['lokr_C'].item() == factors['lokr_A'].item() == 1
     assert not factors['lokr_T'].any() and factors['lokr_B'].all()
 
@@ -295,7 +300,7 @@ def test_the_scale_is_applied_once_when_merging(type):
 )
 def test_a_budget_gives_the_largest_rank_that_fits(type, budget, rank, used):
     model = nn.Sequential(nn.Conv2d(64, 256, 3), nn.Conv2d(256, 256, 1))
-    summary = mmpeft.inject(model, dict(type=type, budget=budget))
+    summary = mmpeft.inject(model, dict(type=type, budget=budget, layout='tucker'))
     assert model[0].parametrizations.weight[0].method.rank == rank
     assert summary.adapters == used <= budget
 
@@ -306,10 +311,10 @@ def test_a_budget_gives_the_largest_rank_that_fits(type, budget, rank, used):
         (dict(type='LoHa', alpha=4, scale=2), 'LoHa: alpha=4 and scale=2 say the same'),
         (dict(type='LoKr', alpha=4, scale=2), 'LoKr: alpha=4 and scale=2 say the same'),
         (dict(type='LoHa', rank=(2, 3)), r'rank=\(2, 3\) must be one integer'),
-        (dict(type='LoHa', layout='loralib'), "Write one of 'tucker', 'channel'"),
+        (dict(type='LoHa', layout='loralib'), "Write one of 'channel', 'tucker'"),
         (dict(type='LoKr', factor=0), 'LoKr: factor=0 must be a positive integer'),
         (dict(type='LoKr', factor=-2), 'LoKr: factor=-2 must be a positive integer'),
-        (dict(type='LoKr', factor=2.5), 'LoKr: factor=2.5 must be a positive integer'),
+        (dict(type='LoKr', factor=2.5), 'LoKr: factor=2.5 must be one integer'),
     ],
     ids=str,
 )

@@ -12,8 +12,9 @@ import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters, adapters_of, named_adapters
 from mmpeft.injection.weights import weights_of
-from mmpeft.methods.lora import LoRA, matrix_shape
+from mmpeft.methods.lora import LoRA
 from mmpeft.methods.lotr import LoTR
+from mmpeft.methods.matrix import matrix_shape
 from mmpeft.methods.moslora import MoSLoRA
 from mmpeft.methods.mpc import mpc_d, mpc_o
 from mmpeft.methods.trilora import TriLoRA
@@ -215,10 +216,11 @@ def test_moslora_starts_with_a_zero_b_and_a_mixer_of_choice():
 def test_moslora_with_an_identity_mixer_is_lora():
     layer = nn.Conv2d(4, 6, 3)
     weight, spec = layer.weight.detach(), spec_of(layer)
-    factors = LoRA(rank=2).init(weight, spec)
+    lora, mosl = LoRA(rank=2, layout='loralib'), MoSLoRA(rank=2, layout='loralib')
+    factors = lora.init(weight, spec)
     factors['lora_B'].normal_()
-    mixed = MoSLoRA(rank=2).delta(factors | {'mixer': torch.eye(6)}, spec)
-    torch.testing.assert_close(mixed, LoRA(rank=2).delta(factors, spec))
+    mixed = mosl.delta(factors | {'mixer': torch.eye(6)}, spec)
+    torch.testing.assert_close(mixed, lora.delta(factors, spec))
 
 
 def test_an_unknown_mixer_is_an_error():

@@ -108,9 +108,9 @@ def test_singular_values_in_closed_form(layer, method, rank):
 
 
 @pytest.mark.parametrize('method', ['SAMPARSER', 'SVDiff'])
-@pytest.mark.parametrize('rank', [0, -1, 1.5, '4', (2, 3)])
-def test_a_number_of_singular_values_that_is_none(method, rank):
-    with pytest.raises(UsageError, match='leading singular values'):
+@pytest.mark.parametrize('rank', [0, -1])
+def test_no_number_of_singular_values(method, rank):
+    with pytest.raises(UsageError, match='number of leading singular values'):
         mmpeft.METHODS.build(dict(type=method, rank=rank))
 
 
@@ -195,14 +195,13 @@ def test_mpc_constrains_what_pissas_factors_are_and_not_their_change():
 @pytest.mark.parametrize('method', CHOICES)
 @pytest.mark.parametrize('scale', [dict(scale=0.0), dict(scale=-1.0), dict(alpha=0)], ids=str)
 def test_singular_values_are_not_divided_by_nothing(method, scale):
-    with pytest.raises(UsageError, match='cannot divide singular values'):
+    with pytest.raises(UsageError, match='must be positive, because singular values are divided'):
         mmpeft.METHODS.build(dict(type=method, **scale))
 
 
-@pytest.mark.parametrize('niter', [-1, 1.0, 'four'])
-def test_a_number_of_iterations_that_is_none(niter):
-    with pytest.raises(UsageError, match='power iterations'):
-        mmpeft.METHODS.build(dict(type='PiSSA', niter=niter))
+def test_no_number_of_iterations():
+    with pytest.raises(UsageError, match='niter=-1 must be a number of power iterations'):
+        mmpeft.METHODS.build(dict(type='PiSSA', niter=-1))
 
 
 @pytest.mark.parametrize('shape', [(60, 200), (200, 60)])

@@ -18,13 +18,12 @@ flattened, since none is touched.
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.errors import UsageError
-from mmpeft.methods.base import Card, Factors, check_choice
+from mmpeft.methods.base import Card, Factors
 from mmpeft.methods.ranked import Ranked
 from mmpeft.registry import METHODS
 
@@ -37,6 +36,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {'gelu': F.gelu, 'relu': F.relu, 'swish': F.silu, 'identity': identity}
+Activation = Literal['gelu', 'relu', 'swish', 'identity']
 
 
 def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
@@ -56,12 +56,6 @@ def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -
     axes = x.ndim - 2
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
     return convolve(x, weight.view(*weight.shape, *(1,) * axes), bias)
-
-
-def check_single_rank(method: Ranked) -> None:
-    """Raise UsageError unless the rank is one integer."""
-    if not isinstance(method.rank, int):
-        raise UsageError(f'{type(method).__name__}: rank={method.rank!r} must be one integer.')
 
 
 @METHODS.register_module()
@@ -84,12 +78,7 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     )
 
     kinds: ClassVar = ('attention', 'mixer', 'mlp', 'branch')
-    activation: str = 'gelu'
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_single_rank(self)
-        check_choice(self, 'activation', ACTIVATIONS)
+    activation: Activation = 'gelu'
 
     def init(self, weight, place) -> Factors:
         width, bound = place.out_features, 1 / sqrt(place.out_features)
@@ -122,4 +111,4 @@ class PfeifferAdapter(HoulsbyAdapter):
     )
 
     kinds: ClassVar = ('mlp', 'branch')
-    activation: str = 'relu'
+    activation: Activation = 'relu'

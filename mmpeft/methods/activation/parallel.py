@@ -25,17 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.methods.base import Card, Factors, check_choice
+from mmpeft.methods.base import Card, Factors
 from mmpeft.methods.ranked import Ranked
 from mmpeft.methods.spec import ConvGeometry, InsertionPoint
 from mmpeft.registry import METHODS
 
 from .base import BranchMethod
-from .bottleneck import (
-    ACTIVATIONS,
-    across_channels,
-    check_single_rank,
-)
+from .bottleneck import ACTIVATIONS, Activation, across_channels
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -151,13 +147,8 @@ class ParallelAdapter(Ranked, BranchMethod):
     )
 
     kinds: ClassVar = ('layer',)
-    activation: str = 'relu'
+    activation: Activation = 'relu'
     scale: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_single_rank(self)
-        check_choice(self, 'activation', ACTIVATIONS)
 
     def init(self, weight, place) -> Factors:
         down, up = factor_shapes(place, self.rank)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import UsageError
+from mmpeft.methods.arguments import require
 from mmpeft.methods.base import Card, Factors
 from mmpeft.registry import METHODS
 
@@ -104,14 +105,13 @@ class VPT(ActivationMethod):
     patch_size: int = 16
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ('tokens', 'patch_size'):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f'VPT: {name}={value!r} must be a positive integer.')
+            require(self, name, getattr(self, name) > 0, 'must be a positive integer.')
 
     @property
-    def shared(self):
-        """Blocks hold the prompts of a shallow VPT in common, for they pass through all."""
+    def tied(self):
+        """Blocks share the prompts of a shallow VPT, which pass through all of them."""
         return () if self.deep else ('prompts',)
 
     def narrow(self, points):

@@ -1,9 +1,9 @@
-"""IA3, SSL and SSB: a scale for each channel (arXiv:2205.05638, arXiv:2407.05417).
+"""IA3, SSL and SSB: scales of channels (arXiv:2205.05638, arXiv:2407.05417).
 
     W' = D1 W D2            Subspace tuning, Eq. 7
 
 with W as torch stores it, (out, in), and D1, D2 diagonal; the papers write
-x W, and so their left is our right.
+x W, so that their left is our right.
 
 IA3     D2 = 1: the output channels are scaled
 SSL     D1 = 1: the input channels are scaled
@@ -13,8 +13,8 @@ What is trained is the difference of each scale from one, which starts at
 zero. A kernel keeps its axes: all positions of a channel share its scale, and
 a grouped convolution has one scale a channel over all groups.
 
-Two remarks on IA3's paper. Its third vector scales what goes into the second
-layer of an MLP, behind the non-linearity: that is SSL on that layer. Subspace
+Two remarks on IA3's paper. Its third vector scales the input of the second
+layer of an MLP, after the non-linearity: that is SSL on that layer. Subspace
 tuning's experiments scale the output of the first instead. And a bias, which
 the paper's models do not have, is not scaled.
 """
@@ -24,13 +24,34 @@ from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
-from .base import Card, Method
+from .base import Card, Factors, Method
 from .channels import per_input, per_output
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelScaling(Method):
+    """Trained scales of channels.
+
+    Attributes:
+        sides: Which channels: ``'out'``, ``'in'`` or both.
+    """
+
+    sides: ClassVar[tuple[str, ...]]
+
+    def init(self, weight, spec) -> Factors:
+        sizes = {'out': spec.out_features, 'in': spec.in_features}
+        return {f'shift_{side}': weight.new_zeros(sizes[side]) for side in self.sides}
+
+    def apply(self, weight, factors, spec, training=False):
+        shaped = {'out': per_output, 'in': per_input}
+        for side in self.sides:
+            weight = weight * (1 + shaped[side](factors[f'shift_{side}'], spec))
+        return weight
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class IA3(Method):
+class IA3(ChannelScaling):
     """A trained scale of each output channel."""
 
     card: ClassVar = Card(
@@ -42,16 +63,12 @@ class IA3(Method):
         suits='Budgets below a thousandth of the model.',
     )
 
-    def init(self, weight, spec):
-        return {'shift_out': weight.new_zeros(spec.out_features)}
-
-    def apply(self, weight, factors, spec, training=False):
-        return weight * (1 + per_output(factors['shift_out'], spec))
+    sides: ClassVar = ('out',)
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class SSL(Method):
+class SSL(ChannelScaling):
     """A trained scale of each input channel."""
 
     card: ClassVar = Card(
@@ -63,16 +80,12 @@ class SSL(Method):
         suits='The smallest budgets on layers that widen; half of IA3 where it was published.',
     )
 
-    def init(self, weight, spec):
-        return {'shift_in': weight.new_zeros(spec.in_features)}
-
-    def apply(self, weight, factors, spec, training=False):
-        return weight * (1 + per_input(factors['shift_in'], spec))
+    sides: ClassVar = ('in',)
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
-class SSB(Method):
+class SSB(ChannelScaling):
     """A trained scale of each output and of each input channel."""
 
     card: ClassVar = Card(
@@ -84,12 +97,4 @@ class SSB(Method):
         suits='Budgets below a thousandth of the model; the strongest of IA3, SSL and SSB.',
     )
 
-    def init(self, weight, spec):
-        return {
-            'shift_out': weight.new_zeros(spec.out_features),
-            'shift_in': weight.new_zeros(spec.in_features),
-        }
-
-    def apply(self, weight, factors, spec, training=False):
-        rows = 1 + per_output(factors['shift_out'], spec)
-        return weight * rows * (1 + per_input(factors['shift_in'], spec))
+    sides: ClassVar = ('out', 'in')

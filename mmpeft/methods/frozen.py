@@ -1,8 +1,4 @@
-"""The two ends that every method lies between: nothing trains, everything trains.
-
-W' = W, frozen              Frozen
-W' = W, trained             Full
-"""
+"""Frozen: nothing trains, the lower end that all methods are compared with."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,20 +26,3 @@ class Frozen(Method):
 
     def accepts(self, spec):
         return False
-
-
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
-class Full(Frozen):
-    """Train the target module itself; BatchNorm statistics follow."""
-
-    card: ClassVar = Card(
-        family='ends',
-        formula='W',
-        trains='the target itself',
-        paper='The upper end',
-        cost='Gradients and optimizer state of every weight.',
-        suits='The ceiling to compare with, and plenty of data.',
-    )
-
-    trains_base: ClassVar[bool] = True

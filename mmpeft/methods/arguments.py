@@ -1,0 +1,72 @@
+"""Checks of the arguments of methods."""
+
+from dataclasses import fields
+from functools import cache
+from math import inf
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mmpeft.errors import UsageError
+
+NAMES = {
+    int: 'one integer',
+    float: 'a finite number',
+    bool: 'True or False',
+    str: 'a string',
+    NoneType: 'None',
+    tuple[int, ...]: 'a tuple of integers',
+}
+
+
+def require(method: Any, name: str, holds: bool, rule: str) -> None:
+    """Raise UsageError unless an argument keeps to a rule.
+
+    Args:
+        method: Holds the argument.
+        name: Of the argument.
+        holds: Whether it keeps to the rule.
+        rule: Ends the message, such as ``'must be positive.'``.
+    """
+    if not holds:
+        value = getattr(method, name)
+        raise UsageError(f'{type(method).__name__}: {name}={value!r} {rule}')
+
+
+def check_types(method: Any) -> None:
+    """Raise UsageError unless each argument has the type of its field; lists become tuples."""
+    for name, hint in types_of(type(method)).items():
+        value = getattr(method, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(method, name, value)
+        require(method, name, has_type(value, hint), _rule(hint))
+
+
+@cache
+def types_of(method: type) -> dict[str, Any]:
+    """The types of a method's arguments, by name."""
+    hints = get_type_hints(method)
+    return {field.name: hints[field.name] for field in fields(method)}
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; an integer passes as a number, True and False do not."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(has_type(value, choice) for choice in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(has_type(v, inner[0]) for v in value)
+    if hint in (int, float):
+        kind = int if hint is int else int | float
+        return isinstance(value, kind) and not isinstance(value, bool) and -inf < value < inf
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _rule(hint):
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(get_origin(kind) is Literal for kind in kinds):
+        choices = [c for kind in kinds for c in get_args(kind) or (None,)]
+        return f'is unknown. Write one of {", ".join(map(repr, choices))}.'
+    return f'must be {" or ".join(NAMES.get(kind, str(kind)) for kind in kinds)}.'

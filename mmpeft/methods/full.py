@@ -1,0 +1,26 @@
+"""Full: everything trains, the upper end that all methods are compared with."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmpeft.registry import METHODS
+
+from .base import Card
+from .frozen import Frozen
+
+
+@METHODS.register_module()
+@dataclass(frozen=True, kw_only=True)
+class Full(Frozen):
+    """Train the target module itself; BatchNorm statistics follow."""
+
+    card: ClassVar = Card(
+        family='ends',
+        formula='W',
+        trains='the target itself',
+        paper='The upper end',
+        cost='Gradients and optimizer state of every weight.',
+        suits='The ceiling to compare with, and plenty of data.',
+    )
+
+    trains_base: ClassVar[bool] = True

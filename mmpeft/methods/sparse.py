@@ -1,0 +1,87 @@
+"""Methods that train a few entries of each weight.
+
+    W' = W, with ``values`` added to k entries of it
+
+k is a fraction (``density``) of the weight's entries, in the order in which it
+is stored. The values start at zero; their places (``index``) are fixed and
+stored.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .allocator import best
+from .arguments import require
+from .base import Factors, Method
+from .spec import WeightSpec
+
+
+def add_at(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A weight with values added to some of its entries.
+
+    Args:
+        weight: Of any shape.
+        index: (k,) int64, places in the flattened weight.
+        values: (k,)
+
+    Returns:
+        A new tensor of the weight's shape.
+    """
+    return weight.flatten().index_add(0, index, values).view(weight.shape)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Places of the largest scores, ascending; of equal ones the first.
+
+    Args:
+        scores: Of any shape.
+        count: k.
+
+    Returns:
+        (k,) int64, places in the flattened scores; without values on the meta device.
+    """
+    if scores.is_meta:
+        return torch.empty(count, dtype=torch.int64, device='meta')
+    return best(scores.flatten(), count).nonzero().flatten()
+
+
+def check_density(method: Method) -> None:
+    """Raise UsageError unless ``density`` is above 0 and at most 1."""
+    in_range = 0 < method.density <= 1
+    require(method, 'density', in_range, 'must be above 0 and at most 1, such as 0.005.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMethod(Method):
+    """Trained values at a few entries of each weight.
+
+    Attributes:
+        density: Fraction of a weight's entries that are trained, at least one.
+    """
+
+    renamed: ClassVar = {'share': 'density'}
+
+    density: float = 0.005
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_density(self)
+
+    def count(self, spec: WeightSpec) -> int:
+        """k of a weight."""
+        return max(1, round(self.density * spec.numel))
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """A score of each entry, of the weight's shape; those of the largest are trained."""
+        raise NotImplementedError
+
+    def init(self, weight, spec) -> Factors:
+        count = self.count(spec)
+        index = nn.Buffer(largest(self.scores(weight), count))
+        return {'values': weight.new_zeros(count), 'index': index}
+
+    def apply(self, weight, factors, spec, training=False):
+        return add_at(weight, factors['index'], factors['values'])
