@@ -1,7 +1,5 @@
 """The demo's data, read back by the datasets of mmdet, mmseg and mmrotate."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,16 +7,28 @@ import cv2
 import numpy as np
 import pytest
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'digits.py'
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 SPLITS = dict(train='training', val='validation')
 SIZES = dict(train=6, val=4)
 
 
-def make(out, *extra):
-    size = ['--train', '6', '--val', '4', '--source', '20']
-    command = [sys.executable, str(TOOL), '--out', str(out), *size, *extra]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope='module')
+def digits(script):
+    return script('dataset_converters', 'digits')
+
+
+@pytest.fixture(scope='module')
+def make(digits):
+    """Call the tool in this process."""
+
+    def tool(out, seed):
+        words = ['digits.py', '--out', out, '--seed', seed]
+        words += ['--train', 6, '--val', 4, '--source', 20]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'argv', list(map(str, words)))
+            digits.main()
+
+    return tool
 
 
 def files_of(folder):
@@ -30,10 +40,9 @@ def files_of(folder):
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
+def data(tmp_path_factory, make):
     out = tmp_path_factory.mktemp('data') / 'digits'
-    result = make(out, '--seed', '3')
-    assert result.returncode == 0, result.stderr
+    make(out, 3)
     return out
 
 
@@ -150,52 +159,44 @@ def test_source_holds_single_digits_of_every_class(data):
         assert source['labels'].shape == (20,) and set(source['labels']) <= set(range(10))
 
 
-def test_train_and_val_share_no_scan():
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        from digit_scenes import load_scans
-    finally:
-        sys.path.remove(str(TOOL.parent))
-    splits = load_scans()
+def test_train_and_val_share_no_scan(digits):
+    splits = digits.load_scans()
     train, val = ({scan.tobytes() for scan in splits[name][0]} for name in SPLITS)
     assert len(splits['train'][0]) + len(splits['val'][0]) == 1797
     assert not train & val
 
 
-def test_seed_decides_every_byte(data, tmp_path):
-    assert make(tmp_path / 'same', '--seed', '3').returncode == 0
-    assert make(tmp_path / 'other', '--seed', '4').returncode == 0
+def test_seed_decides_every_byte(data, make, tmp_path):
+    make(tmp_path / 'same', 3)
+    make(tmp_path / 'other', 4)
     same, other, found = (files_of(p) for p in (tmp_path / 'same', tmp_path / 'other', data))
     assert same == found
     assert other.keys() == found.keys()
     assert all(other[name] != found[name] for name in found if name.endswith('.jpg'))
 
 
-def test_what_is_there_is_kept(data):
+def test_what_exists_is_kept(data, make):
     before = {path: path.stat().st_mtime_ns for path in data.rglob('*')}
-    assert make(data, '--seed', '3').returncode == 0
-    other = make(data, '--seed', '5')
-    assert other.returncode == 1 and str(data) in other.stderr and '--out' in other.stderr
+    make(data, 3)
+    with pytest.raises(SystemExit, match='--out') as error:
+        make(data, 5)
+    assert str(data) in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in data.rglob('*')} == before
 
 
-def test_interruption_leaves_no_half_made_folder(data, tmp_path):
+def test_interruption_leaves_no_half_made_folder(data, make, digits, tmp_path, monkeypatch):
     part = tmp_path / 'digits.part'
     (part / 'coco' / 'train').mkdir(parents=True)
     (part / 'coco' / 'train' / 'left_over.jpg').write_bytes(b'half an imag')
-    blocked = tmp_path / 'sitecustomize.py'
-    blocked.write_text(
-        'import json\n'
-        'def interrupt(*args, **kwargs):\n'
-        '    raise KeyboardInterrupt\n'
-        'json.dumps = interrupt\n'
-    )
-    env = os.environ | dict(PYTHONPATH=str(tmp_path))
-    size = ['--train', '6', '--val', '4', '--source', '20', '--seed', '3']
-    command = [sys.executable, str(TOOL), '--out', str(tmp_path / 'digits'), *size]
-    assert subprocess.run(command, capture_output=True, env=env).returncode != 0
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digits.json, 'dumps', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / 'digits', 3)
     assert not (tmp_path / 'digits').exists()
-    blocked.unlink()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    make(tmp_path / 'digits', 3)
     assert files_of(tmp_path / 'digits') == files_of(data)
     assert not part.exists()

@@ -7,16 +7,11 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
-PALETTE = (
-    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
-    (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128),
-)  # fmt: skip
-
 INK = 0.5  # a pixel belongs to a digit where at least half of it is ink
 RIM = 0.05  # below INK and above this the pixel is neither digit nor background
-SHOWN = 0.8  # a digit is placed only where every digit keeps this share of its ink in sight
-CONTRAST = (0.35, 0.7)  # of a digit to what is below it, in each of red, green and blue
+SHOWN = 0.8  # a digit is placed only where every digit keeps this fraction of its ink in sight
 CROWD = 0.3  # and where no two upright boxes overlap by more (intersection over union)
+CONTRAST = (0.35, 0.7)  # of a digit to what is below it, in each of red, green and blue
 
 
 class Digit(NamedTuple):
@@ -27,7 +22,7 @@ class Digit(NamedTuple):
         mask (np.ndarray): What can be seen of it, bool (H, W).
         corners (np.ndarray): Its rotated rectangle, (4, 2) of x and y in
             pixels, clockwise, around all of its ink, hidden or not.
-        hidden (float): The share of its ink that other digits cover.
+        hidden (float): The fraction of its ink that other digits cover.
     """
 
     label: int
@@ -66,12 +61,12 @@ def draw_scene(rng, scans, labels, size=128, count=(3, 6), height=(28, 52), turn
     """Compose a scene.
 
     Args:
-        rng (np.random.Generator): The only source of chance.
+        rng (np.random.Generator): The only source of randomness.
         scans (np.ndarray): (N, 8, 8), as from :func:`load_scans`.
         labels (np.ndarray): Their classes, (N, ).
         size (int): Side of the square image in pixels.
         count (tuple[int, int]): Fewest and most digits to place. Fewer are
-            there when no room is found.
+            placed when no room is found.
         height (tuple[float, float]): Range of the digits' height in pixels.
         turn (float): Largest rotation to either side in degrees.
 
@@ -107,7 +102,7 @@ def draw_scan(rng, scan, size=40, height=(26, 40), turn=10):
     """Draw one digit in dark ink on white paper.
 
     Args:
-        rng (np.random.Generator): The only source of chance.
+        rng (np.random.Generator): The only source of randomness.
         scan (np.ndarray): (8, 8), as from :func:`load_scans`.
         size (int): Side of the square image in pixels.
         height (tuple[float, float]): Range of the digit's height in pixels.
@@ -132,13 +127,7 @@ def draw_background(rng, size):
 
 
 def paint(rng, image, alpha):
-    """Lay ink of a colour that stands out from what is below it, in place.
-
-    Args:
-        rng (np.random.Generator): Source of chance.
-        image (np.ndarray): float32 (H, W, 3) from 0 to 1.
-        alpha (np.ndarray): Opacity of the ink, float32 (H, W).
-    """
+    """Paint a digit, float32 (H, W) of opacity, in a colour that contrasts with the image below."""
     below = image[alpha >= INK].mean(0)
     contrast = rng.uniform(*CONTRAST, 3)
     brighter = below.mean() < rng.uniform(0.4, 0.6)
@@ -241,7 +230,7 @@ def _checks(rng, size):
 
 
 def _clouds(rng, size):
-    """Noise of several wavelengths, as of stone or cloth."""
+    """Noise of several wavelengths."""
     total = np.zeros((size, size), np.float32)
     fade = rng.uniform(0.4, 0.8)
     for octave in range(5):
@@ -264,7 +253,7 @@ _PATTERNS = (_plain, _gradient, _stripes, _checks, _clouds, _patches)
 
 
 def _along(rng, size):
-    """Distance along a direction of chance, (size, size) in pixels."""
+    """Distance along a random direction, (size, size) in pixels."""
     turn = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size]
     return np.cos(turn) * x + np.sin(turn) * y

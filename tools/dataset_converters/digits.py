@@ -14,8 +14,8 @@ ink on white paper, on which the demo trains the network that it then adapts:
       source/{train,val}.npz
       made_with.json
 
-Train and val share no scan. The same arguments give the same bytes. Nothing
-appears under ``--out`` before all is written.
+Train and val share no scan. The same arguments give the same bytes. The folder
+``--out`` appears when all is written.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main():
     out = Path(args.out)
     wanted = {name: value for name, value in vars(args).items() if name != 'out'}
     if made(out, wanted):
-        print(f'{out} is there already.')
+        print(f'{out} exists already.')
         return
     part = out.with_name(f'{out.name}.part')
     shutil.rmtree(part, ignore_errors=True)
@@ -78,7 +78,7 @@ def made(out, wanted):
     if found == wanted:
         return True
     raise SystemExit(
-        f'{out} exists and was made otherwise ({found}; asked for was {wanted}). '
+        f'{out} exists and was made with other arguments ({found}, not {wanted}). '
         'Remove it, or name another folder with --out.'
     )
 
