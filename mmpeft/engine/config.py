@@ -55,6 +55,8 @@ def compose(
         after = list(methods_in(find_hook(cfg) or {}))
         if [each.get('type') for each in after] != before:
             _check_arguments(after, before)
+    for node in dicts_in(cfg._cfg_dict):
+        node.pop('_delete_', None)  # stays where there was nothing to delete
     return cfg
 
 
