@@ -118,7 +118,8 @@ class MultiplicativeLinear(FastFunction):
             # On a CPU torch's powers of 2 take a quarter of the time of its powers of e.
             return linear(up * (self.scale / math.log(2)), down.T).exp2_().mul_(weight)
         delta = linear(up, down.T)
-        return torch.addcmul(weight, weight, delta, value=self.scale, out=delta)
+        memory = None if torch.compiler.is_compiling() else delta
+        return torch.addcmul(weight, weight, delta, value=self.scale, out=memory)
 
 
 @dataclass(frozen=True, eq=False)

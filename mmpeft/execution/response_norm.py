@@ -50,9 +50,11 @@ class ResponseNorm(FastFunction):
         pull = torch.where(norm > 0, d_norm / norm, 0)
         return (torch.mul(dy, factor, out=product).addcmul_(x, pull).to(dtype),)
 
-    def reference(self, x, weight, bias, *_):
+    def reference(self, x, weight, bias, *known):
+        dtype, x = x.dtype, x.to(weight.dtype)
         norm = torch.linalg.vector_norm(x, dim=self.positions, keepdim=True)
-        return x * (1 + weight * norm / (norm.mean(self.channel, keepdim=True) + self.eps)) + bias
+        mean = norm.mean(self.channel, keepdim=True) + self.eps
+        return (x * (1 + weight * norm / mean) + bias).to(dtype)
 
 
 def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: int) -> Tensor:

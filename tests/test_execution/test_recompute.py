@@ -1,0 +1,79 @@
+"""Maps that are computed again are not saved, and equal what was not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mmpeft
+from mmpeft.execution.recompute import (
+    cast,
+    recomputation_of,
+    save_or_recompute,
+    tag_for_recompute,
+)
+from tests.cases import randomize
+from tests.comparing import assert_as_plain
+
+
+def kept_bytes(model, x):
+    """What autograd keeps for backward, each storage once, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    return y, sum(n for key, n in sizes.items() if key not in own)
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm(64), nn.RMSNorm(64), nn.GELU(), nn.SiLU()])
+def test_a_norms_output_is_not_kept(norm):
+    tokens, kept = 100, {}
+    for way in ('auto', 'plain'):
+        model = nn.Sequential(copy.deepcopy(norm), nn.Linear(64, 80)).double()
+        mmpeft.inject(model, dict(type='LoRA', rank=2), execution=way)
+        x = torch.randn(tokens, 64, dtype=torch.float64, requires_grad=True)
+        y, kept[way] = kept_bytes(model, x)
+        y.sum().backward()
+    assert kept['plain'] - kept['auto'] > tokens * 64 * 8 * 0.9
+
+
+def test_an_input_that_was_changed_is_kept_itself():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = tag_for_recompute(F.gelu(x), F.gelu, x)
+    assert save_or_recompute(y).tensors == (x,)
+    assert recomputation_of(y.add_(1)) is None
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(self.norm(x).add_(1))
+
+    model = Shifted().double()
+    mmpeft.inject(model, dict(type='LoRA', rank=1))
+    randomize(model)
+    assert_as_plain(model, x.double().detach())
+
+
+def test_a_tag_follows_a_cast():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = cast(tag_for_recompute(F.gelu(x), F.gelu, x), torch.bfloat16)
+    function, tensors = save_or_recompute(y)
+    assert tensors == (x,) and torch.equal(function(*tensors), y)
+
+
+def test_what_needs_no_gradient_has_no_tag():
+    x = torch.randn(4, 3)
+    y = tag_for_recompute(F.gelu(x), F.gelu, x)
+    function, tensors = save_or_recompute(y)
+    assert tensors == (y,) and function(y) is y
