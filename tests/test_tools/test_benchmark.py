@@ -166,6 +166,16 @@ def test_failures_of_mmpeft_end_in_an_error(call, toy, monkeypatch, capsys, tmp_
     assert '| full' in capsys.readouterr().out
 
 
+def test_nothing_is_compared_with_a_floor_that_fails(call, toy, monkeypatch, capsys):
+    def too_large(model, rank):
+        raise torch.OutOfMemoryError('too large')
+
+    monkeypatch.setitem(variants.VARIANTS, 'floor', too_large)
+    done = call('--workloads', 'toy', '--variants', 'full', '--rounds', 1)
+    assert not any(result.rounds for result in done.results)
+    assert 'toy: the floor was skipped, too large.' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('amp', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', variants.VARIANTS)
 def test_every_variant_trains(name, amp, toy):

@@ -132,6 +132,9 @@ def measure(workload, args, done: Run) -> list[str]:
                     failed.append(f'{result.name} on {workload.name}')
             done.results.append(result)
             done.save(args.out)
+        if entries[0].skipped:
+            print(f'{workload.name}: the floor was skipped, {entries[0].skipped}.')
+            return failed
         for result in in_turn(steps, args.rounds, args.steps):
             bar.update(task, advance=1, description=f'{workload.name}: {result.name}')
             done.save(args.out)

@@ -139,13 +139,16 @@ def read(path: Path) -> list[Run]:
 
 
 def by_workload(runs: Iterable[Run], mode: str = 'train') -> dict[str, dict[str, Result]]:
-    """Results by workload and by name with rank; of equal workloads those of the last run."""
+    """Results by workload and by name with rank; of equal workloads those of the last run.
+
+    Workloads whose floor was not measured are left out.
+    """
     found = {}
     for run in runs:
         if run.mode == mode:
             for name in {result.workload: None for result in run.results}:
                 found[name] = {r.name: r for r in run.results if r.workload == name}
-    return found
+    return {n: results for n, results in found.items() if results[FLOOR].rounds}
 
 
 def environment(device: str) -> dict:
