@@ -1,259 +1,302 @@
-"""Where activations can be changed, told from the structure of a network.
+"""Insertion points: where activations can be changed, found from the structure of a network.
 
-Structure is which layers a module holds and how their widths follow each
-other; names of classes play no part, so that timm's, torchvision's, mmdet's and
-a network of one's own are read alike.
+Structure means which layers a module holds and how their widths follow each other. Names count
+only for query, key and value layers, which nothing else distinguishes.
 """
 
 import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
-from torch import Size, nn
+from torch import nn
 
 from mmpeft.methods.spec import ConvGeometry, InsertionPoint, WeightSpec
 
-from .structure import (
-    Network,
+from .calls import construction, uncalled
+from .points import (
+    LISTS,
+    axis_of,
+    count,
     is_affine,
-    is_norm,
+    is_bordered,
     is_spatial_depthwise,
-    is_torch_attention,
-    is_within,
-    level,
-    lineage,
-    smallest,
-    within,
+    layer_spec,
+    make_point,
+    mlp_ends,
+    norm_spec,
+    widths,
 )
-from .weights import ADAPTERS, PARAMETRIZATIONS
+from .weights import is_below, join, layers
+
+QUERY = re.compile(r'(^|[._])(w?q|query|queries)([._]|$)', re.IGNORECASE)
+KEY = re.compile(r'(^|[._])(w?k|w?v|w?kv|keys?|values?)([._]|$)', re.IGNORECASE)
+POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries')
+
+Points = dict[str, InsertionPoint]
 
 
 def insertion_points(
     root: nn.Module, kinds: Iterable[str]
 ) -> Iterator[tuple[str, nn.Module, InsertionPoint]]:
-    """The places of some kinds below a module, with their paths, in its order.
+    """Find the insertion points of some kinds below a module.
 
     Args:
-        root: Plain, or adapted already.
-        kinds: Of ``POINT_KINDS``. A module that is a place of several is one place.
+        root: With or without adapters.
+        kinds: Of ``POINT_KINDS``. A module that fits several is yielded for each of them.
+
+    Yields:
+        Path, module and insertion point, in the order of the modules.
     """
-    finder = _Finder(root)
-    found = defaultdict(dict)
-    for kind in kinds:
-        for path, find in getattr(finder, kind).items():
-            found[path][kind] = find
-    seen = set()
-    for path, module in finder.modules.items():
-        if path in found:
-            yield path, module, finder.place(path, found[path], seen.isdisjoint(found[path]))
-            seen.update(found[path])
+    search = Search(root)
+    found = [search.find(kind) for kind in kinds]
+    for path, module in search.modules.items():
+        for points in found:
+            if path in points:
+                yield path, module, points[path]
 
 
-class _Find(NamedTuple):
-    block: str
-    out_features: int
-    in_features: int
-    axis: int
+class Search:
+    """The insertion points of a network, a property for each kind.
 
+    Attributes:
+        modules: All modules by path, without adapters.
+        layers: Roles of the linear layers and convolutions by path, without those inside
+            ``nn.MultiheadAttention``, which never calls them.
+    """
 
-class _Finder(Network):
-    """Each property holds the places of one kind by path."""
-
-    def place(self, path: str, finds: dict[str, _Find], first: bool) -> InsertionPoint:
-        module, layer = self.modules[path], self.layers.get(path)
-        kinds = frozenset(finds) | (layer.kinds if 'layer' in finds else frozenset())
-        block, *shape, axis = next(iter(finds.values()))
-        size = _size(self.modules[block])
-        window = ConvGeometry.of(module, layer) if layer and 'conv' in layer.kinds else None
-        return InsertionPoint(kinds, Size(shape), axis, size, first, layer, window)
-
-    @cached_property
-    def attention(self):
-        """``nn.MultiheadAttention``, or linear children or grandchildren as :func:`_projection`."""
-        found = {}
+    def __init__(self, root: nn.Module):
+        self.modules = dict(layers(root))
+        self.layers: dict[str, WeightSpec] = {}
+        self._below: dict[str, dict[str, WeightSpec]] = defaultdict(dict)
         for path, module in self.modules.items():
-            if is_torch_attention(module):
-                found[path] = module.embed_dim
-            elif not self.is_container(path) and (width := _projection(self.below(path, depth=2))):
-                found[path] = width
-        return {path: _Find(path, found[path], found[path], -1) for path in smallest(found)}
+            spec, (*above, _) = layer_spec(module), lineage(path)
+            if spec and not any(isinstance(self.modules[p], nn.MultiheadAttention) for p in above):
+                self.layers[path] = spec
+                for top in (*above, path):
+                    self._below[top][path] = spec
+
+    def find(self, kind: str) -> Points:
+        """The insertion points of a kind by path."""
+        points = getattr(self, kind).items()
+        return {path: replace(point, first=not n) for n, (path, point) in enumerate(points)}
+
+    def unpaired(self, kinds: Iterable[str]) -> tuple[str, str, str] | None:
+        """Where there is attention without an MLP, or the reverse.
+
+        Args:
+            kinds: Of ``POINT_KINDS``, with the missing one among them.
+
+        Returns:
+            The kind that is there, a path of it, and the kind that is missing.
+        """
+        for path in self.attention if 'mlp' in kinds else ():
+            for top in lineage(path)[:-1]:
+                blocks = len(within(self.attention, top)) > (3 if top else 1)
+                if blocks and not within([*self.mlp, *self.branch], top):
+                    return 'attention', path, 'mlp'
+        mixed = self.attention or self.mixer or self.branch
+        if 'attention' in kinds and len(self.mlp) > 1 and not mixed:
+            return 'mlp', next(iter(self.mlp)), 'attention'
+        return None
 
     @cached_property
-    def mlp(self):
-        """The smallest modules with such layers and no convolution but depthwise ones."""
-        found = {path: width for path in self.modules if (width := self._mlp_width(path))}
-        return {
-            path: _Find(path, found[path], found[path], _axis(self.below(path).values()))
-            for path in smallest(found)
-            if not any(is_within(path, top) for top in self.attention)
-        }
+    def attention(self) -> Points:
+        """The smallest modules with layers d -> 3 e -> d; or query, keys and values, and e -> d."""
+        return smallest(self._each(self._attention))
 
-    def _mlp_width(self, path):
-        specs = list(self.below(path).values())
-        affine = [spec for spec in specs if is_affine(spec)]
-        others = [spec for spec in specs if not is_affine(spec)]
-        if not 2 <= len(affine) <= 3 or not all(map(is_spatial_depthwise, others)):
+    def _attention(self, path, module):
+        if isinstance(module, nn.MultiheadAttention):
+            return make_point('attention', module, module.embed_dim)
+        own = {p: s for p, s in self._below[path].items() if 'linear' in s.kinds}
+        own = {below(p, path): s for p, s in own.items() if depth(p) <= depth(path) + 2}
+        queries = [p for p in own if QUERY.search(p)]
+        keys = [p for p in own if KEY.search(p) and p not in queries]
+        for n, (back, spec) in enumerate(own.items()):
+            width, inner = widths(spec)
+            into = [p for p in list(own)[:n] if widths(own[p]) == (3 * inner, width)]
+            if not into and back not in queries + keys:
+                # Keys and values are two layers or one, and may be narrower than queries.
+                heads = [own[p].out_features / (1 + (len(keys) == 1)) for p in keys]
+                if heads and not any(inner % head for head in heads):
+                    into = [p for p in queries if widths(own[p]) == (inner, width)][:1]
+            if len(into) == 1 and not isinstance(module, nn.Sequential):
+                ends = (into[0], back) if '.' in back else ()
+                return make_point('attention', module, width, ends=ends)
+        return None
+
+    @cached_property
+    def mlp(self) -> Points:
+        """The smallest modules with layers d -> h -> d and h >= d, gated ones included.
+
+        A block that holds attention of width d and such layers beside it is one as well.
+        """
+        found = self._each(self._mlp)
+        return {p: found[p] for p in smallest(found | self._chains) if p not in self._chains}
+
+    def _mlp(self, path, module):
+        inside = within(self.attention, path)
+        own = {p: s for p, s in self._below[path].items() if not is_below(p, inside)}
+        ends = mlp_ends(own)
+        if not ends or is_below(path, self.attention):
             return None
-        *into, back = affine
-        width, hidden = back.out_features, back.in_features
-        given = sum(spec.out_features for spec in into)
-        plain = given == hidden >= width and len(into) == 1
-        gated = given == 2 * hidden > 2 * width
-        fits = (plain or gated) and all(spec.in_features == width for spec in into)
-        return width if fits and path not in self._chains else None
-
-    @cached_property
-    def mixer(self):
-        """Before the only mlp of a block without attention, and as wide."""
-        return {path: self._own(path) for path in self.layers if self._is_mixer(path)}
-
-    def _is_mixer(self, path):
-        spec = self.layers[path]
-        blocks = [p for p in lineage(path) if within(self.mlp, p)]
-        if not is_spatial_depthwise(spec) or not blocks:
-            return False
-        mlps = within(self.mlp, blocks[-1])
-        if len(mlps) > 1 or within(self.attention, blocks[-1]):
-            return False
-        first = next(p for p, s in self.below(mlps[0]).items() if is_affine(s))
-        order = list(self.layers)
-        before = order.index(path) < order.index(first)
-        return before and spec.in_features == self.mlp[mlps[0]].in_features
-
-    @cached_property
-    def branch(self):
-        """The last norm of a residual block, or its last layer if no norm follows that."""
-        found = {}
-        for block, chain in self._chains.items():
-            specs = [self.layers[path] for path in chain]
-            own = [p for p in within(self.modules, block) if level(p) == level(block) + 1]
-            after = own[own.index(chain[-1]) + 1 :]
-            ends = [chain[-1], *(p for p in after if is_norm(self.modules[p]))]
-            widths = specs[-1].out_features, specs[0].in_features
-            found[ends[-1]] = _Find(block, *widths, _axis(specs[-1:]))
-        return found
-
-    @cached_property
-    def _chains(self):
-        """The layers of each residual block of chained convolutions."""
-        chains = {p: self._chain(p) for p in self.modules if not self.is_container(p)}
-        return {path: chain for path, chain in chains.items() if chain}
-
-    def _chain(self, block):
-        """Children that follow each other, from d to d or to e beside a shortcut d -> e."""
-        own = self.below(block, depth=1)
-        own.pop(block, None)
-        chain = []
-        for path, spec in own.items():
-            if not chain or own[chain[-1]].out_features == spec.in_features:
-                chain.append(path)
-        if len(chain) < 2 or all(is_affine(own[path]) for path in chain):
+        width, axis = own[ends[1]].out_features, axis_of(self.modules[next(iter(own))])
+        if not inside:
+            return make_point('mlp', module, width, axis=axis)
+        fits = {self.attention[p].out_features for p in inside} == {width}
+        if not fits or isinstance(module, nn.Sequential) or max(map(depth, ends)) > depth(path) + 2:
             return None
-        widths = own[chain[0]].in_features, own[chain[-1]].out_features
-        beside = [spec for path, spec in self.below(block).items() if path not in chain]
-        if any((spec.in_features, spec.out_features) == widths for spec in beside):
+        ends = tuple(below(p, path) for p in ends)
+        size = sum(count(self.modules[p]) for p in own)
+        return replace(make_point('mlp', module, width, axis=axis, ends=ends), numel=size)
+
+    @cached_property
+    def mixer(self) -> Points:
+        """The only depthwise convolution before the only MLP of a block without attention."""
+        points = {}
+        for path, mlp in self.mlp.items():
+            for block in lineage(path)[::-1]:
+                if len(within(self.mlp, block)) > 1 or within(self.attention, block):
+                    break
+                order = list(self._below[block])
+                start = order.index(next(p for p in self._below[path] if is_affine(self.layers[p])))
+                found = [p for p in order[:start] if is_spatial_depthwise(self.layers[p])]
+                found = [p for p in found if self.layers[p].in_features == mlp.in_features]
+                if found:
+                    points |= {p: self._own('mixer', p) for p in found if len(found) == 1}
+                    break
+        return points
+
+    @cached_property
+    def branch(self) -> Points:
+        """The last norm of a residual block of convolutions, or its last layer if none follows."""
+        points = {}
+        for block, (first, *_, last) in self._chains.items():
+            children = [join(block, name) for name, _ in self.modules[block].named_children()]
+            after = [p for p in children[children.index(last) :] if p in self.modules]
+            norms = [p for p in after if norm_spec(self.modules[p])]
+            out_features, in_features = (
+                self.layers[last].out_features,
+                self.layers[first].in_features,
+            )
+            end = (norms or [last])[-1]
+            if not norms or norm_spec(self.modules[end]).out_features == out_features:
+                axis, size = axis_of(self.modules[last]), count(self.modules[block])
+                point = make_point('branch', self.modules[end], out_features, in_features, axis)
+                points[end] = replace(point, numel=size)
+        return points
+
+    @cached_property
+    def _chains(self) -> dict[str, list[str]]:
+        """The layers of residual blocks: children from d to d, or to e beside a shortcut d -> e."""
+        return self._each(self._chain)
+
+    def _chain(self, path, module):
+        own, chain = self._below[path], []
+        for p in own:
+            follows = not chain or own[chain[-1]].out_features == own[p].in_features
+            if depth(p) == depth(path) + 1 and follows:
+                chain.append(p)
+        normed = any(map(norm_spec, module.modules()))
+        if isinstance(module, nn.Sequential) or all(is_affine(own[p]) for p in chain):
+            return None
+        if len(chain) < 2 or (mlp_ends(own) and not normed):
+            return None
+        ends = own[chain[-1]].out_features, own[chain[0]].in_features
+        beside = [s for p, s in own.items() if p not in chain and depth(p) <= depth(path) + 2]
+        if any('conv' in s.kinds and widths(s) == ends for s in beside):
             return chain
-        strided = any(self._window(p).stride.count(1) < len(own[p].kernel_size) for p in chain)
-        return chain if widths[0] == widths[1] and not strided else None
+        strides = [ConvGeometry.of(self.modules[p], own[p]).stride for p in chain]
+        return chain if ends[0] == ends[1] and set().union(*strides) <= {1} else None
 
     @cached_property
-    def layer(self):
-        """Those whose own forward runs."""
-        return {path: self._own(path) for path in self.layers if self.is_called(path)}
+    def layer(self) -> Points:
+        """Linear layers and convolutions that the network calls."""
+        parents = {path.rpartition('.')[0] for path in self.layers if path}
+        traced, dead = {}, set()
+        for path in parents:
+            module = self.modules[path]
+            if not isinstance(module, LISTS | nn.Sequential):
+                key = construction(module)
+                if key not in traced:
+                    traced[key] = uncalled(module)
+                dead |= {join(path, child) for child in traced[key]}
+        return {path: self._own('layer', path) for path in self.layers if path not in dead}
 
     @cached_property
-    def tokens(self):
-        """The smallest modules with one attention, one mlp and no convolution."""
-        found = smallest(path for path in self.modules if self._is_token_block(path))
-        attention = {path: self.attention[within(self.attention, path)[0]] for path in found}
-        return {path: attention[path]._replace(block=path) for path in found}
-
-    def _is_token_block(self, path):
-        if len(within(self.attention, path)) != 1 or len(within(self.mlp, path)) != 1:
-            return False
-        if any('conv' in spec.kinds for spec in self.below(path).values()):
-            return False
-        inside = self.inside(path)
-        return not any(map(_is_positional, inside)) and _is_batch_first(inside)
-
-    @cached_property
-    def border(self):
-        """Of the layers of blocks, mlps and mixers."""
-        inner = {p for chain in self._chains.values() for p in chain} | set(self.mixer)
-        inner |= {p for mlp in self.mlp for p in self.below(mlp)}
-        return {p: self._own(p) for p in self.layers if p in inner and self._is_border(p)}
-
-    def _is_border(self, path):
-        spec, window = self.layers[path], self._window(path)
-        return (
-            isinstance(self.modules[path], nn.modules.conv._ConvNd)
-            and not spec.transposed
-            and window.padding_mode == 'zeros'
-            and set(window.stride) == {1}
-            and all(size % 2 for size in spec.kernel_size)
-            and any(before for before, _ in window.padding)
+    def tokens(self) -> Points:
+        """The smallest modules with an attention, an MLP and no convolution that take prompts."""
+        blocks = self._each(
+            lambda path, _: (
+                len(within(self.attention, path)) == len(within(self.mlp, path)) == 1
+                and not any('conv' in spec.kinds for spec in self._below[path].values())
+            )
         )
+        points = {}
+        for path in filter(self._takes_prompts, smallest(blocks)):
+            (attention,) = within(self.attention, path)
+            width = self.attention[attention].out_features
+            points[path] = make_point('tokens', self.modules[path], width)
+        return points
 
-    def _window(self, path):
-        return ConvGeometry.of(self.modules[path], self.layers[path])
+    def _takes_prompts(self, path):
+        """Whether a block takes any number of an image's tokens, batch first."""
+        inside = [self.modules[p] for p in within(self.modules, path)]
+        names = [name for m in inside for name in (*m._parameters, *m._buffers, *m._modules)]
+        names += [name for m in inside for name in inspect.signature(m.forward).parameters]
+        windows = any(getattr(m, 'window_size', None) for m in inside)
+        batch_first = {m.batch_first for m in inside if hasattr(m, 'batch_first')} or {True}
+        if windows or True not in batch_first or any(map(POSITIONS.search, names)):
+            return False
+        for top in lineage(path)[-2::-1]:
+            # Images come in through a convolution, words through an embedding.
+            if any('conv' in spec.kinds for spec in self._below[top].values()):
+                return True
+            if any(isinstance(m, nn.Embedding) for m in self.modules[top].modules()):
+                return False
+        return True
 
-    def _own(self, path):
-        spec = self.layers[path]
-        return _Find(path, spec.out_features, spec.in_features, _axis([spec]))
+    @cached_property
+    def border(self) -> Points:
+        """Convolutions of stride 1 with zeros around the map, in blocks, MLPs and mixers."""
+        inner = {p for chain in self._chains.values() for p in chain} | set(self.mixer)
+        inner |= {p for path in self.mlp for p in self._below[path]}
+        found = [p for p in self.layers if p in inner and is_bordered(self.modules[p])]
+        return {path: self._own('border', path) for path in found}
 
+    def _own(self, kind, path):
+        axis = axis_of(self.modules[path])
+        return make_point(kind, self.modules[path], *widths(self.layers[path]), axis)
 
-def _axis(specs):
-    """Where channels are in what goes into a chain of layers."""
-    return 1 if 'conv' in next(iter(specs)).kinds else -1
-
-
-def _projection(specs: dict[str, WeightSpec]) -> int | None:
-    """The width d of attention: layers d -> 3 e, together or apart, before one e -> d.
-
-    Layers apart are told by nothing but size from any others, so that one of
-    them has to be named as the query.
-    """
-    linear = {path: spec for path, spec in specs.items() if 'linear' in spec.kinds}
-    for number, back in enumerate(linear.values()):
-        inner, width = back.in_features, back.out_features
-        given = {
-            path: spec.out_features
-            for path, spec in list(linear.items())[:number]
-            if spec.in_features == width and spec.out_features % inner == 0
-        }
-        if sum(given.values()) == 3 * inner:
-            if len(given) == 1 or any(_QUERY.search(path.lower()) for path in given):
-                return width
-    return None
-
-
-_QUERY = re.compile(r'(^|[._])(w?q|query|queries)(_|$)')
-
-
-def _is_positional(module):
-    """Whether attention depends on where a token stands: windows, tables, rotations."""
-    held = [*module._parameters, *module._buffers]
-    return (
-        bool(getattr(module, 'window_size', None))
-        or any('relative_position' in name or 'rel_pos' in name for name in held)
-        or 'rope' in inspect.signature(module.forward).parameters
-    )
+    def _each(self, find):
+        modules = {p: m for p, m in self.modules.items() if not isinstance(m, LISTS)}
+        return {path: found for path, m in modules.items() if (found := find(path, m))}
 
 
-def _is_batch_first(modules):
-    """False for ``nn.MultiheadAttention`` over (L, N, C) that no module around it turns."""
-    flags = [m.batch_first for m in modules if isinstance(getattr(m, 'batch_first', None), bool)]
-    return not flags or any(flags)
+def lineage(path: str) -> list[str]:
+    """The paths from the root's to a module's own."""
+    parts = path.split('.') if path else []
+    return ['.'.join(parts[:n]) for n in range(len(parts) + 1)]
 
 
-def _size(module):
-    """Parameters of a module without those of adapters in it."""
-    return sum(p.numel() for path, p in module.named_parameters() if not _is_adapters(path))
+def depth(path: str) -> int:
+    """How many levels a path is below the root."""
+    return path.count('.') + bool(path)
 
 
-def _is_adapters(path):
-    *above, name = path.split('.')
-    return ADAPTERS in above or (PARAMETRIZATIONS in above and not name.startswith('original'))
+def below(path: str, top: str) -> str:
+    """A path as it is below a module."""
+    return path[len(top) :].removeprefix('.')
+
+
+def within(paths: Iterable[str], top: str) -> list[str]:
+    """Those of some paths that are at another or below it."""
+    return [path for path in paths if is_below(path, [top])]
+
+
+def smallest(found: dict) -> dict:
+    """What was found at paths that have no other of them below."""
+    outer = {above for path in found for above in lineage(path)[:-1]}
+    return {path: value for path, value in found.items() if path not in outer}

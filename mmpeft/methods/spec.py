@@ -148,15 +148,17 @@ class InsertionPoint:
     """A module whose input or output an adapter changes.
 
     Attributes:
-        kinds: The words that a target may select it by: of ``POINT_KINDS``, and of
-            :data:`mmpeft.injection.weights.KINDS` where it is taken as a ``layer``.
+        kinds: What a target may select it by: one of ``POINT_KINDS``, and those of
+            ``KINDS`` that the layer is where that is ``'layer'``.
         shape: (output channels, input channels).
-        axis: The channels' position in its tensors: -1 in token sequences
-            and channels-last maps, 1 in maps of a convolution.
-        numel: Parameters of the module, or of the block whose branch it ends.
+        axis: The channels' position in its tensors: -1 in sequences and channels-last maps, 1 in
+            maps of a convolution.
+        numel: Parameters of the module, or of the block whose residual branch it ends.
         first: Whether it is the first of its kind in the network.
-        layer: The role of the weight where the module is one layer.
-        window: Where that is a convolution.
+        ends: Empty, or the paths below the module of two layers whose input and output are meant:
+            the module has an MLP, say, that is no module of its own.
+        layer: The role of the weight, if the point is a ``'layer'``.
+        geometry: If the module is a convolution and the point a ``'layer'`` or ``'border'``.
     """
 
     kinds: frozenset[str]
@@ -164,8 +166,9 @@ class InsertionPoint:
     axis: int
     numel: int
     first: bool = False
+    ends: tuple[str, ...] = ()
     layer: WeightSpec | None = None
-    window: ConvGeometry | None = None
+    geometry: ConvGeometry | None = None
 
     @property
     def out_features(self) -> int:
@@ -176,3 +179,17 @@ class InsertionPoint:
     def in_features(self) -> int:
         """Input channels."""
         return self.shape[1]
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON, without ``layer`` and ``geometry``, which the module has.
+
+        :func:`mmpeft.injection.points.restore_point` is the reverse.
+        """
+        return dict(
+            kinds=sorted(self.kinds),
+            shape=list(self.shape),
+            axis=self.axis,
+            numel=self.numel,
+            first=self.first,
+            ends=list(self.ends),
+        )

@@ -1,4 +1,4 @@
-"""Where the places of networks are, as lists and in a forward pass."""
+"""Where the insertion points of networks are, as lists and in a forward pass."""
 
 import mmdet.models
 import pytest
@@ -10,7 +10,6 @@ from torch import nn
 import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.insertion_points import insertion_points
-from mmpeft.injection.structure import Network
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods.spec import POINT_KINDS, ConvGeometry
 from mmpeft.models import InternViT, TimmBackbone
@@ -20,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters'
 
 
 def found(model, *kinds):
-    """Path and axis of the places of some kinds."""
-    return [(path, place.axis) for path, _, place in insertion_points(model, kinds)]
+    """Path and axis of the insertion points of some kinds."""
+    return [(path, point.axis) for path, _, point in insertion_points(model, kinds)]
 
 
 def at(axis, *paths):
@@ -309,8 +308,8 @@ def test_attention_of_other_shapes(attention):
     model = nn.Sequential(attention(), perceptron())
     assert found(model, 'attention') == at(-1, '0')
     assert found(model, 'mlp') == at(-1, '1')
-    place = next(place for _, _, place in insertion_points(model, ['attention']))
-    assert place.shape == (8, 8)
+    point = next(point for _, _, point in insertion_points(model, ['attention']))
+    assert point.shape == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -535,39 +534,49 @@ def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(nam
     small = BLOCKS.get(name.removeprefix('small_')) if name.startswith('small_') else None
     model(small.input(torch.float32) if small else torch.randn(2, 3, 64, 64))
     assert every_kind and set(reached) == {path for path, _, _ in every_kind}
-    for path, _, place in every_kind:
+    for path, _, point in every_kind:
         given, returned = reached[path]
-        assert returned[place.axis] == place.out_features, path
-        if 'branch' not in place.kinds:
-            assert given[place.axis] == place.in_features, path
-        if 'tokens' in place.kinds:
+        assert returned[point.axis] == point.out_features, path
+        if 'branch' not in point.kinds:
+            assert given[point.axis] == point.in_features, path
+        if 'tokens' in point.kinds:
             assert len(given) == 3 and given == returned, path
 
 
-def test_what_a_place_is():
+def points(model, kind):
+    return {path: point for path, _, point in insertion_points(model, [kind])}
+
+
+def test_what_an_insertion_point_is():
     model = timm.create_model('convnextv2_atto', **CONVNEXT)
-    by_path = {
-        path: place for path, _, place in insertion_points(model, ['mixer', 'mlp', 'border'])
-    }
-    mixer, perceptron = by_path['stages.1.blocks.0.conv_dw'], by_path['stages.1.blocks.0.mlp']
-    assert mixer.kinds == {'mixer', 'border'} and perceptron.kinds == {'mlp'}
-    assert mixer.shape == perceptron.shape == (16, 16)
+    found = {kind: points(model, kind) for kind in ('mixer', 'mlp', 'border', 'layer')}
+    mlp_point = found['mlp']['stages.1.blocks.0.mlp']
+    mixer, border, layer = (
+        found[kind]['stages.1.blocks.0.conv_dw'] for kind in ('mixer', 'border', 'layer')
+    )
+    assert mixer.kinds == {'mixer'} and border.kinds == {'border'} and mlp_point.kinds == {'mlp'}
+    assert layer.kinds == {'layer', 'conv', 'depthwise'}
+    assert {point.shape for point in (mixer, border, layer, mlp_point)} == {(16, 16)}
     assert mixer.numel == 16 * 49 + 16
-    assert perceptron.numel == 2 * 16 * 64 + 64 + 16 + 2 * 64
+    assert mlp_point.numel == 2 * 16 * 64 + 64 + 16 + 2 * 64
     convolution = model.stages[1].blocks[0].conv_dw
-    assert mixer.layer == dict(weights_of(convolution))['weight'] and perceptron.layer is None
-    assert mixer.window == ConvGeometry((1, 1), ((3, 3), (3, 3)), 'zeros', (1, 1))
-    assert [path for path, place in by_path.items() if place.first] == [
-        'stages.0.blocks.0.conv_dw',
-        'stages.0.blocks.0.mlp',
+    assert layer.layer == dict(weights_of(convolution))['weight']
+    assert mixer.layer is border.layer is mlp_point.layer is mixer.geometry is None
+    assert layer.geometry == border.geometry
+    assert border.geometry == ConvGeometry((1, 1), ((3, 3), (3, 3)), 'zeros', (1, 1))
+    assert [[path for path, point in f.items() if point.first] for f in found.values()] == [
+        ['stages.0.blocks.0.conv_dw'],
+        ['stages.0.blocks.0.mlp'],
+        ['stages.0.blocks.0.conv_dw'],
+        ['stem.0'],
     ]
 
 
 def test_a_branch_counts_its_block_and_has_its_widths():
     model = torchvision.models.resnet18()
-    place = {path: place for path, _, place in insertion_points(model, ['branch'])}['layer2.0.bn2']
-    assert place.shape == (128, 64)
-    assert place.numel == sum(p.numel() for p in model.layer2[0].parameters())
+    point = {path: point for path, _, point in insertion_points(model, ['branch'])}['layer2.0.bn2']
+    assert point.shape == (128, 64)
+    assert point.numel == sum(p.numel() for p in model.layer2[0].parameters())
 
 
 def test_layers_can_be_told_apart_by_their_own_kinds():
@@ -597,18 +606,9 @@ def test_an_adapted_network_has_the_places_of_the_plain_one(name):
     plain, model = BLOCKS[name].build(), BLOCKS[name].build()
     mmpeft.inject(model, dict(type='HoulsbyAdapter', rank=2))
     mmpeft.inject(model, dict(type='LoRA', rank=2))
-    assert [(path, place) for path, _, place in insertion_points(model, POINT_KINDS)] == [
-        (path, place) for path, _, place in insertion_points(plain, POINT_KINDS)
+    assert [(path, point) for path, _, point in insertion_points(model, POINT_KINDS)] == [
+        (path, point) for path, _, point in insertion_points(plain, POINT_KINDS)
     ]
-
-
-def test_layers_below_a_path():
-    network = Network(
-        holding(a=nn.Sequential(linear(2, 2), nn.Sequential(linear(2, 2))), ab=mlp(2))
-    )
-    assert list(network.below('a')) == ['a.0', 'a.1.0']
-    assert list(network.below('a', depth=1)) == ['a.0']
-    assert list(network.below('')) == ['a.0', 'a.1.0', 'ab.0', 'ab.2']
 
 
 @pytest.mark.parametrize(
@@ -617,14 +617,14 @@ def test_layers_below_a_path():
         (
             torchvision.models.resnet18,
             'ScaledParallelAdapter',
-            r"at places of kind 'mlp' \(layers d -> h -> d with h >= d\), and ResNet has none\. It "
-            r"has 21 'layer', 13 'border', 8 'branch'\. .*HoulsbyAdapter.*VPT.* would fit",
+            r"at insertion points of kind 'mlp' \(layers d -> h -> d with h >= d\), and ResNet has "
+            r"none\. It has 8 'branch', 21 'layer', 13 'border'\. .*Houlsby.*VPT.* would fit",
         ),
         (mmdet_swin, 'VPT', r"'tokens' .*not over windows\).*'border'.*3 'attention', 3 'mlp'"),
         (
             lambda: nn.Sequential(nn.Embedding(3, 4)),
             'HoulsbyAdapter',
-            r'It has no place of any kind\. Methods on weights, such as LoRA',
+            r'It has no insertion point of any kind\. Methods on weights, such as LoRA',
         ),
     ],
     ids=['resnet', 'swin', 'nothing'],

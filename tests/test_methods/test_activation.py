@@ -1,4 +1,4 @@
-"""Methods that act on activations: formulas, counts, places, and what they live with."""
+"""Methods that act on activations: formulas, counts, insertion points, and what they live with."""
 
 import copy
 import math
@@ -309,8 +309,8 @@ def test_a_convolution_that_pads_in_a_way_of_its_own_is_refused():
 @pytest.mark.parametrize('name', ONE_LAYER)
 def test_a_parallel_adapter_starts_as_a_layer_does(name):
     model = LAYERS[name].build()
-    ((_, _, place),) = insertion_points(model, ['layer'])
-    down, up = factor_shapes(place, 3)
+    ((_, _, point),) = insertion_points(model, ['layer'])
+    down, up = factor_shapes(point, 3)
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=3))
     factors = attached(model)[0].adapter.factors
     bound = math.prod(down[1:]) ** -0.5
@@ -429,7 +429,10 @@ class Pooling(TransformerBlock):
 
 @pytest.mark.parametrize(
     'block, size, message',
-    [(TransformerBlock, (2, 2, 3, 8), 'takes a sequence'), (Pooling, (2, 5, 8), 'cannot be told')],
+    [
+        (TransformerBlock, (2, 2, 3, 8), 'prompts need a sequence'),
+        (Pooling, (2, 5, 8), 'prompts in its output are unknown'),
+    ],
 )
 def test_vpt_refuses_blocks_on_other_than_sequences(block, size, message):
     class AnyShape(Attention):
@@ -470,7 +473,7 @@ def test_vpt_replaces_the_zeros_of_a_padding(convolution):
     mmpeft.inject(model, dict(type='VPT'))
     randomize(model)
     (at,) = attached(model)
-    pads = [before for before, _ in at.adapter.spec.window.padding]
+    pads = [before for before, _ in at.adapter.spec.geometry.padding]
     rings = factors_of(at)['prompts']
     assert at.path == 'conv2' and rings.shape == (4, max(pads))
     framed = np.zeros((2, 4, 6 + 2 * pads[0], 9 + 2 * pads[1]))
@@ -544,7 +547,9 @@ def test_arguments_that_adapters_refuse(method, arguments, message):
 @pytest.mark.parametrize('type_name, name', sorted(NO_PLACE))
 def test_networks_without_a_place_are_refused(type_name, name):
     model = BLOCKS[name].build()
-    with pytest.raises(UsageError, match=f'^{type_name} acts at places of kind .* has none'):
+    with pytest.raises(
+        UsageError, match=f'^{type_name} acts at insertion points of kind .* has none'
+    ):
         mmpeft.inject(model, dict(type=type_name))
 
 
@@ -671,7 +676,7 @@ def test_they_compose_with_each_other_and_with_methods_on_weights():
     assert torch.equal(model(x), plain.requires_grad_(True)(x)) and not hooks(model)
 
 
-def test_targets_choose_among_places():
+def test_targets_choose_among_insertion_points():
     model = BLOCKS['vit'].build()
     targets = dict(kinds=('attention', 'mlp'), exclude=r'1\.attn', overrides={r'2\.': dict(rank=5)})
     rows = mmpeft.inject(model, dict(type='HoulsbyAdapter', rank=2), targets).rows

@@ -1,4 +1,4 @@
-"""Houlsby's and Pfeiffer's adapters: a bottleneck behind a branch (arXiv:1902.00751, 2005.00052).
+"""Houlsby's and Pfeiffer's adapters: a bottleneck after a branch (arXiv:1902.00751, 2005.00052).
 
     y -> y + h(y A + a) B + b            Subspace tuning, Eq. 22 to 24
 
@@ -6,14 +6,13 @@ with y the output of a branch before the residual addition, h a non-linearity,
 A (d, r) and B (r, d). A starts uniform as a linear layer's, all else at zero,
 so that the start is the identity; Houlsby starts with a small Gaussian in both.
 
-Houlsby     behind attention and mlp
-Pfeiffer    behind the mlp alone; in the papers before or after the norm of a
-            post-norm block, which pre-norm vision transformers have not
+Houlsby     after attention and MLP
+Pfeiffer    after the MLP alone; in the papers before or after the norm of a
+            post-norm block, which pre-norm vision transformers do not have
 
-In ConvNeXt the depthwise convolution stands for attention, and where a
-residual branch is a chain of convolutions, as in ResNet, its end stands for
-both. On maps the bottleneck is a pair of 1x1 convolutions: no kernel is
-flattened, since none is touched.
+In ConvNeXt the depthwise convolution takes the place of attention. Where a
+residual branch is a chain of convolutions, as in ResNet, one adapter at its end
+takes the place of both. On maps the bottleneck is a pair of 1x1 convolutions.
 """
 
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from mmpeft.methods.base import Card, Factors
 from mmpeft.methods.ranked import Ranked
+from mmpeft.methods.spec import CONVOLUTIONS
 from mmpeft.registry import METHODS
 
 from .base import BranchMethod
@@ -54,8 +54,7 @@ def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -
     if axis == -1:
         return F.linear(x, weight, bias)
     axes = x.ndim - 2
-    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
-    return convolve(x, weight.view(*weight.shape, *(1,) * axes), bias)
+    return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), bias)
 
 
 @METHODS.register_module()
@@ -80,8 +79,8 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     kinds: ClassVar = ('attention', 'mixer', 'mlp', 'branch')
     activation: Activation = 'gelu'
 
-    def init(self, weight, place) -> Factors:
-        width, bound = place.out_features, 1 / sqrt(place.out_features)
+    def init(self, weight, point) -> Factors:
+        width, bound = point.out_features, 1 / sqrt(point.out_features)
         return {
             'down': weight.new_empty(self.rank, width).uniform_(-bound, bound),
             'down_bias': weight.new_zeros(self.rank),
@@ -89,17 +88,17 @@ class HoulsbyAdapter(Ranked, BranchMethod):
             'up_bias': weight.new_zeros(width),
         }
 
-    def branch(self, x, y, factors, place):
+    def branch(self, x, y, factors, point):
         y = y.to(factors['down'].dtype)
-        inner = across_channels(y, factors['down'], factors['down_bias'], place.axis)
+        inner = across_channels(y, factors['down'], factors['down_bias'], point.axis)
         inner = ACTIVATIONS[self.activation](inner)
-        return across_channels(inner, factors['up'], factors['up_bias'], place.axis)
+        return across_channels(inner, factors['up'], factors['up_bias'], point.axis)
 
 
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
 class PfeifferAdapter(HoulsbyAdapter):
-    """A bottleneck behind the mlp alone."""
+    """A bottleneck behind the MLP alone."""
 
     card: ClassVar = Card(
         family='activations',

@@ -3,12 +3,12 @@
     block(x) -> block([x, P]) without what became of P        Subspace tuning, Eq. 10 and 11
 
 with x (N, L, d) the tokens and P (p, d) the prompts. Deep: each block has its
-own. Shallow: they enter the first block and pass through all, hidden from
-whatever stands between; a block finds them on its input, where the block before
-left them. They start uniform within sqrt(6 / (3 s^2 + d)), s the patch size, as
-in the paper: the start is not the identity. The paper puts them behind the
-class token; here they come last, which is the same to attention without
-positions and leaves every index of a token as it was.
+own. Shallow: they enter the first block and pass through all, hidden from all
+modules between blocks: a tensor of tokens carries them as an attribute from one
+block to the next. They start uniform within sqrt(6 / (3 s^2 + d)), s the patch
+size, as in the paper, so that the start is not the identity. The paper puts them
+after the class token; here they come last, which is the same to attention
+without positions and keeps the index of each token.
 
 Convolutional networks have no tokens. The paper frames the image with learned
 pixels; here the zeros that a convolution pads its input with are learned, so
@@ -119,51 +119,47 @@ class VPT(ActivationMethod):
         tokens = {path: point for path, point in points.items() if 'tokens' in point.kinds}
         return tokens or (points if self.deep else dict(list(points.items())[:1]))
 
-    def init(self, weight, place) -> Factors:
-        if 'border' in place.kinds:
-            rings = max(_padding(place))
-            return {'prompts': weight.new_zeros(place.in_features, rings)}
-        width = place.in_features
+    def init(self, weight, point) -> Factors:
+        if 'border' in point.kinds:
+            rings = max(point.geometry.zeros)
+            return {'prompts': weight.new_zeros(point.in_features, rings)}
+        width = point.in_features
         bound = sqrt(6 / (3 * self.patch_size**2 + width))
         return {'prompts': weight.new_empty(self.tokens, width).uniform_(-bound, bound)}
 
-    def before(self, x, factors, place):
-        if 'border' in place.kinds:
-            return framed(x, factors['prompts'], _padding(place))
+    def before(self, x, factors, point):
+        if 'border' in point.kinds:
+            return framed(x, factors['prompts'], point.geometry.zeros)
         if x.ndim != 3:
             raise UsageError(
-                f'VPT: a block got a tensor of shape {tuple(x.shape)}, where it takes a sequence '
-                'of tokens (images, tokens, channels). Leave such blocks out with targets.exclude.'
+                f'VPT: a block got a tensor of shape {tuple(x.shape)}, and prompts need a sequence '
+                '(images, tokens, channels). Leave such blocks out with targets.exclude.'
             )
-        if self.deep or place.first:
+        if self.deep or point.first:
             prompts = factors['prompts'].to(x.dtype).expand(len(x), -1, -1)
         else:
             prompts = getattr(x, PROMPTS, None)
         if prompts is None:
             raise UsageError(
-                'VPT: the prompts of the block before did not reach a block. The first block is '
-                'not adapted, or tokens were changed between blocks, or blocks run in a reentrant '
-                'checkpoint (use_reentrant=False keeps the prompts). Set deep=True, with which '
-                'each block has prompts of its own.'
+                'VPT: the prompts of the block before did not reach a block. Either the first '
+                'block is not adapted, or tokens are changed between blocks, or blocks run in a '
+                'reentrant checkpoint (use_reentrant=False keeps the prompts). Set deep=True, '
+                'which gives each block prompts of its own.'
             )
         return torch.cat([x, prompts], 1)
 
-    def after(self, x, y, factors, place):
-        if 'border' in place.kinds:
-            return cropped(y, _padding(place)).contiguous(memory_format=_layout(y))
+    def after(self, x, y, factors, point):
+        if 'border' in point.kinds:
+            return cropped(y, point.geometry.zeros).contiguous(memory_format=_layout(y))
         if y.shape != x.shape:
             raise UsageError(
-                f'VPT: a block made {tuple(y.shape)} of {tuple(x.shape)}; which of these are '
-                'prompts cannot be told. Leave such blocks out with targets.exclude.'
+                f'VPT: a block returned {tuple(y.shape)} for {tuple(x.shape)}, so that the prompts '
+                'in its output are unknown. Leave such blocks out with targets.exclude.'
             )
         visible = y[:, : -self.tokens].contiguous()
         if not self.deep:
             setattr(visible, PROMPTS, y[:, -self.tokens :])
         return visible
-
-
-def _padding(place):
-    return tuple(before for before, _ in place.window.padding)
 
 
 def _layout(y):

@@ -1,0 +1,176 @@
+"""One insertion point: of a module that a search found, a user named, or a file lists."""
+
+from dataclasses import replace
+
+from torch import Size, nn
+
+from mmpeft.errors import UsageError
+from mmpeft.methods.spec import (
+    POINT_DESCRIPTIONS,
+    POINT_KINDS,
+    ConvGeometry,
+    InsertionPoint,
+    WeightSpec,
+)
+
+from .weights import ADAPTERS, PARAMETRIZATIONS, layers, weights_of
+
+# Modules that have no forward of their own.
+LISTS = nn.ModuleList | nn.ModuleDict
+
+
+def make_point(
+    kind: str,
+    module: nn.Module,
+    out_features: int,
+    in_features: int | None = None,
+    axis: int = -1,
+    ends: tuple[str, ...] = (),
+) -> InsertionPoint:
+    """The insertion point of a kind at a module.
+
+    Args:
+        kind: Of ``POINT_KINDS``.
+        module: The module.
+        out_features: Output channels.
+        in_features: Input channels, if they are not as many.
+        axis: The channels' position.
+        ends: As in :class:`InsertionPoint`.
+    """
+    spec = layer_spec(module) if kind in ('layer', 'border') else None
+    return InsertionPoint(
+        frozenset({kind} | (spec.kinds if kind == 'layer' else set())),
+        Size((out_features, in_features or out_features)),
+        axis,
+        count(module),
+        ends=ends,
+        layer=spec if kind == 'layer' else None,
+        geometry=ConvGeometry.of(module, spec) if spec and 'conv' in spec.kinds else None,
+    )
+
+
+def point_at(module: nn.Module, kind: str) -> InsertionPoint:
+    """The insertion point of a kind at a module that was named, whatever the structure says.
+
+    Raises:
+        UsageError: The module does not have what the kind needs.
+    """
+    inner = [m for _, m in layers(module) if layer_spec(m)]
+    inner = inner or [m for _, m in layers(module) if norm_spec(m)]
+    specs = [layer_spec(m) or norm_spec(m) for m in inner]
+    if isinstance(module, LISTS):
+        reason = 'it only lists modules and is never called itself; name one of them'
+    elif not inner:
+        reason = 'it holds no linear layer, convolution or norm that tells its number of channels'
+    elif kind in ('layer', 'border') and not layer_spec(module):
+        reason = 'it is no linear layer or convolution'
+    elif kind == 'border' and not is_bordered(module):
+        reason = 'its kernel must be odd, its stride 1, and its padding zeros'
+    elif kind in ('mlp', 'tokens') and specs[0].in_features != specs[-1].out_features:
+        reason = (
+            f'its first layer takes {specs[0].in_features} channels and its last one returns '
+            f'{specs[-1].out_features}'
+        )
+    else:
+        out_features = specs[-1].out_features
+        in_features = out_features if kind == 'attention' else specs[0].in_features
+        return make_point(kind, module, out_features, in_features, axis_of(inner[0]))
+    raise UsageError(
+        f'{type(module).__name__} cannot be an insertion point of kind {kind!r} '
+        f'({POINT_DESCRIPTIONS[kind]}): {reason}.'
+    )
+
+
+def restore_point(module: nn.Module, data: dict) -> InsertionPoint:
+    """The insertion point that :meth:`InsertionPoint.to_dict` described, without a search.
+
+    Raises:
+        UsageError: The module does not have the layers that the data tells of.
+    """
+    kind = next(kind for kind in POINT_KINDS if kind in data['kinds'])
+    shape, ends, spec = Size(data['shape']), tuple(data['ends']), layer_spec(module)
+    fits = kind not in ('layer', 'border') or (spec and widths(spec) == shape)
+    if not fits or not {path for path, _ in layers(module)}.issuperset(ends):
+        between = ' between {!r} and {!r}'.format(*ends) if ends else ''
+        raise UsageError(
+            f'{type(module).__name__} is no insertion point of kind {kind!r} with {shape[1]} input '
+            f'and {shape[0]} output channels{between}.'
+        )
+    point = make_point(kind, module, *shape, data['axis'], ends)
+    return replace(point, numel=data['numel'], first=data['first'])
+
+
+def layer_spec(module: nn.Module) -> WeightSpec | None:
+    """The role of a linear layer's or convolution's weight; None for any other module."""
+    spec = dict(weights_of(module)).get('weight')
+    return spec if spec and spec.kinds & {'conv', 'linear'} else None
+
+
+def norm_spec(module: nn.Module) -> WeightSpec | None:
+    """The role of a norm's weight; None for any other module."""
+    return next((spec for _, spec in weights_of(module) if 'norm' in spec.kinds), None)
+
+
+def is_affine(spec: WeightSpec) -> bool:
+    """Whether a layer is one matrix at every position: linear, or a 1x1 convolution."""
+    return 'linear' in spec.kinds or ('pointwise' in spec.kinds and spec.groups == 1)
+
+
+def is_spatial_depthwise(spec: WeightSpec) -> bool:
+    """Whether a layer is a depthwise convolution over more than one position."""
+    return 'depthwise' in spec.kinds and 'pointwise' not in spec.kinds
+
+
+def mlp_ends(specs: dict[str, WeightSpec]) -> tuple[str, ...]:
+    """First and last of layers d -> h -> d with h >= d, or gated, with 2 h in one layer or two.
+
+    Args:
+        specs: Roles of layers by path. Depthwise convolutions may be among them.
+
+    Returns:
+        Two paths; empty if the layers are no MLP.
+    """
+    affine = {path: spec for path, spec in specs.items() if is_affine(spec)}
+    others = [spec for path, spec in specs.items() if path not in affine]
+    if not 2 <= len(affine) <= 3 or not all(map(is_spatial_depthwise, others)):
+        return ()
+    first, last = next(iter(affine)), max(reversed(affine), key=lambda p: affine[p].in_features)
+    width, hidden = widths(affine[last])
+    into = [spec for path, spec in affine.items() if path != last]
+    given = sum(spec.out_features for spec in into)
+    plain = len(into) == 1 and given == hidden >= width
+    gated = given == 2 * hidden > 2 * width
+    fits = (plain or gated) and all(spec.in_features == width for spec in into)
+    return (first, last) if fits and first != last else ()
+
+
+def widths(spec: WeightSpec) -> tuple[int, int]:
+    """Output and input channels."""
+    return spec.out_features, spec.in_features
+
+
+def axis_of(module: nn.Module) -> int:
+    """Where channels are in the tensors of a layer or norm."""
+    spec = layer_spec(module)
+    last = 'linear' in spec.kinds if spec else isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    return -1 if last else 1
+
+
+def is_bordered(module: nn.Module) -> bool:
+    """Whether a module is a convolution of stride 1 that pads with zeros around odd kernels."""
+    spec = layer_spec(module)
+    if not isinstance(module, nn.modules.conv._ConvNd) or spec.transposed:
+        return False
+    geometry = ConvGeometry.of(module, spec)
+    zeros = geometry.padding_mode == 'zeros' and any(before for before, _ in geometry.padding)
+    return zeros and set(geometry.stride) == {1} and all(size % 2 for size in spec.kernel_size)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module without those of adapters in it."""
+    return sum(p.numel() for path, p in module.named_parameters() if not _is_adapters(path))
+
+
+def _is_adapters(path):
+    *above, name = path.split('.')
+    return ADAPTERS in above or (PARAMETRIZATIONS in above and not name.startswith('original'))
