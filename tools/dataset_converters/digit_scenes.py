@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from digit_backgrounds import draw_background
 from sklearn.datasets import load_digits
 
 CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
@@ -117,15 +118,6 @@ def draw_scan(rng, scan, size=40, height=(26, 40), turn=10):
     return to_uint8(np.clip(paper * (1 - alpha), 0, 1))
 
 
-def draw_background(rng, size):
-    """Return a background, float32 (size, size, 3) from 0 to 1."""
-    dark, light = np.sort(rng.uniform(0.1, 0.9, (2, 3)), axis=0).astype(np.float32)
-    pattern = rng.choice(_PATTERNS)(rng, size)
-    pattern = pattern[..., None] * np.float32(rng.uniform(0.3, 1))
-    grain = rng.normal(0, rng.uniform(0, 0.05), (size, size, 3))
-    return np.clip(dark + (light - dark) * pattern + grain, 0, 1).astype(np.float32)
-
-
 def paint(rng, image, alpha):
     """Paint a digit, float32 (H, W) of opacity, in a colour that contrasts with the image below."""
     below = image[alpha >= INK].mean(0)
@@ -133,31 +125,6 @@ def paint(rng, image, alpha):
     brighter = below.mean() < rng.uniform(0.4, 0.6)
     colour = np.clip(below + contrast if brighter else below - contrast, 0, 1)
     image += alpha[..., None] * (colour.astype(np.float32) - image)
-
-
-def render(scan, affine, size):
-    """Opacity of a scan's ink in the picture.
-
-    Args:
-        scan (np.ndarray): (8, 8) from 0 to 1.
-        affine (np.ndarray): From the scan's pixels to the picture's, (2, 3).
-        size (int): Side of the picture in pixels.
-
-    Returns:
-        np.ndarray: float32 (size, size) from 0 to 1, with edges that are one
-        or two pixels wide at any scale.
-    """
-    grey = cv2.warpAffine(scan, affine, (size, size), flags=cv2.INTER_CUBIC)
-    zoom = np.sqrt(abs(np.linalg.det(affine[:, :2])))
-    return np.clip((grey - INK) * zoom / 2 + INK, 0, 1)
-
-
-def affine_to(centre, height, angle):
-    """The map that puts an 8x8 scan at ``centre``, so high, turned by ``angle`` degrees."""
-    zoom, turn = height / 8, np.deg2rad(angle)
-    linear = zoom * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    shift = np.asarray(centre) - linear @ np.array([3.5, 3.5])
-    return np.concatenate([linear, shift[:, None]], 1)
 
 
 def upright_box(mask):
@@ -172,10 +139,23 @@ def to_uint8(image):
 
 
 def _place(rng, scan, size, height, turn):
+    """Draw a scan somewhere.
+
+    Returns:
+        Opacity of its ink, float32 (size, size) from 0 to 1, with edges that
+        are one or two pixels wide at any scale; and the map from the scan's
+        pixels to the picture's, (2, 3).
+    """
     tall = rng.uniform(*height)
     centre = rng.uniform(tall / 2, size - tall / 2, 2)
-    affine = affine_to(centre, tall, rng.uniform(-turn, turn))
-    return render(scan, affine, size), affine
+    angle = np.deg2rad(rng.uniform(-turn, turn))
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    linear = tall / 8 * rotation
+    shift = centre - linear @ np.array([3.5, 3.5])
+    affine = np.concatenate([linear, shift[:, None]], 1)
+    grey = cv2.warpAffine(scan, affine, (size, size), flags=cv2.INTER_CUBIC)
+    zoom = np.sqrt(abs(np.linalg.det(linear)))
+    return np.clip((grey - INK) * zoom / 2 + INK, 0, 1), affine
 
 
 def _has_room(inks, new):
@@ -208,57 +188,3 @@ def _rectangle(ink, affine):
     low, high = own.min(0) - half, own.max(0) + half
     box = np.array([low, [high[0], low[1]], high, [low[0], high[1]]])
     return box @ axes.T + 0.5
-
-
-def _plain(rng, size):
-    return np.full((size, size), rng.uniform(), np.float32)
-
-
-def _gradient(rng, size):
-    return _spread(_along(rng, size))
-
-
-def _stripes(rng, size):
-    wave = np.sin(2 * np.pi * _along(rng, size) / rng.uniform(8, 40))
-    return _spread(np.clip(wave * rng.uniform(0.6, 4), -1, 1))
-
-
-def _checks(rng, size):
-    cell = rng.uniform(8, 32)
-    y, x = np.mgrid[:size, :size] + rng.uniform(0, cell, 2)[:, None, None]
-    return ((x // cell + y // cell) % 2).astype(np.float32)
-
-
-def _clouds(rng, size):
-    """Noise of several wavelengths."""
-    total = np.zeros((size, size), np.float32)
-    fade = rng.uniform(0.4, 0.8)
-    for octave in range(5):
-        grid = rng.uniform(-1, 1, (2 + 2**octave, 2 + 2**octave)).astype(np.float32)
-        total += fade**octave * cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
-    return _spread(total)
-
-
-def _patches(rng, size):
-    """Ellipses and bars on top of each other."""
-    canvas = np.full((size, size), rng.uniform(), np.float32)
-    for _ in range(rng.integers(4, 12)):
-        centre = tuple(int(v) for v in rng.integers(0, size, 2))
-        axes = tuple(int(v) for v in rng.integers(6, size // 2, 2))
-        cv2.ellipse(canvas, centre, axes, rng.uniform(0, 180), 0, 360, rng.uniform(), -1)
-    return canvas
-
-
-_PATTERNS = (_plain, _gradient, _stripes, _checks, _clouds, _patches)
-
-
-def _along(rng, size):
-    """Distance along a random direction, (size, size) in pixels."""
-    turn = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[:size, :size]
-    return np.cos(turn) * x + np.sin(turn) * y
-
-
-def _spread(values):
-    low, high = values.min(), values.max()
-    return ((values - low) / max(high - low, 1e-6)).astype(np.float32)
