@@ -23,6 +23,33 @@ def adapt(model, cfg):
     return mmpeft.inject(model, hook.method, targets, hook.get('unfreeze', ()))
 
 
+def shrink(cfg):
+    """A config with a ConvNeXt-V2 of the smallest size, fewer proposals and slides."""
+    cfg.model.backbone.update(name='convnextv2_atto', pretrained=False)
+    SMALLER[cfg.default_scope](cfg.model, [40, 80, 160, 320])
+    return cfg
+
+
+def _two_stages(model, widths):
+    model.neck.in_channels = widths
+    model.train_cfg.rpn_proposal.update(nms_pre=50, max_per_img=20)
+    model.train_cfg.rcnn.sampler.num = 16
+    model.test_cfg.rpn.update(nms_pre=50, max_per_img=20)
+
+
+def _segmentor(model, widths):
+    model.data_preprocessor.size = (128, 128)
+    model.decode_head.update(in_channels=widths, channels=32)
+    model.auxiliary_head.update(in_channels=widths[2], channels=32)
+    model.test_cfg.update(crop_size=(128, 128), stride=(96, 96))
+    for head in (model.decode_head, model.auxiliary_head):
+        head.norm_cfg.type = 'BN'
+
+
+# How the model of each package is made small, and what its samples hold.
+SMALLER = dict(mmdet=_two_stages, mmrotate=_two_stages, mmseg=_segmentor)
+
+
 def batch(scope, size=128):
     """Two images with labels, as the task's pipeline packs them."""
     generator = torch.Generator().manual_seed(0)
