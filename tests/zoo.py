@@ -100,9 +100,9 @@ TIMM = dict(
     resnet=timm_network(
         'resnet18', block_args=dict(), layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)
     ),
-    regnet=timm_network('regnety_002'),
-    efficientnet=timm_network('efficientnet_lite0'),
-    mobilenet=timm_network('mobilenetv3_small_050'),
+    regnet=timm_network('regnety_002', 32),
+    efficientnet=timm_network('efficientnet_lite0', 32),
+    mobilenet=timm_network('mobilenetv3_small_050', 32),
 )
 OTHERS = dict(
     torchvision_swin=image_network(
