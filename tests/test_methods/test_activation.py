@@ -155,6 +155,76 @@ def test_the_rest_of_a_tuple_is_kept():
     assert torch.equal(weights, same) and not torch.equal(before, after)
 
 
+# Two layers beside attention that share no module of their own
+
+
+class FlatBlock(nn.Module):
+    """As in BERT, without norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.act = Attention(8), nn.GELU()
+        self.intermediate, self.output = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        return x + self.output(self.act(self.intermediate(x)))
+
+
+def flat(key):
+    plain = nn.Sequential(FlatBlock(), FlatBlock()).double().requires_grad_(False)
+    model = copy.deepcopy(plain)
+    mmpeft.inject(model, METHODS[key])
+    randomize(model)
+    return plain, model, torch.randn(2, 5, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize('key', ['pfeiffer', 'scaled_parallel'])
+def test_an_adapter_between_two_layers_of_a_block(key):
+    plain, model, expected = flat(key)
+    x = expected.clone()
+    assert [(at.path, at.adapter.spec.ends) for at in attached(model)] == [
+        (path, ('intermediate', 'output')) for path in '01'
+    ]
+    for block, at in zip(plain, attached(model), strict=True):
+        f = at.adapter.factors
+        given = expected + block.attn(expected)
+        returned = block.output(block.act(block.intermediate(given)))
+        if key == 'pfeiffer':
+            inner = F.silu(F.linear(returned, f['down'], f['down_bias']))
+            added = F.linear(inner, f['up'], f['up_bias'])
+        else:
+            added = 4 * F.linear(F.linear(given, f['down']).relu(), f['up'])
+        expected = given + returned + added
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('key', ['houlsby', 'scaled_parallel'])
+def test_what_an_adapter_between_two_layers_lives_with(key, tmp_path):
+    plain, model, x = flat(key)
+    y = model(x)
+    y.square().sum().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True))
+    with pytest.raises(RuntimeError):
+        model[0].act.register_forward_hook(lambda *_: torch.ones(2, 5, 7))
+        model(x)
+    model[0].act._forward_hooks.popitem()
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), y)
+    randomize(copied)
+    assert torch.equal(model(x), y) and not torch.equal(copied(x), y)
+    path = mmpeft.save_adapter(model, tmp_path / 'adapter.safetensors')
+    loaded = copy.deepcopy(plain)
+    mmpeft.load_adapter(loaded, path)
+    assert torch.equal(loaded(x), y)
+    mmpeft.remove(model)
+    assert torch.equal(model(x), plain(x)) and not hooks(model)
+
+
 # Parallel
 
 ONE_LAYER = {n: c for n, c in LAYERS.items() if n != 'embedding' and not n.startswith('attention')}
