@@ -1,4 +1,4 @@
-# RTMDet-tiny, DoRA in all but the depthwise convolutions, which are smaller than their adapters.
+# RTMDet-tiny, DoRA in all but the depthwise convolutions, which are no larger than their adapters.
 _base_ = [
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     '../_base_/methods/dora.py',
