@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mmpeft
+from mmpeft.injection.calls import unwatch
 from mmpeft.injection.site import attached
 from mmpeft.methods import ActivationMethod
 from tests.cases import Attention, Bottleneck, ConvNeXtBlock, TorchAttention, TransformerBlock
@@ -414,6 +415,7 @@ class Account:
         for injection, method in zip(self.injections, self.methods, strict=True):
             if isinstance(method, ActivationMethod):
                 mmpeft.inject(net, **injection | dict(execution='plain', empty=True))
+        unwatch(net)  # its leaves are no parameters
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
         for path, module in net.named_modules():
@@ -435,14 +437,14 @@ class Account:
     def _thawed(self, injection):
         root = injection['targets']['module']
         prefix = f'{root}.' if root else ''
-        tied = {id(p): name for name, p in reversed(list(self.network.named_parameters()))}
-        every = self.network.named_parameters(remove_duplicate=False)
-        return {
-            name
+        every = list(self.network.named_parameters(remove_duplicate=False))
+        matched = {
+            id(p)
             for name, p in every
             if below(name)(root)
-            and any(re.search(u, tied[id(p)].removeprefix(prefix)) for u in injection['unfreeze'])
+            and any(re.search(u, name.removeprefix(prefix)) for u in injection['unfreeze'])
         }
+        return {name for name, p in every if id(p) in matched}
 
 
 def below(name: str):

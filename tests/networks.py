@@ -28,6 +28,21 @@ class Net(nn.Module):
         return self.head(self.backbone(x).mean((2, 3)))
 
 
+class NewNorms(nn.Module):
+    """A backbone that adds norms to its outputs, of which pretrained weights know nothing."""
+
+    newly_initialized = 'norm0', 'norm1'
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.norm0, self.norm1 = nn.LayerNorm(8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.norm0(self.blocks(x).flatten(2).transpose(1, 2))
+        return self.norm1(y.transpose(1, 2))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

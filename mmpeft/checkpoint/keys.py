@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.weights import plain_key
+from mmpeft.injection.weights import is_below, join, newly_initialized, plain_key
 
 
 def frozen_keys(model: nn.Module) -> list[str]:
     """State-dict keys of the frozen base.
 
     These are the parameters below a target module that do not train, and the
-    buffers there, such as BatchNorm's statistics.
+    buffers there, such as BatchNorm's statistics, except for what is newly
+    initialized.
 
     Args:
         model: After :func:`mmpeft.inject`.
@@ -23,12 +24,16 @@ def frozen_keys(model: nn.Module) -> list[str]:
     trains_base = [record.method.trains_base for record in getattr(model, 'peft', [])]
     if not trains_base or any(trains_base):
         return []
-    prefixes = tuple(record.prefix for record in model.peft)
+    prefixes, new = tuple(record.prefix for record in model.peft), []
+    for record in model.peft:
+        found = newly_initialized(model.get_submodule(record.module))
+        new += [join(record.module, path) for path in found]
     adapters = adapter_keys(model)
     return [
         key
         for key, value in model.state_dict(keep_vars=True).items()
-        if key.startswith(prefixes) and not value.requires_grad and key not in adapters
+        if key.startswith(prefixes) and not value.requires_grad
+        if key not in adapters and not is_below(plain_key(key), new)
     ]
 
 

@@ -12,23 +12,23 @@ from mmpeft.methods import Method
 
 from .site import adapter_parameters
 from .targets import Targets
-from .weights import plain_key
+from .weights import is_below, layers, newly_initialized, plain_key
 
 STATISTICS = nn.modules.batchnorm._NormBase
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What one injection did to a model; kept in the list ``model.peft``.
+    """What one injection did to a model; ``model.peft`` lists them in order.
 
     Names of parameters are those of the model without adapters.
 
     Attributes:
         method: As asked for, with its budget and scale resolved.
         module: Path of the target module; '' for the whole model.
-        trained: Names, below the target module, of its parameters that train themselves.
-        trained_before: Names in the model of the parameters that were frozen by this injection.
-        frozen_before: Names in the model of the parameters that train since this injection.
+        trained: Names, below the target module, of its parameters that train.
+        trained_before: Names in the model of the parameters that were frozen here.
+        frozen_before: Names in the model of the parameters that train since.
         execution: One of ``mmpeft.execution.CHOICES``.
     """
 
@@ -51,7 +51,7 @@ class Injection:
 
     @property
     def prefix(self) -> str:
-        """What the names of the target module's parameters start with."""
+        """Prefix of the names of the target module's parameters."""
         return f'{self.module}.' if self.module else ''
 
 
@@ -62,48 +62,39 @@ def freeze_target(
     trained: Sequence[str] = (),
     execution: str = execution.AUTO,
 ) -> Injection:
-    """Freeze a module but for some parameters, and append the record to ``model.peft``.
+    """Freeze a module except for some parameters, and append the record to ``model.peft``.
 
-    Adapters and parameters that earlier injections train stay trainable. Call it before
-    the adapters of the injection are attached.
+    Adapters, and parameters that earlier injections train, stay trainable. Call
+    it before the adapters of the injection are attached.
 
     Args:
         model: With or without adapters.
         method: With its budget and scale resolved.
         module: Path of the target module.
-        trained: Names of parameters below it, in the model without adapters, that train.
+        trained: Names below it, in the model without adapters, of parameters that train.
         execution: ``'plain'`` leaves the forward of frozen layers as it is.
 
-    Returns:
-        The record.
-
     Raises:
-        UsageError: There is no parameter of a name in ``trained``; the model is unchanged.
+        UsageError: No parameter has a name in ``trained``; the model is unchanged.
     """
     records = getattr(model, 'peft', [])
-    root = model.get_submodule(module)
-    own = plain_parameters(root)
+    everything, own = plain_parameters(model), plain_parameters(model.get_submodule(module))
     for name in trained:
         if name not in own:
             raise UsageError(
                 f'{module or "The model"!r} has no parameter {name!r} to train. {near(name, own)}'
             )
-    kept = {id(own[name]) for name in trained} | {id(p) for p in adapter_parameters(root)}
-    everything = plain_parameters(model)
-    for record in records:
-        kept |= {id(everything[record.prefix + name]) for name in record.trained}
-    if method.trains_base:
-        frozen = set()
-    else:
-        frozen = {id(p) for p in root.parameters() if p.requires_grad and id(p) not in kept}
+    kept = {id(own[name]) for name in trained}
+    kept |= {id(everything[r.prefix + name]) for r in records for name in r.trained}
+    frozen = {id(p) for p in own.values() if p.requires_grad} - kept
     thawed = {id(own[name]) for name in trained if not own[name].requires_grad}
     record = Injection(
         method,
         module,
         tuple(trained),
-        trained_before=tuple(name for name, p in everything.items() if id(p) in frozen),
-        frozen_before=tuple(name for name, p in everything.items() if id(p) in thawed),
-        execution=execution,
+        tuple(n for n, p in everything.items() if id(p) in frozen and not method.trains_base),
+        tuple(n for n, p in everything.items() if id(p) in thawed),
+        execution,
     )
     _apply(model, record)
     model.peft = [*records, record]
@@ -111,11 +102,11 @@ def freeze_target(
 
 
 def freeze_again(model: nn.Module, records: list[Injection]) -> None:
-    """Do to a plain model what its earlier injections did, but for the adapters.
+    """Do to a model what injections did before, except for the adapters.
 
     Args:
-        model: Without adapters, as :func:`release` left it.
-        records: They become ``model.peft``.
+        model: In the state that :func:`release` leaves.
+        records: In order; they become ``model.peft``.
     """
     for record in records:
         _apply(model, record)
@@ -123,7 +114,7 @@ def freeze_again(model: nn.Module, records: list[Injection]) -> None:
 
 
 def release(model: nn.Module, records: Iterable[Injection] | None = None) -> None:
-    """Undo what injections did to the base.
+    """Undo :func:`freeze_target`.
 
     Args:
         model: Without adapters.
@@ -141,17 +132,14 @@ def release(model: nn.Module, records: Iterable[Injection] | None = None) -> Non
 
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters but those of adapters, by their names without adapters.
-
-    A tied parameter is listed under each of its names.
-    """
+    """All parameters except those of adapters, by all their names without adapters."""
     adapters = {id(p) for p in adapter_parameters(module)}
     named = module.named_parameters(remove_duplicate=False)
     return {plain_key(name): p for name, p in named if id(p) not in adapters}
 
 
 class _FrozenStatistics:
-    """A norm layer in evaluation mode; it keeps the mode that it was asked for."""
+    """A norm layer in evaluation mode; ``peft_mode`` is the mode that was asked for."""
 
     def train(self, mode=True):
         self.peft_mode = mode
@@ -159,13 +147,15 @@ class _FrozenStatistics:
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Hold the running statistics of all norm layers below a module.
+    """Hold the running statistics of all norm layers in a module that are not newly initialized.
 
     The layers change their class, as a parametrized layer does, so that the
     effect survives ``model.train()`` and ``copy.deepcopy``.
     """
-    for layer in module.modules():
-        if isinstance(layer, STATISTICS) and not isinstance(layer, _FrozenStatistics):
+    new = newly_initialized(module)
+    for path, layer in layers(module):
+        held = isinstance(layer, STATISTICS) and not is_below(path, new)
+        if held and not isinstance(layer, _FrozenStatistics):
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (_FrozenStatistics, kind), {})
             layer.train(layer.training)
@@ -180,10 +170,10 @@ def release_statistics(module: nn.Module) -> None:
 
 
 def _apply(model, record):
-    root = model.get_submodule(record.module)
     _set_training(model, record.trained_before, False)
     _set_training(model, record.frozen_before, True)
     if not record.method.trains_base:
+        root = model.get_submodule(record.module)
         freeze_statistics(root)
         if record.execution != execution.PLAIN:
             execution.enable_frozen(root)

@@ -2,16 +2,18 @@
 
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, CHOICES
-from mmpeft.methods import Ranked
+from mmpeft.methods import Method, Ranked
 from mmpeft.registry import METHODS
 
 from .attach import attach, make_adapters
+from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .ranks import settle_ranks
 from .summary import Summary, summary, summary_rows
@@ -20,29 +22,35 @@ from .weights import is_below, newly_initialized
 
 
 def inject(
-    model: nn.Module, method, targets=None, unfreeze=(), empty=False, execution=AUTO
+    model: nn.Module,
+    method: Method | Mapping,
+    targets: Targets | Mapping | None = None,
+    unfreeze: str | Sequence[str] = (),
+    empty: bool = False,
+    execution: str = AUTO,
 ) -> Summary:
     """Freeze a model's target module and adapt it, in place.
 
-    The weights keep their names in the model's state dict but for torch's
-    ``parametrizations``: ``fc.weight`` becomes
-    ``fc.parametrizations.weight.original``, and the adapter's parameters
-    stand beside it as ``fc.parametrizations.weight.0.<name>``. Weights that
-    are tied in the model share one adapter. Methods that act on activations
-    leave all keys as they are and add ``<module>.peft_adapters.0.<name>``.
+    The adapted weight ``fc.weight`` becomes
+    ``fc.parametrizations.weight.original`` in the state dict, with the
+    adapter's parameters ``fc.parametrizations.weight.0.<name>`` beside it.
+    Tied weights share one adapter. Methods that act on activations change no
+    keys and add ``<module>.peft_adapters.0.<name>``. A second injection keeps
+    what the first one trains; methods on one weight apply in order.
 
     Args:
-        model: Any module; pretrained weights must be in it already.
+        model: Any module, with its pretrained weights.
         method: A method or its config, such as ``dict(type='FLoRA', rank=32)``.
         targets: A :class:`~mmpeft.injection.targets.Targets` or a dict of its fields.
         unfreeze: Patterns (regular expressions) of parameter names below the
-            target module that train themselves, such as norms that are new.
-        empty: Leave what the adapters hold open (NaN), to be loaded. Spares
-            the decompositions that some methods start from.
-        execution: ``'auto'`` takes for each layer the fastest way that
+            target module that train themselves. What the model marks as
+            ``newly_initialized`` trains in any case.
+        empty: Fill adapters with NaN instead of initial values, to be loaded;
+            spares the decompositions that some methods start from.
+        execution: ``'auto'`` takes for each layer the fastest kernel that
             computes the same; ``'merged'`` and ``'branch'`` put thin updates
             into the weight, or beside the layer; ``'plain'`` builds weights
-            as torch's parametrize does and leaves frozen layers alone.
+            as torch's parametrize does and leaves frozen layers unchanged.
 
     Returns:
         The summary of the adapted model.
@@ -50,7 +58,7 @@ def inject(
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a
             rank or budget does not fit, or an argument is unknown. The model
-            is as it was.
+            is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -59,8 +67,7 @@ def inject(
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
-    method = _resolved(method, sites)
-    method = settle_ranks(method, sites, targets.max_share)
+    method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     trained = _trained(target_module(model, targets.module), unfreeze)
     sites = make_adapters(sites, empty, execution)
     record = freeze_target(model, method, targets.module, trained, execution)
@@ -68,6 +75,7 @@ def inject(
     for site in sites:
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
+    watch(model)
     if isinstance(method, Ranked):  # of other methods, the size is no argument
         _warn_oversized(summary_rows(sites))
     return summary(model)
@@ -86,17 +94,16 @@ def _check_beside_earlier(model, method, module):
 
 
 def _resolved(method, sites):
-    """Fill in what methods leave to the weights, in the sites too."""
-    weights = {site.tie_key: site for site in sites if site.tensor}.values()
-    methods = {method, *(site.method for site in sites)}
-    resolved = {each: each.resolve(site.weight for site in weights) for each in methods}
+    """Fill in what methods leave to the weights, in the sites' methods too."""
+    weights = list({site.tie_key: site.weight for site in sites if site.tensor}.values())
+    resolved = {each: each.resolve(weights) for each in (method, *(s.method for s in sites))}
     for site in sites:
         site.method = resolved[site.method]
     return resolved[method]
 
 
 def _trained(root, patterns):
-    """Names of parameters below a module that train themselves: as asked, or newly initialized."""
+    """Names of the parameters below a module that train: newly initialized, or matched."""
     names, new = plain_parameters(root), newly_initialized(root)
     trained = [name for name in names if is_below(name, new)]
     for pattern in patterns:

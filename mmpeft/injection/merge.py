@@ -1,4 +1,4 @@
-"""Fold adapters into the weights, and bring the base back."""
+"""Merge adapters into the weights, and bring the base back."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from torch import nn
 
 from mmpeft.errors import UsageError
 
-from .attach import attach, detach, detachable, moved_to
+from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
 from .site import Site
 
-# Where a model that was merged reversibly keeps what it was.
+# Attribute of a model that was merged reversibly.
 MERGED = 'peft_merged'
 
 
@@ -32,7 +32,7 @@ class Merged:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take all adapters off, in place: the base as it was before.
+    """Detach all adapters, in place: the base as it was before.
 
     Args:
         model: With adapters, without, or merged reversibly.
@@ -41,21 +41,21 @@ def remove(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        UsageError: A weight carries another parametrization beside its
-            adapter; the model is as it was.
+        UsageError: A weight has a parametrization of another library beside its
+            adapter; the model is unchanged.
     """
-    detach(detachable(model))
+    detach_all(model)
     release(model)
     return remove(unmerge(model)) if MERGED in model.__dict__ else model
 
 
 @torch.no_grad()
 def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
-    """Fold all adapters into the weights, in place: plain modules, plain keys.
+    """Put all adapters into the weights, in place: plain modules, plain keys.
 
     phi(W) is computed in float64 and rounded once to the weight's dtype. All
     weights are checked before the first is changed. A weight that the model
-    also reads elsewhere without the adapters stays there as it is.
+    also reads elsewhere without the adapters is unchanged there.
 
     Args:
         model: With adapters or without.
@@ -68,31 +68,29 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
 
     Raises:
         UsageError: A method cannot be merged, a merged weight has NaN or
-            infinity or exceeds its dtype, or a reversible merge would be the
-            second one. The model is as it was.
+            infinite elements or exceeds its dtype, or a reversible merge would
+            be the second one. The model is unchanged.
     """
     sites = detachable(model)
     _check_methods(sites)
-    earlier = model.__dict__.get(MERGED)
-    if reversible and earlier is not None and (sites or getattr(model, 'peft', [])):
+    records, earlier = getattr(model, 'peft', []), model.__dict__.get(MERGED)
+    if reversible and earlier is not None and (sites or records):
         raise UsageError(
             'This model was merged reversibly already, and adapted again since. Write '
             'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to have the first '
             'base back.'
         )
-    weights = _adapted_weights(sites)
+    weights = _chains_by_weight(sites)
     for chain, *_ in weights:
         _merged(chain)
     originals = []
     for chains in weights:
         merged = _merged(chains[0])
-        for chain in chains:
-            layer, tensor = chain[0].layer, chain[0].tensor
+        for first, *_ in chains:
             if reversible:
-                originals.append((layer, tensor, chain[0].original))
-            detach(chain)
-            layer._parameters[tensor] = merged
-    records = getattr(model, 'peft', [])
+                originals.append((first.layer, first.tensor, first.original))
+            detach([first])
+            first.layer._parameters[first.tensor] = merged
     if not reversible:
         release(model)
         release(model, earlier.records if earlier else [])
@@ -108,7 +106,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Every frozen weight is what it was to the last bit, and the parameters are
     the same objects as before, on the device and in the dtype that the model
-    has now. What was trained outside since then stays.
+    has now. What was trained elsewhere since then stays.
 
     Args:
         model: After ``merge(model, reversible=True)``.
@@ -122,14 +120,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     kept = model.__dict__.get(MERGED)
     if kept is None:
         raise UsageError(
-            'There is nothing to unmerge: the way back is kept only by '
-            'mmpeft.merge(model, reversible=True).'
+            'There is nothing to unmerge: only mmpeft.merge(model, reversible=True) keeps the '
+            'adapters.'
         )
     changed = any(name not in layer._parameters for layer, name, _ in kept.originals)
     if changed or getattr(model, 'peft', []):
         raise UsageError(
-            'The merged model was adapted or parametrized since. Take that off first, adapters '
-            'with mmpeft.remove(model), which brings the base back in one step.'
+            'The merged model was adapted or parametrized since. Undo that first: '
+            'mmpeft.remove(model) removes adapters and brings the first base back in one step.'
         )
     for layer, name, original in kept.originals:
         layer._parameters[name] = moved_to(original, layer._parameters[name])
@@ -139,8 +137,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _adapted_weights(sites) -> list[list[list[Site]]]:
-    """For each merged weight, where it goes: the chains of adapters that compute the same."""
+def _chains_by_weight(sites) -> list[list[list[Site]]]:
+    """For each merged weight the layers that read it, each as the chain of its sites."""
     chains, weights = defaultdict(list), defaultdict(list)
     for site in sites:
         chains[site.layer, site.tensor].append(site)
@@ -151,7 +149,7 @@ def _adapted_weights(sites) -> list[list[list[Site]]]:
 
 def _merged(chain: list[Site]) -> nn.Parameter:
     """phi(W) of all adapters of a weight, computed in float64 and rounded once to its dtype."""
-    original = chain[0].original
+    name, original = chain[0].name, chain[0].original
     value = original.double()
     for site in chain:
         value = site.adapter.in_double(value)
@@ -160,12 +158,12 @@ def _merged(chain: list[Site]) -> nn.Parameter:
         return nn.Parameter(rounded, original.requires_grad)
     if value.isfinite().all():
         raise UsageError(
-            f'The merged {chain[0].name} reaches {value.abs().max().item():.3g}, which '
-            f'{original.dtype} cannot hold. Merge the model in float32 or bfloat16.'
+            f'The merged {name} reaches {value.abs().max().item():.3g}, which {original.dtype} '
+            'cannot hold. Merge the model in float32 or bfloat16.'
         )
     raise UsageError(
-        f'The merged {chain[0].name} has NaN or infinite elements: the training diverged. Use an '
-        'earlier checkpoint.'
+        f'The merged {name} has NaN or infinite elements: the training diverged. Use an earlier '
+        'checkpoint.'
     )
 
 
@@ -173,8 +171,8 @@ def _check_methods(sites):
     fixed = [site for site in sites if not site.method.merges]
     if fixed:
         raise UsageError(
-            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} places, such as '
-            f'{fixed[0].name!r}) and is no function of a weight, so it cannot be merged. Deploy '
-            'the model with its adapters attached: save_adapter and load_adapter, or the '
-            'checkpoint itself.'
+            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} insertion points, '
+            f'such as {fixed[0].name!r}) and is not a function of a weight, so it cannot be '
+            'merged. Deploy the model with its adapters attached: save_adapter and load_adapter, '
+            'or the checkpoint itself.'
         )

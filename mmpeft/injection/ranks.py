@@ -1,4 +1,4 @@
-"""From a parameter budget to ranks, and ranks that make sense."""
+"""From a parameter budget to ranks, and checks of ranks."""
 
 from collections.abc import Iterable
 
@@ -15,24 +15,24 @@ UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
 
 
 def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | InsertionPoint]]) -> int:
-    """Parameters of adapters of given methods on given weights, shared ones counted once."""
-    total, counted = 0, set()
+    """Parameters of adapters, those that they share counted once."""
+    total, tied = 0, {}
     for method, spec in pairs:
         for name, value in method.init(torch.empty(spec.shape, device='meta'), spec).items():
-            tied = (method, name, method.tie_key(spec)) if name in method.tied else None
-            if isinstance(value, nn.Buffer) or tied in counted:
+            if isinstance(value, nn.Buffer):
                 continue
-            total += value.numel()
-            if tied:
-                counted.add(tied)
-    return total
+            if name in method.tied:
+                tied[method, name, method.tie_key(spec)] = value.numel()
+            else:
+                total += value.numel()
+    return total + sum(tied.values())
 
 
 def parse_count(count: int | str) -> int:
     """A number such as 12900000, ``'12.9M'`` or ``'300k'``.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is no positive number.
     """
     text = str(count).strip().lower().replace(',', '').replace('_', '')
     unit = UNITS.get(text[-1:], 1)
@@ -56,7 +56,7 @@ def largest(fits, low: int, high: int) -> int:
 
 
 def settle_ranks(method: Method, sites: list[Site], max_share: float | None = None) -> Method:
-    """Give each site its final rank: spend the budget, cap the share, check.
+    """Give each site its final rank: spend the budget, check, cap.
 
     Args:
         method: The method before the targets' overrides.
@@ -73,7 +73,7 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
     ranked = [site for site in sites if isinstance(site.method, Ranked)]
     if isinstance(method, Ranked) and method.budget is not None:
         method = _spend_budget(method, ranked)
-    _check_ranks(ranked)
+    check_ranks(ranked)
     if max_share is not None:
         for site in ranked:
             site.method = _capped(site, max_share)
@@ -104,9 +104,17 @@ def _spend_budget(method, sites):
     return method.with_rank(rank)
 
 
-def _check_ranks(sites):
+def check_ranks(sites: Iterable[Site]) -> None:
+    """Refuse ranks that are larger than any of their weights allows.
+
+    Args:
+        sites: Those whose methods have no rank are ignored.
+
+    Raises:
+        UsageError: The message names the largest possible rank.
+    """
     allowed: dict[Method, tuple[int, str]] = {}
-    for site in sites:
+    for site in (site for site in sites if isinstance(site.method, Ranked)):
         highest = (site.method.max_rank(site.spec), site.name)
         allowed[site.method] = max(highest, allowed.get(site.method, highest))
     for method, (highest, name) in allowed.items():

@@ -16,7 +16,7 @@ from .weights import ADAPTERS, PARAMETRIZATIONS, join, layers, original_of, weig
 
 @dataclass(eq=False)
 class Site:
-    """A weight or module that is adapted by one method, or is about to be.
+    """A weight or module, and the method that adapts it.
 
     Attributes:
         path: Path of the layer in the model.
@@ -24,8 +24,8 @@ class Site:
         tensor: Name of the weight in the layer; '' for its activations.
         spec: The role of the weight, or the insertion point.
         method: The method with the arguments that hold here.
-        adapter: None until there is one.
-        execution: How the layer computes, one of ``execution.CHOICES``.
+        adapter: None until it is made.
+        execution: How the layer computes, one of ``mmpeft.execution.CHOICES``.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def original(self) -> nn.Parameter:
-        """The stored weight behind all adapters."""
+        """The stored weight, to which all adapters of it apply."""
         return original_of(self.layer, self.tensor)
 
     @property
@@ -64,14 +64,14 @@ def attached(model: nn.Module) -> list[Site]:
     """One site for each adapter and each weight or module that it is attached to.
 
     Returns:
-        In the model's order. Attaching them again in this order gives the same
-        names, and the same order of adapters on each weight or module.
+        In the model's order; those of one weight or module in the order in which they
+        apply. Attached again in this order, adapters have the same names.
     """
     found = []
     for path, layer in layers(model):
+        way = execution.execution_of(layer)
         for tensor in (*getattr(layer, PARAMETRIZATIONS, {}), ''):
             for adapter in adapters_of(layer, tensor):
-                way = execution.execution_of(layer)
                 site = Site(path, layer, tensor, adapter.spec, adapter.method, adapter, way)
                 found.append(site)
     return sorted(found, key=_index)
@@ -84,8 +84,8 @@ def sites_at(
 
     Args:
         model: With or without adapters.
-        entries: Path of the layer, name of the weight in it ('' for its activations), method, and
-            the insertion point (None for a weight, whose role the layer tells).
+        entries: Path of the layer, name of the weight in it ('' for activations), method,
+            and for activations the insertion point.
 
     Returns:
         Sites without adapters, in the order of the entries.
@@ -101,26 +101,23 @@ def sites_at(
         if tensor:
             own = dict(weights_of(layer))
             if tensor not in own:
-                raise UsageError(
-                    f'The module {path!r} has no weight {tensor!r} to adapt. {near(tensor, own)}'
-                )
+                raise UsageError(f'{path!r} has no weight {tensor!r} to adapt. {near(tensor, own)}')
             spec = own[tensor]
         if not method.accepts(spec):
             raise UsageError(
-                f'{type(method).__name__} is not defined on {path!r}: shape {tuple(spec.shape)}, '
-                f'kind {"/".join(sorted(spec.kinds))}.'
+                f'{type(method).__name__} is not defined on {join(path, tensor)!r}, which has '
+                f'shape {tuple(spec.shape)} and kind {"/".join(sorted(spec.kinds))}.'
             )
         sites.append(Site(path, layer, tensor, spec, method))
     return sites
 
 
 def adapters_of(layer: nn.Module, tensor: str) -> list[Adapter]:
-    """The adapters on a layer's weight, or on its activations if ``tensor`` is ''."""
+    """The adapters of a layer's weight, or of its activations if ``tensor`` is ''."""
     if tensor:
         chain = getattr(layer, PARAMETRIZATIONS, {})
         return [p for p in chain[tensor] if isinstance(p, Adapter)] if tensor in chain else []
-    hooks = layer._forward_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, ActivationAdapter)]
+    return [h for h in layer._forward_hooks.values() if isinstance(h, ActivationAdapter)]
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -131,14 +128,13 @@ def named_adapters(model: nn.Module) -> dict[str, Adapter]:
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of all adapters of a model, each once."""
     adapters = named_adapters(model).values()
-    held = {id(p): p for adapter in adapters for p in adapter.parameters(recurse=False)}
-    return iter(held.values())
+    return iter({id(p): p for a in adapters for p in a.parameters(recurse=False)}.values())
 
 
 def holder_of(layer: nn.Module) -> nn.Module:
-    """The module whose child an adapter of activations becomes.
+    """The module that holds a layer's adapters of activations as children.
 
-    An ``nn.Sequential`` runs all its children, so its last child holds the adapter.
+    An ``nn.Sequential`` would run them, so that its last child holds them.
     """
     while isinstance(layer, nn.Sequential):
         layer = layer[-1]
@@ -146,5 +142,5 @@ def holder_of(layer: nn.Module) -> nn.Module:
 
 
 def _index(site):
-    """Position among the adapters of activations that one module holds for several."""
+    """Position among the adapters of activations that one module holds for several layers."""
     return 0 if site.tensor else list(getattr(holder_of(site.layer), ADAPTERS)).index(site.adapter)

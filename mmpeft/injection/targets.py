@@ -1,7 +1,6 @@
-"""Which weights and places of a model are adapted."""
+"""Which weights and insertion points of a model a method adapts."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -9,35 +8,37 @@ from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationMethod, Method
-from mmpeft.methods.spec import KINDS, POINT_DESCRIPTIONS, POINT_KINDS, InsertionPoint, WeightSpec
-from mmpeft.registry import METHODS, known_arguments
+from mmpeft.methods.spec import KINDS, POINT_KINDS, InsertionPoint, WeightSpec
+from mmpeft.registry import known_arguments
 
-from .insertion_points import insertion_points
+from .point_selection import points_for
 from .site import Site
 from .weights import is_below, join, layers, newly_initialized, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """A selection of weights or places below a sub-module.
+    """A selection of weights or insertion points below a module.
 
-    Patterns are regular expressions searched for in a weight's path below
-    ``module``, such as ``stages_0.blocks.1.mlp.fc1.weight``.
+    Patterns are regular expressions searched for in the path below ``module``,
+    such as ``stages_0.blocks.1.mlp.fc1.weight``.
 
     Attributes:
-        module: Path of the sub-module; '' for the whole model.
+        module: Path of the target module; '' for the whole model.
         kinds: Kinds of layers, of ``conv``, ``depthwise``, ``pointwise``,
-            ``linear``, ``embedding``, ``norm``; the method's own if None.
-            A depthwise or 1x1 convolution is a ``conv`` too. Methods that
-            act on activations have kinds of places instead
-            (:data:`mmpeft.injection.insertion_points.POINT_KINDS`).
-        exclude_kinds: Kinds that are left out.
-        include: Keep only weights that match one of these patterns.
-        exclude: Leave out weights that match one of these.
-        overrides: Arguments of the method for the weights that match a
-            pattern, e.g. ``{'stages_3': dict(rank=64)}``; later ones win.
-        max_share: Lower the rank of a weight until its adapter has at most
-            this share of the weight's parameters (or rank 1 is reached).
+            ``linear``, ``embedding``, ``norm``; the method's own if None. A
+            depthwise or 1x1 convolution is a ``conv`` too. Methods that act on
+            activations have kinds of insertion points
+            (:data:`mmpeft.methods.spec.POINT_KINDS`). With a single one of those,
+            a pattern of ``include`` that matches no insertion point found by
+            structure names the modules whose whole path it matches.
+        exclude_kinds: Kinds to skip.
+        include: Adapt only what matches one of these patterns.
+        exclude: Skip what matches one of these patterns.
+        overrides: Arguments of the method where a pattern matches, such as
+            ``{'stages_3': dict(rank=64)}``; later ones win.
+        max_share: Lower the rank at a weight until its adapter has at most
+            this fraction of the weight's parameters, or rank 1.
     """
 
     module: str = ''
@@ -62,9 +63,8 @@ class Targets:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UsageError(
-                    f'targets: {pattern!r} is no regular expression: {error}.'
-                ) from error
+                message = f'targets: {pattern!r} is no regular expression: {error}.'
+                raise UsageError(message) from error
 
     @classmethod
     def of(cls, config) -> 'Targets':
@@ -83,7 +83,7 @@ class Targets:
 
 
 def target_module(model: nn.Module, path: str) -> nn.Module:
-    """The sub-module at a path.
+    """The module at a path.
 
     Raises:
         UsageError: There is none.
@@ -99,47 +99,50 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
-    """The weights that a method adapts under the given targets.
+    """What a method adapts under the given targets.
+
+    Returns:
+        Sites without adapters, in the model's order.
 
     Raises:
-        UsageError: A pattern or kind matches no weight that the method is
-            defined on, or an override is no argument of the method.
+        UsageError: Nothing is selected, a pattern matches nothing that the
+            method is defined on, or an override is no argument of the method.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
     root = target_module(model, targets.module)
+    patterns = targets.include + targets.exclude + tuple(targets.overrides)
     sites, names, seen = [], [], set()
-    for path, layer, tensor, spec in candidates(root, method):
+    for path, layer, tensor, spec in candidates(root, method, targets):
         name = join(path, tensor)
         names.append(name)
         if kinds is not None and not spec.kinds.intersection(kinds):
             continue
         if spec.kinds.intersection(targets.exclude_kinds):
             continue
-        seen.update(p for p in _patterns(targets) if re.search(p, name))
-        if targets.include and not _matches(targets.include, name):
-            continue
-        if _matches(targets.exclude, name):
-            continue
-        chosen = _overridden(method, targets.overrides, name)
-        sites.append(Site(join(targets.module, path), layer, tensor, spec, chosen))
-    for pattern in _patterns(targets):
+        matched = {pattern for pattern in patterns if re.search(pattern, name)}
+        seen |= matched
+        is_included = not targets.include or matched.intersection(targets.include)
+        if is_included and not matched.intersection(targets.exclude):
+            chosen = _overridden(method, targets.overrides, matched)
+            sites.append(Site(join(targets.module, path), layer, tensor, spec, chosen))
+    for pattern in patterns:
         if pattern not in seen:
             raise UsageError(
-                f'targets: the pattern {pattern!r} matches no weight or place of kind '
+                f'targets: the pattern {pattern!r} matches no weight or insertion point of kind '
                 f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, names)}'
             )
     if not sites and method.adapts:
         raise UsageError(
             f'targets: nothing below {targets.module or "the model"!r} is left for '
-            f'{type(method).__name__} to adapt. It holds {len(names)} weights or places that the '
-            f'method is defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
+            f'{type(method).__name__} to adapt. It has {len(names)} weights or insertion points '
+            f'that the method is defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
             f'include={targets.include}, exclude={targets.exclude} leave none.'
         )
     return sites
 
 
 def candidates(
-    root: nn.Module, method: Method
+    root: nn.Module, method: Method, targets: Targets
 ) -> Iterator[tuple[str, nn.Module, str, WeightSpec | InsertionPoint]]:
     """All that a method could adapt below a module, without what is newly initialized there.
 
@@ -149,62 +152,24 @@ def candidates(
     Raises:
         UsageError: The method acts on activations, and there is no insertion point for it.
     """
-    new = newly_initialized(root)
-    if not isinstance(method, ActivationMethod):
-        for path, layer in layers(root):
-            for tensor, spec in weights_of(layer):
-                if method.accepts(spec) and not is_below(join(path, tensor), new):
-                    yield path, layer, tensor, spec
+    if isinstance(method, ActivationMethod):
+        for path, point in points_for(root, method, targets.kinds, targets.include).items():
+            yield path, root.get_submodule(path), '', point
         return
-    points = {
-        path: point
-        for path, _, point in insertion_points(root, method.kinds)
-        if method.accepts(point) and not is_below(path, new)
-    }
-    if not points:
-        raise UsageError(_no_insertion_point(root, method))
-    for path, point in method.narrow(points).items():
-        yield path, root.get_submodule(path), '', point
+    new = newly_initialized(root)
+    for path, layer in layers(root):
+        for tensor, spec in weights_of(layer):
+            if method.accepts(spec) and not is_below(join(path, tensor), new):
+                yield path, layer, tensor, spec
 
 
-def _no_insertion_point(root, method):
-    found = Counter(
-        kind
-        for _, _, point in insertion_points(root, POINT_KINDS)
-        for kind in POINT_KINDS
-        if kind in point.kinds
-    )
-    fitting = [
-        name
-        for name, other in METHODS.module_dict.items()
-        if issubclass(other, ActivationMethod) and found.keys() & set(other.kinds)
-    ]
-    wanted = ' or '.join(f'{kind!r} ({POINT_DESCRIPTIONS[kind]})' for kind in method.kinds)
-    counts = ', '.join(f'{number} {kind!r}' for kind, number in found.items())
-    return (
-        f'{type(method).__name__} acts at places of kind {wanted}, and {type(root).__name__} has '
-        f'none. It has {counts or "no place of any kind"}. '
-        + (f'{", ".join(fitting)} would fit, and so would m' if fitting else 'M')
-        + 'ethods on weights, such as LoRA, on whatever weights it has.'
-    )
-
-
-def _patterns(targets):
-    return targets.include + targets.exclude + tuple(targets.overrides)
-
-
-def _matches(patterns, name):
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _overridden(method, overrides, name):
-    for pattern, arguments in overrides.items():
-        if re.search(pattern, name):
-            where = f'targets.overrides[{pattern!r}]: '
-            arguments = known_arguments(type(method), arguments, where)
-            if 'rank' in arguments and hasattr(method, 'budget'):
-                arguments = dict(budget=None) | arguments
-            method = replace(method, **arguments)
+def _overridden(method, overrides, matched):
+    for pattern in (pattern for pattern in overrides if pattern in matched):
+        where = f'targets.overrides[{pattern!r}]: '
+        arguments = known_arguments(type(method), overrides[pattern], where)
+        if 'rank' in arguments and hasattr(method, 'budget'):
+            arguments = dict(budget=None) | arguments
+        method = replace(method, **arguments)
     return method
 
 

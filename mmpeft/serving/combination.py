@@ -12,9 +12,12 @@ from mmpeft.errors import UsageError
 from mmpeft.execution import AUTO
 from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import Site
-from mmpeft.methods import Adapter, Method, WeightAdapter
+from mmpeft.injection.weights import is_below
+from mmpeft.methods import Method, WeightAdapter
 from mmpeft.methods.base import Factors
 from mmpeft.methods.spec import WeightSpec
+
+from .adapter_state import AdapterState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,18 @@ class Combination(Method):
     weights: tuple[float, ...]
     chains: tuple[tuple[Method, ...], ...]
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether a method in it trains the weights of the target module."""
+        return any(method.trains_base for chain in self.chains for method in chain)
+
+    @property
+    def merges(self) -> bool:
+        """Whether all methods in it can be merged."""
+        return all(method.merges for chain in self.chains for method in chain)
+
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
-        """Nothing: the parts' own factors are taken, see :func:`combined_sites`."""
+        """No factors: those of the parts are registered under :func:`_prefix`."""
         return {}
 
     def apply(self, weight, factors, spec, training=False):
@@ -38,18 +51,11 @@ class Combination(Method):
         for i, (share, chain) in enumerate(zip(self.weights, self.chains, strict=True)):
             value = weight
             for j, method in enumerate(chain):
-                value = method.apply(value, _factors_of(factors, i, j), spec)
+                start = _prefix(i, j)
+                own = {k.removeprefix(start): v for k, v in factors.items() if k.startswith(start)}
+                value = method.apply(value, own, spec)
             result = result + share * value
         return result
-
-    def __str__(self):
-        chains = (' o '.join(map(str, reversed(chain))) for chain in self.chains)
-        return ' + '.join(f'{w} {c}' for w, c in zip(self.weights, chains, strict=True))
-
-
-@dataclass(frozen=True)
-class CombinedInjection(Injection):
-    """A part's injection in a combination, which no file describes."""
 
     def config(self):
         """Refused.
@@ -62,9 +68,35 @@ class CombinedInjection(Injection):
             'of and combine them again after loading, or merge it and save the model.'
         )
 
+    def __str__(self):
+        chains = (' o '.join(map(str, reversed(chain))) for chain in self.chains)
+        return ' + '.join(f'{w} {c}' for w, c in zip(self.weights, chains, strict=True))
 
-def normal_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights of a combination as floats.
+
+def combine(
+    parts: Mapping[str, AdapterState],
+    weights: Mapping[str, float],
+    base: Mapping[str, Tensor],
+    heads: str | None,
+) -> AdapterState:
+    """The combination of adapters; their tensors are not copied, and do not train in it.
+
+    Args:
+        parts: By name, none of them in use.
+        weights: By the same names.
+        base: Tensors of the plain base by name.
+        heads: The part whose tensors outside all targets are taken; None to mix them.
+
+    Raises:
+        UsageError: Adapters that act on activations are not alone with the weight 1.
+    """
+    sites = _combined_sites(parts, weights)
+    records = [_record(record) for part in parts.values() for record in part.records]
+    return AdapterState(sites, records, _combined_tensors(parts, weights, base, heads))
+
+
+def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of a combination as floats.
 
     Raises:
         UsageError: There are none, or one is no finite number.
@@ -77,105 +109,49 @@ def normal_weights(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
-def combined_sites(parts: Mapping, weights: Mapping[str, float]) -> list[Site]:
-    """The adapters of a combination; their tensors are those of the parts, and do not train.
-
-    Args:
-        parts: Of :class:`~mmpeft.serving.adapter_state.AdapterState`, none of them in use.
-        weights: By the same names.
-
-    Raises:
-        UsageError: Adapters that act on activations are not alone with the
-            weight 1.
-    """
-    acting = _acting(parts, weights)
-    chains = {}
+def _combined_sites(parts, weights) -> list[Site]:
+    places, acting = {}, {}
     for name, part in parts.items():
-        for piece in part.sites:
-            if piece.tensor:
-                place = chains.setdefault((id(piece.layer), piece.tensor), {})
-                place.setdefault(name, []).append(piece)
-    made, held, result = {}, {}, []
-    for place in chains.values():
-        first = next(iter(place.values()))[0]
-        original = first.original
-        adapters = [(name, tuple(p.adapter for p in chain)) for name, chain in place.items()]
-        key = (id(original), *((name, *map(id, chain)) for name, chain in adapters))
-        if key not in made:
-            made[key] = _combined(original, adapters, weights, held)
-        result.append(replace(first, adapter=made[key], method=made[key].method, execution=AUTO))
-    return result + acting
-
-
-def combined_records(parts: Mapping) -> list[CombinedInjection]:
-    """What is ``model.peft`` while a combination is in use."""
-    return [CombinedInjection(**vars(record)) for part in parts.values() for record in part.records]
-
-
-def combined_tensors(
-    parts: Mapping, weights: Mapping[str, float], base: Mapping[str, Tensor], heads: str | None
-) -> dict[str, Tensor]:
-    """What a combination holds beside its adapters.
-
-    Args:
-        parts: Of :class:`~mmpeft.serving.adapter_state.AdapterState`, none of them in use.
-        weights: By the same names.
-        base: Tensors of the plain base by name.
-        heads: The part whose tensors outside all targets are taken; None to
-            mix them.
-
-    Returns:
-        New tensors by name in the plain model.
-    """
-    targets = {record.module for part in parts.values() for record in part.records}
-    inside = tuple(f'{path}.' if path else '' for path in targets)
-    made, result = {}, {}
-    for key in dict.fromkeys(key for part in parts.values() for key in part.tensors):
-        if key not in base:
-            continue
-        given = {name: part.tensors[key] for name, part in parts.items() if key in part.tensors}
-        if heads is not None and not key.startswith(inside):
-            if heads not in given:
-                continue
-            given, shares = {heads: given[heads]}, {heads: 1.0}
-        else:
-            shares = weights
-        tied = (id(base[key]), *map(id, given.values()))
-        if tied not in made:
-            made[tied] = _mixed(base[key], given, shares)
-        result[key] = made[tied]
-    return result
-
-
-def _acting(parts, weights):
-    acting = [name for name, part in parts.items() if any(not p.tensor for p in part.sites)]
+        for site in part.sites:
+            if site.tensor:
+                place = places.setdefault((site.layer, site.tensor), {})
+                place.setdefault(name, []).append(site)
+            else:
+                acting.setdefault(name, []).append(site)
     if len(acting) > 1 or any(weights[name] != 1 for name in acting):
-        kinds = {type(p.adapter.method).__name__ for n in acting for p in parts[n].sites}
+        kinds = {type(site.method).__name__ for sites in acting.values() for site in sites}
         raise UsageError(
             f'{" and ".join(map(repr, acting))} ({", ".join(sorted(kinds))}) act on activations, '
-            'and no sum of their functions is one of weights. A combination takes at most one '
-            'such adapter, with the weight 1.'
+            'and cannot be added up as weights can. A combination takes at most one such adapter, '
+            'with the weight 1.'
         )
-    return [piece for name in acting for piece in parts[name].sites if not piece.tensor]
+    adapters, held, result = {}, {}, []
+    for chains in places.values():
+        first = next(iter(chains.values()))[0]
+        key = (first.tie_key, *((n, *(id(s.adapter) for s in c)) for n, c in chains.items()))
+        if key not in adapters:
+            adapters[key] = _combined(first, chains, weights, held)
+        adapter = adapters[key]
+        result.append(replace(first, method=adapter.method, adapter=adapter, execution=AUTO))
+    return result + [site for sites in acting.values() for site in sites]
 
 
-def _combined(original: Tensor, adapters, weights, held) -> Adapter:
+def _combined(first: Site, chains: Mapping[str, list[Site]], weights, held) -> WeightAdapter:
     method = Combination(
-        weights=tuple(weights[name] for name, _ in adapters),
-        chains=tuple(tuple(adapter.method for adapter in chain) for _, chain in adapters),
+        weights=tuple(weights[name] for name in chains),
+        chains=tuple(tuple(site.method for site in chain) for chain in chains.values()),
     )
-    combined = WeightAdapter(method, adapters[0][1][0].spec, original)
-    for i, (_, chain) in enumerate(adapters):
-        for j, adapter in enumerate(chain):
-            fixed = adapter._non_persistent_buffers_set
+    combined = WeightAdapter(method, first.spec, first.original)
+    for i, chain in enumerate(chains.values()):
+        for j, site in enumerate(chain):
+            adapter = site.adapter
             for name, value in adapter.factors.items():
                 if isinstance(value, nn.Parameter):
                     value = held.setdefault(id(value), nn.Parameter(value.data, False))
                     combined.register_parameter(_prefix(i, j) + name, value)
                 else:
-                    combined.register_buffer(
-                        _prefix(i, j) + name, value, persistent=name not in fixed
-                    )
+                    stored = name not in adapter._non_persistent_buffers_set
+                    combined.register_buffer(_prefix(i, j) + name, value, persistent=stored)
     return combined
 
 
@@ -183,13 +159,31 @@ def _prefix(chain, position):
     return f'part{chain}_{position}_'
 
 
-def _factors_of(factors, chain, position):
-    prefix = _prefix(chain, position)
-    return {k.removeprefix(prefix): v for k, v in factors.items() if k.startswith(prefix)}
+def _record(record: Injection) -> Injection:
+    return replace(record, method=Combination(weights=(1.0,), chains=((record.method,),)))
+
+
+def _combined_tensors(parts, weights, base, heads) -> dict[str, Tensor]:
+    """What a combination holds besides its adapters, by name in the plain model."""
+    targets = {record.module for part in parts.values() for record in part.records}
+    mixed, result = {}, {}
+    for key in dict.fromkeys(key for part in parts.values() for key in part.tensors):
+        if key not in base:
+            continue
+        given = {name: part.tensors[key] for name, part in parts.items() if key in part.tensors}
+        shares = weights
+        if heads is not None and not is_below(key, targets):
+            given = {name: value for name, value in given.items() if name == heads}
+            shares = {heads: 1.0}
+        if given:
+            tied = (id(base[key]), *map(id, given.values()))
+            if tied not in mixed:
+                mixed[tied] = _mixed(base[key], given, shares)
+            result[key] = mixed[tied]
+    return result
 
 
 def _mixed(base, given, weights):
-    parameter = next((v for v in given.values() if isinstance(v, nn.Parameter)), None)
     if not base.is_floating_point():
         return given[max(given, key=lambda name: abs(weights[name]))].detach().clone()
     rest = 1 - math.fsum(weights[name] for name in given)
@@ -197,4 +191,5 @@ def _mixed(base, given, weights):
     for name, value in given.items():
         total += weights[name] * value.detach().to(base.device, torch.double)
     mixed = torch.empty_like(base, requires_grad=False).copy_(total)
+    parameter = next((v for v in given.values() if isinstance(v, nn.Parameter)), None)
     return mixed if parameter is None else nn.Parameter(mixed, parameter.requires_grad)

@@ -9,7 +9,8 @@ from torch import nn
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.attach import attach, detach, detachable
+from mmpeft.injection.attach import attach, detach_all
+from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_again, release
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
@@ -17,22 +18,17 @@ from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
 
 from .adapter_state import AdapterState, clone_state, named_slots, swap_tensors
-from .combination import (
-    combined_records,
-    combined_sites,
-    combined_tensors,
-    normal_weights,
-)
+from .combination import check_weights, combine
 
 
 class AdapterLibrary:
-    """Adapters under names on one model, exchanged without building it anew.
+    """Adapters under names on one model, switched without building it anew.
 
     The model always is what it would be with the one adapter alone, heads and
     buffers included, to the last bit, so that ``merge``, ``save_adapter`` and
     ``summary`` work on it. Frozen weights are held once; a further adapter
     costs what its file holds. Files whose heads have other shapes than the
-    model's are no adapters of it: see ``tools/serve.py``.
+    model's do not fit it: see ``tools/serve.py``.
 
     ::
 
@@ -57,30 +53,30 @@ class AdapterLibrary:
     def __init__(self, model: nn.Module):
         if getattr(model, 'peft', []) or MERGED in model.__dict__:
             raise UsageError(
-                'A library of adapters stands on a plain base, and this model is adapted: its own '
-                'heads are no longer known. Build the base anew, and give the library what '
+                'A library of adapters needs a plain base, and this model is adapted: the heads '
+                'of its base are no longer known. Build the base anew, and give the library what '
                 'mmpeft.save_adapter wrote.'
             )
         self.model = model
         self.current = None
-        self._parts: dict[str, AdapterState] = {}
+        self._states: dict[str, AdapterState] = {}
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters, in the order in which they came."""
-        return list(self._parts)
+        """Names of all adapters, in the order in which they were added."""
+        return list(self._states)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._states)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __contains__(self, name) -> bool:
-        return name in self._parts
+        return name in self._states
 
     def load(self, name: str, path, check_base: bool = True) -> None:
-        """Read an adapter file; what is in use stays in use.
+        """Read an adapter file; the adapter in use stays in use.
 
         Args:
             name: New.
@@ -90,7 +86,7 @@ class AdapterLibrary:
 
         Raises:
             UsageError: The name is taken, or the file is no adapter of this
-                base. Model and library are as they were.
+                base. Model and library are unchanged.
             MissingFileError: There is no such file.
         """
         self._check_new(name)
@@ -128,28 +124,31 @@ class AdapterLibrary:
         return results[0]
 
     def use(self, name: str | None) -> nn.Module:
-        """Exchange what is in use.
+        """Switch to an adapter.
 
         Args:
-            name: Of an adapter; None for the base.
+            name: The adapter; None for the base.
 
         Returns:
             The model.
 
         Raises:
-            UsageError: There is no such adapter, or the model's adapters were
-                changed by other means.
+            UsageError: There is no such adapter, or the model was adapted,
+                merged or restored by other means meanwhile.
         """
-        part = None if name is None else self._part(name)
-        self._check_own_state()
+        self._check_unchanged()
+        state = None if name is None else self._state(name)
         if name == self.current:
             return self.model
         if self.current is not None:
-            self._detach(self._parts[self.current])
-        if part is not None:
-            swap_tensors(self.model, part.tensors)
-            freeze_again(self.model, part.records)
-            attach(part.sites)
+            detach_all(self.model)
+            release(self.model)
+            swap_tensors(self.model, self._state(self.current).tensors)
+        if state is not None:
+            swap_tensors(self.model, state.tensors)
+            freeze_again(self.model, state.records)
+            attach(state.sites)
+            watch(self.model)
         self.current = name
         return self.model
 
@@ -174,20 +173,16 @@ class AdapterLibrary:
                 among the parts with the weight 1.
         """
         self._check_new(name)
-        weights = normal_weights(weights)
-        chosen = {part: self._part(part) for part in weights}
-        if heads is not None and heads not in chosen:
+        weights = check_weights(weights)
+        parts = {part: self._state(part) for part in weights}
+        if heads is not None and heads not in parts:
             raise UsageError(
                 f'heads={heads!r} is none of the adapters that are combined. '
-                f'{near(str(heads), chosen)}'
+                f'{near(str(heads), parts)}'
             )
-        with self._bare():
-            base = {key: held[place] for key, held, place in named_slots(self.model)}
-            self._parts[name] = AdapterState(
-                combined_sites(chosen, weights),
-                combined_records(chosen),
-                combined_tensors(chosen, weights, base, heads),
-            )
+        with self._base_in_use():
+            base = {key: held[slot] for key, held, slot in named_slots(self.model)}
+            self._states[name] = combine(parts, weights, base, heads)
 
     def save(self, name: str, path) -> Path:
         """Write an adapter to a file, as :func:`mmpeft.save_adapter` does."""
@@ -203,41 +198,41 @@ class AdapterLibrary:
         Raises:
             UsageError: There is no such adapter.
         """
-        self._part(name)
+        self._state(name)
         if name == self.current:
             self.use(None)
-        del self._parts[name]
+        del self._states[name]
 
-    def _part(self, name):
-        if name not in self._parts:
-            raise UsageError(f'There is no adapter {name!r}. {near(str(name), self._parts)}')
-        return self._parts[name]
+    def _state(self, name):
+        if name not in self._states:
+            raise UsageError(f'There is no adapter {name!r}. {near(str(name), self._states)}')
+        return self._states[name]
 
     def _check_new(self, name):
         if not isinstance(name, str) or not name:
             raise UsageError(f'An adapter is named by a word, and {name!r} is none.')
-        if name in self._parts:
+        if name in self._states:
             raise UsageError(
                 f'There is an adapter {name!r} already. Take another name, or remove it first.'
             )
 
-    def _check_own_state(self):
+    def _check_unchanged(self):
         if MERGED in self.model.__dict__:
             raise UsageError(
                 f'The model was merged with {self.current!r}. Write mmpeft.unmerge(model) before '
                 'the library goes on.'
             )
         records = getattr(self.model, 'peft', None)
-        own = None if self.current is None else self._parts[self.current].records
+        own = None if self.current is None else self._states[self.current].records
         if records is not own:
             raise UsageError(
                 f'The model is no longer as the library left it ({self.current!r} in use): '
-                'adapters were put on, taken off or merged for good by other means. Build the base '
-                'and the library anew; merge(model, reversible=True) and unmerge keep it intact.'
+                'adapters were attached, removed or merged for good by other means. Build the '
+                'base and the library anew; merge(model, reversible=True) and unmerge are allowed.'
             )
 
     @contextmanager
-    def _bare(self):
+    def _base_in_use(self):
         current = self.current
         self.use(None)
         try:
@@ -246,16 +241,11 @@ class AdapterLibrary:
             self.use(current)
 
     def _add(self, name, prepare):
-        with self._bare():
+        with self._base_in_use():
             try:
                 tensors = prepare()
-                part = AdapterState(attached(self.model), self.model.peft, tensors)
+                state = AdapterState(attached(self.model), self.model.peft, tensors)
             finally:
-                detach(detachable(self.model))
+                detach_all(self.model)
                 release(self.model)
-            self._parts[name] = part
-
-    def _detach(self, part):
-        detach(detachable(self.model))
-        release(self.model)
-        swap_tensors(self.model, part.tensors)
+            self._states[name] = state

@@ -1,226 +1,150 @@
-"""Selecting, injecting, removing and merging."""
+"""Injecting methods into a model, one and several."""
 
 import copy
-import re
+import warnings
 
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.ranks import largest, parse_count
+from mmpeft.injection.site import adapter_parameters
+from mmpeft.injection.weights import plain_key
 from mmpeft.methods import Adapter
 from tests.cases import randomize
-from tests.networks import DeformableLike, Net, Tied
+from tests.networks import Block, Net, assert_same, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-
-
-def adapted(model):
-    return [
-        name.split('.parametrizations')[0]
-        for name, module in model.named_modules()
-        if isinstance(module, Adapter)
-    ]
 
 
 @pytest.mark.parametrize(
     'name, method, kinds, expected',
     [
-        ('convnextv2_large', dict(type='LoRA', rank=8), None, 12_946_080),
-        ('convnextv2_large', dict(type='LoRA', rank=16), None, 25_892_160),
-        ('convnextv2_large', dict(type='LoRA', rank=32), None, 51_784_320),
-        ('convnextv2_base', dict(type='LieRA', rank=16), None, 17_271_104),
-        ('convnextv2_base', dict(type='LieRA', rank=32), None, 34_542_208),
-        ('convnextv2_base', dict(type='LieRA', rank=2), ('conv',), 1_797_928),
-        ('convnextv2_base', dict(type='LieRA', rank=4), ('conv',), 3_595_856),
-        ('convnextv2_base', dict(type='LieRA', rank=8), ('conv',), 7_191_712),
-        ('convnextv2_base', dict(type='LieRA', rank=16), ('conv',), 14_383_424),
+        ('convnextv2_large', dict(type='LoRA', rank=8, layout='loralib'), None, 12_946_080),
+        ('convnextv2_large', dict(type='LoRA', rank=16, layout='loralib'), None, 25_892_160),
+        ('convnextv2_large', dict(type='LoRA', rank=32, layout='loralib'), None, 51_784_320),
+        ('convnextv2_base', dict(type='LieRA', rank=16, layout='loralib'), None, 17_271_104),
+        ('convnextv2_base', dict(type='LieRA', rank=32, layout='loralib'), None, 34_542_208),
+        ('convnextv2_base', dict(type='LieRA', rank=2, layout='loralib'), ('conv',), 1_797_928),
+        ('convnextv2_base', dict(type='LieRA', rank=4, layout='loralib'), ('conv',), 3_595_856),
+        ('convnextv2_base', dict(type='LieRA', rank=8, layout='loralib'), ('conv',), 7_191_712),
+        ('convnextv2_base', dict(type='LieRA', rank=16, layout='loralib'), ('conv',), 14_383_424),
     ],
 )
 def test_parameter_counts_of_the_papers(name, method, kinds, expected):
     with torch.device('meta'):
         model = timm.create_model(name, features_only=True)
-    summary = mmpeft.inject(model, method | dict(layout='loralib'), dict(kinds=kinds))
+    summary = mmpeft.inject(model, method, dict(kinds=kinds))
     assert summary.adapters == expected
     assert summary.base == {'convnextv2_large': 196_416_768, 'convnextv2_base': 87_690_752}[name]
 
 
-def test_the_summary_says_what_was_adapted_and_what_was_left():
-    model = Net()
-    summary = mmpeft.inject(
-        model, dict(type='LoRA', rank=2), dict(module='backbone', exclude_kinds=['depthwise'])
-    )
-    assert adapted(model) == ['backbone.0.pw', 'backbone.0.out', 'backbone.1.pw', 'backbone.1.out']
-    assert [row.name for row in summary.rows] == [f'{name}.weight' for name in adapted(model)]
-    assert summary.skipped == {'depthwise': 2, 'norm': 2}
-    assert summary.outside == 27
-    own = sum(p.numel() for p in Net().backbone.parameters())
-    assert summary.base == own
-    assert summary.share == summary.adapters / own
-    assert str(summary.adapters) in str(summary).replace(',', '')
-    assert summary.to_dict() == mmpeft.summary(model).to_dict()
+ATTENTION = dict(method=dict(type='LoRA', rank=2), targets=dict(module='backbone', kinds='linear'))
 
 
-@pytest.mark.parametrize(
-    'targets, expected',
-    [
-        (dict(module='backbone.1', kinds='depthwise'), ['backbone.1.dw']),
-        (dict(kinds=['linear']), ['head']),
-        (dict(kinds=['pointwise']), ['backbone.0.pw', 'backbone.1.pw']),
-        (dict(include=r'0\.(dw|out)'), ['backbone.0.dw', 'backbone.0.out']),
-        (dict(kinds=['conv'], exclude=[r'\.1\.', 'dw']), ['backbone.0.pw', 'backbone.0.out']),
+SEVERAL = dict(
+    disjoint=[ATTENTION, dict(method=dict(type='BitFit'), targets=dict(module='backbone'))],
+    on_one_weight=[ATTENTION, dict(ATTENTION, method=dict(type='DoRA', rank=1))],
+    unfrozen=[
+        dict(ATTENTION, unfreeze=r'0\.norm', method=dict(type='Frozen')),
+        dict(ATTENTION, unfreeze=r'1\.norm\.bias$|fc1\.weight$'),
+    ],
+    modules=[
+        dict(method=dict(type='LoRA', rank=2), targets=dict(module='backbone.0')),
+        dict(method=dict(type='BitFit'), targets=dict(module='backbone.1')),
     ],
 )
-def test_targets_select(targets, expected):
-    model = Net()
-    mmpeft.inject(model, dict(type='LoRA', rank=2), targets)
-    assert adapted(model) == expected
 
 
-@pytest.mark.parametrize(
-    'targets, message',
-    [
-        (dict(module='bakcbone'), "'bakcbone' is no sub-module of Net. Did you mean 'backbone'"),
-        (dict(include=['head', 'backbone.0.dv']), "'backbone.0.dv' matches no weight.*'backbone.0"),
-        (dict(exclude=['stem']), "pattern 'stem' matches no weight"),
-        (dict(overrides={'neck': dict(rank=1)}), "'neck' matches no weight"),
-        (dict(overrides={'head': dict(rnk=1)}), "no argument 'rnk'. Did you mean 'rank'"),
-        (dict(kinds=['convolution']), "no kind 'convolution'.*'conv'"),
-        (dict(kinds=['embedding']), 'nothing below .* is left for LoRA'),
-        (dict(include=['(']), 'no regular expression'),
-        (dict(inclde=['x']), "no key 'inclde'. Did you mean 'include'"),
-    ],
-)
-def test_targets_that_cannot_be_met_are_told_and_change_nothing(targets, message):
-    model = Net()
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(UsageError, match=re.compile(message, re.DOTALL)):
-        mmpeft.inject(model, dict(type='LoRA', rank=2), targets)
-    assert model.state_dict().keys() == state.keys()
-    assert all(p.requires_grad for p in model.parameters())
-    assert not hasattr(model, 'peft')
+class MixedNet(nn.Module):
+    """Convolutions, linear layers and norms below a backbone, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(Block(), Block())
+        for block in self.backbone:
+            block.fc1 = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.backbone:
+            x = block(x)
+            x = x + block.fc1(x.movedim(1, -1)).movedim(-1, 1).tanh()
+        return self.head(x.mean((2, 3)))
 
 
-def test_a_rank_for_every_mode_must_fit_every_weight():
-    model = Net()
-    with pytest.raises(UsageError, match=r'rank=\(2, 2, 2\) does not fit a weight of shape'):
-        mmpeft.inject(model, dict(type='FLoRA', rank=(2, 2, 2)))
-    assert all(p.requires_grad for p in model.parameters()) and not adapted(model)
-
-
-def test_overrides_of_rank_and_scale_by_pattern():
-    model = Net()
-    targets = dict(
-        module='backbone',
-        kinds=['conv'],
-        overrides={r'^1\.': dict(rank=4), r'1\.dw': dict(rank=1, scale=0.5)},
-    )
-    mmpeft.inject(model, dict(type='LoRA', rank=2, layout='channel'), targets)
-    methods = [m.method for m in model.modules() if isinstance(m, Adapter)]
-    assert [(m.rank, m.scaling) for m in methods] == [
-        (2, 1),
-        (2, 1),
-        (2, 1),
-        (1, 0.5),
-        (4, 1),
-        (4, 1),
-    ]
-
-
-@given(budget=st.integers(600, 60_000), layout=st.sampled_from(['loralib', 'channel']))
-@settings(max_examples=25, deadline=None)
-def test_a_budget_gives_the_largest_rank_that_fits(budget, layout):
-    with torch.device('meta'):
-        model = Net()
-
-    def size(rank):
-        used = mmpeft.inject(model, dict(type='LoRA', rank=rank, layout=layout)).adapters
-        mmpeft.remove(model)
-        return used
-
-    if size(1) > budget:
-        with pytest.raises(UsageError, match='is too small'):
-            mmpeft.inject(model, dict(type='LoRA', budget=budget, layout=layout))
-        return
-    summary = mmpeft.inject(model, dict(type='LoRA', budget=budget, layout=layout))
-    rank = model.peft[0].method.rank
+@pytest.mark.parametrize('name', SEVERAL)
+def test_several_injections(name, tmp_path):
+    model, x = MixedNet().double(), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    base = copy.deepcopy(model)
+    before = snapshot(model)
+    trains = set()
+    for injection in SEVERAL[name]:
+        summary = mmpeft.inject(model, **injection)
+        trains |= {f'{injection["targets"]["module"]}.{n}' for n in model.peft[-1].trained}
+        plain = {plain_key(n): p for n, p in model.named_parameters()}
+        assert all(plain[n].requires_grad for n in trains)
+    adapters = {id(p) for p in adapter_parameters(model)}
+    inside = [p for p in model.backbone.parameters() if p.requires_grad]
+    assert {id(p) for p in inside} == adapters | {id(plain[n]) for n in trains}
+    assert summary.adapters == sum(p.numel() for p in adapter_parameters(model))
+    assert summary.unfrozen == sum(plain[n].numel() for n in trains)
+    assert summary.base == sum(p.numel() for p in base.backbone.parameters())
+    assert summary.outside == sum(p.numel() for p in base.head.parameters())
+    randomize(model, 0.1)
+    with torch.no_grad():
+        for key in trains:
+            plain[key].add_(0.1)
+    model.eval()
+    expected = model(x)
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    loaded = mmpeft.load_adapter(copy.deepcopy(base), path).eval()
+    assert torch.equal(loaded(x), expected)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    mmpeft.merge(model, reversible=True)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    mmpeft.unmerge(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
     mmpeft.remove(model)
-    assert summary.adapters == size(rank) <= budget
-    assert rank == 16 or size(rank + 1) > budget
+    assert snapshot(model.train())['modes'] == before['modes']
+    assert snapshot(model)['objects'] == before['objects']
+    for key, value in model.state_dict().items():
+        assert key in trains or torch.equal(value, before['state'][key])
 
 
-@given(st.integers(0, 60), st.integers(0, 60), st.integers(-5, 70))
-def test_bisection(low, span, limit):
-    high = low + span
-    expected = max([low, *(n for n in range(low, high + 1) if n <= limit)])
-    assert largest(lambda n: n <= limit, low, high) == expected
-
-
-@pytest.mark.parametrize(
-    'text, count', [('12.9M', 12_900_000), ('300k', 300_000), (7, 7), ('1_000', 1000), ('2G', 2e9)]
-)
-def test_counts_with_units(text, count):
-    assert parse_count(text) == count
-
-
-@pytest.mark.parametrize('text', ['', 'many', '-3', 0, 'M', '1.2.3k'])
-def test_no_counts(text):
-    with pytest.raises(UsageError, match='no number of parameters'):
-        parse_count(text)
-
-
-def test_a_rank_that_no_mode_allows():
-    with pytest.raises(UsageError, match="rank=40.*largest possible is 16, at 'backbone"):
-        mmpeft.inject(Net(), dict(type='FLoRA', rank=40))
-
-
-def test_an_adapter_that_outgrows_its_weight_is_told_and_can_be_capped():
-    model = Net()
-    with pytest.warns(UserWarning, match=r'3 of 7 adapters .*backbone\.\d\.dw'):
-        mmpeft.inject(model, dict(type='LoRA', rank=4, layout='loralib'))
-    mmpeft.remove(model)
-    method = dict(type='LoRA', rank=4, layout='loralib')
-    summary = mmpeft.inject(model, method, dict(max_share=0.5))
-    for row in summary.rows:
-        rank_1 = 'rank=1,' in row.method
-        assert row.adapter <= 0.5 * row.weight or rank_1
-    assert len({row.method for row in summary.rows}) > 1
-
-
-def test_frozen_statistics_survive_train_and_copies_and_end_with_the_adapters():
+def test_an_injection_may_unfreeze_what_an_earlier_one_adapts():
     model = Net()
     mmpeft.inject(model, dict(type='LoRA', rank=2), dict(module='backbone'))
-    x = torch.randn(4, 8, 6, 6)
-    for net in (model, copy.deepcopy(model)):
-        before = net.backbone[0].norm.running_mean.clone()
-        net.train()
-        net(x)
-        assert torch.equal(net.backbone[0].norm.running_mean, before)
-        assert isinstance(net.backbone[0].norm, nn.BatchNorm2d)
-        assert net.backbone[0].norm.num_batches_tracked == 0
-    mmpeft.merge(model)
-    assert type(model.backbone[0].norm) is nn.BatchNorm2d
-    model.train()(x)
-    assert model.backbone[0].norm.num_batches_tracked == 1
+    mmpeft.inject(model, dict(type='Frozen'), dict(module='backbone'), unfreeze=r'^0\.pw\.weight$')
+    assert model.peft[1].trained == ('0.pw.weight',)
+    assert model.backbone[0].pw.parametrizations.weight.original.requires_grad
+    mmpeft.inject(model, dict(type='BitFit'), dict(module='backbone.0'))
+    assert model.backbone[0].pw.parametrizations.weight.original.requires_grad
 
 
-def test_unfreeze():
+@pytest.mark.parametrize('first, second', [('Full', 'LoRA'), ('BitFit', 'Full')])
+@pytest.mark.parametrize('modules', [('backbone', 'backbone.0'), ('backbone.0', 'backbone')])
+def test_full_is_refused_beside_adapters(first, second, modules):
     model = Net()
-    mmpeft.inject(model, dict(type='Frozen'), dict(module='backbone'), unfreeze=[r'1\.norm'])
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {
-        'backbone.1.norm.weight',
-        'backbone.1.norm.bias',
-        'head.weight',
-        'head.bias',
-    }
-    assert mmpeft.adapter_state_dict(model).keys() == trained
+    mmpeft.inject(model, dict(type=first), dict(module=modules[0]))
+    before = snapshot(model)
+    with pytest.raises(UsageError, match='Full trains all of its target, so .*unfreeze'):
+        mmpeft.inject(model, dict(type=second), dict(module=modules[1]))
+    assert_same(model, before)
+    mmpeft.inject(model, dict(type=second), dict(module='head'))
+
+
+def test_the_warning_of_oversized_adapters_is_of_one_injection():
+    model = Net()
+    with pytest.warns(UserWarning, match=r'3 of 7 adapters .*: 1,764 for 392'):
+        mmpeft.inject(model, dict(type='LoRA', rank=4, layout='loralib'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        mmpeft.inject(model, dict(type='LoRA', rank=1), dict(kinds='linear'))
 
 
 def test_methods_compose_on_one_model_and_on_one_weight():
@@ -229,7 +153,7 @@ def test_methods_compose_on_one_model_and_on_one_weight():
     mmpeft.inject(model, dict(type='LoRA', rank=2), dict(module='backbone'))
     mmpeft.inject(model, dict(type='BitFit'), dict(module='backbone'))
     mmpeft.inject(model, dict(type='FLoRA', rank=2, update='lie'), dict(kinds=['linear']))
-    mmpeft.inject(model, dict(type='LieRA', rank=1), dict(kinds=['linear']))
+    mmpeft.inject(model, dict(type='LieRA', rank=1, layout='loralib'), dict(kinds=['linear']))
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -243,83 +167,3 @@ def test_methods_compose_on_one_model_and_on_one_weight():
     mmpeft.merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_tied_weights_stay_tied():
-    model, index = Tied().double(), torch.arange(9)
-    plain = copy.deepcopy(model)
-    summary = mmpeft.inject(model, dict(type='LoRA', rank=2), dict(kinds=('linear', 'embedding')))
-    assert len(summary.rows) == 1
-    randomize(model)
-    assert torch.equal(model.embed.weight, model.out.weight)
-    expected = model(index)
-    mmpeft.merge(model)
-    assert model.out.weight is model.embed.weight
-    torch.testing.assert_close(model(index), expected, rtol=1e-10, atol=1e-10)
-    assert not torch.equal(model(index), plain(index))
-
-
-def test_a_module_that_is_used_twice_has_one_adapter():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    assert len(mmpeft.inject(model, dict(type='LoRA', rank=1)).rows) == 1
-
-
-def test_on_top_of_weight_norm():
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 4))).double()
-    x = torch.randn(3, 5, dtype=torch.float64)
-    before = model(x)
-    mmpeft.inject(model, dict(type='LoRA', rank=2))
-    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 and all('lora' in n for n in trained)
-    with pytest.raises(UsageError, match='not of mmpeft'):
-        mmpeft.merge(model)
-
-
-def test_third_party_convolutions():
-    model = nn.Sequential(DeformableLike())
-    summary = mmpeft.inject(model, dict(type='FLoRA', rank=3), dict(kinds=['conv']))
-    assert summary.rows[0].shape == (6, 2, 3, 3)
-    randomize(model)
-    x = torch.randn(1, 4, 5, 5)
-    expected = model(x)
-    torch.testing.assert_close(mmpeft.merge(model)(x), expected)
-
-
-def test_merging_refuses_nan():
-    model = nn.Sequential(nn.Linear(3, 3))
-    mmpeft.inject(model, dict(type='LoRA', rank=1))
-    with torch.no_grad():
-        model[0].parametrizations.weight[0].lora_B.fill_(float('nan'))
-    with pytest.raises(UsageError, match=r'merged 0\.weight has NaN'):
-        mmpeft.merge(model)
-    assert parametrize.is_parametrized(model[0])
-
-
-def test_the_layout_of_memory_is_kept():
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).to(memory_format=torch.channels_last)
-    mmpeft.inject(model, dict(type='FLoRA', rank=2))
-    x = torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)
-    assert model(x).is_contiguous(memory_format=torch.channels_last)
-    assert mmpeft.merge(model)[0].weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_removing_from_a_plain_model_does_nothing():
-    model = Net()
-    assert mmpeft.remove(model) is model and mmpeft.merge(model) is model
-
-
-@pytest.mark.parametrize('take_off', [mmpeft.merge, mmpeft.remove])
-def test_taking_adapters_off_a_copy_leaves_the_original(take_off):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    mmpeft.inject(model, dict(type='LoRA', rank=2))
-    randomize(model)
-    x = torch.randn(2, 4)
-    before = model(x)
-    copied = copy.deepcopy(model)
-    take_off(copied)
-    assert torch.equal(model(x), before) and type(copied[0]) is nn.Linear
-    further = copy.deepcopy(model)
-    mmpeft.inject(further, dict(type='BitFit'))
-    assert torch.equal(model(x), before) and torch.equal(further(x), before)

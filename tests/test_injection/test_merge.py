@@ -284,3 +284,18 @@ def test_a_plain_model_stays_plain():
     model = Net()
     assert mmpeft.merge(model, reversible=True) is model
     assert MERGED not in model.__dict__
+
+
+def test_merging_refuses_nan():
+    model = nn.Sequential(nn.Linear(3, 3))
+    mmpeft.inject(model, dict(type='LoRA', rank=1))
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].lora_B.fill_(float('nan'))
+    with pytest.raises(UsageError, match=r'merged 0\.weight has NaN'):
+        mmpeft.merge(model)
+    assert parametrize.is_parametrized(model[0])
+
+
+def test_removing_from_a_plain_model_does_nothing():
+    model = Net()
+    assert mmpeft.remove(model) is model and mmpeft.merge(model) is model
