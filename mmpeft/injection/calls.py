@@ -7,6 +7,7 @@ Some networks read the weight of a layer and never call the layer: torchvision's
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
@@ -17,7 +18,28 @@ from mmpeft.errors import TrainingError
 from mmpeft.methods import Adapter
 
 from .site import attached
-from .weights import PARAMETRIZATIONS
+from .weights import PARAMETRIZATIONS, join
+
+
+def uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Modules whose weight a module above them reads, and never calls them.
+
+    Args:
+        modules: Those whose forward is traced, by path.
+
+    Returns:
+        Paths. None below a module whose forward cannot be traced.
+    """
+    traced, found = {}, set()
+    for path, module in modules.items():
+        # Modules of one class with equal settings are traced once.
+        settings = [(k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str)]
+        held = [(k, type(v)) for k, v in (module._parameters | module._modules).items()]
+        key = type(module), *settings, *held
+        if key not in traced:
+            traced[key] = _uncalled(module)
+        found |= {join(path, child) for child in traced[key]}
+    return found
 
 
 class _Tracer(fx.Tracer):
@@ -29,12 +51,7 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def uncalled(module: nn.Module) -> set[str]:
-    """Modules below a module whose weight its own forward reads, and which it never calls.
-
-    Returns:
-        Their paths below the module. Empty where the forward cannot be traced.
-    """
+def _uncalled(module):
     tracer = _Tracer()
     tracer.graph = fx.Graph()
     arguments = inspect.signature(module.forward).parameters.values()
@@ -44,43 +61,24 @@ def uncalled(module: nn.Module) -> set[str]:
         tracer.trace(copy.copy(module), defaults)
     called, read = set(), set()
     for node in tracer.graph.nodes:
-        path, _, rest = str(node.target).partition(f'.{PARAMETRIZATIONS}')
-        if node.op == 'call_module' and not rest:
+        path, _, parametrized = str(node.target).partition(f'.{PARAMETRIZATIONS}')
+        if node.op == 'call_module' and not parametrized:
             called.add(path)
-        # ``layer.weight.dtype`` takes an attribute alone.
-        elif node.op in ('call_module', 'get_attr') and any(
-            u.target is not getattr for u in node.users
-        ):
-            read.add(path if rest else path.rpartition('.')[0])
+        elif any(user.target is not getattr for user in node.users):  # more than weight.dtype
+            read.add(path if parametrized else path.rpartition('.')[0])
     return read - called - {''}
 
 
-def construction(module: nn.Module) -> tuple:
-    """Equal for modules whose forwards do the same, as far as classes and plain settings tell."""
-    settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-    own = {name: type(value) for name, value in (module._parameters | module._modules).items()}
-    return type(module), *settings.items(), *own.items()
+class _Watch(TorchFunctionMode):
+    """Checks the first forward pass of a model with gradients, and is gone then.
 
-
-class _UsedParameters(TorchFunctionMode):
-    """Notes the parameters that functions which return tensors get while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.ids = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor | tuple):
-            given = (*args, *(kwargs or {}).values())
-            self.ids.update(id(value) for value in given if isinstance(value, nn.Parameter))
-        return result
-
-
-class _Watch:
-    """Hooks of a model that check its first forward pass with gradients, and then go."""
+    Attributes:
+        used: Identities of the parameters that functions which return tensors got in the pass.
+        handles: Of the hooks of the model.
+    """
 
     def __init__(self, model):
+        super().__init__()
         self.used = None
         self.handles = [
             model.register_forward_pre_hook(self.before),
@@ -89,18 +87,26 @@ class _Watch:
 
     def before(self, model, args):
         skipped = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        skipped = skipped or hasattr(model, '_is_replica')  # nn.DataParallel, in several threads
         if self.used is None and torch.is_grad_enabled() and not skipped:
-            self.used = _UsedParameters()
-            self.used.__enter__()
+            self.used = set()
+            self.__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor | tuple):
+            given = (*args, *(kwargs or {}).values())
+            self.used.update(id(value) for value in given if isinstance(value, nn.Parameter))
+        return result
 
     def after(self, model, args, output):
         if self.used is None:
             return
+        self.__exit__(None, None, None)
         used, self.used = self.used, None
-        used.__exit__(None, None, None)
         if output is not None:  # None after an exception
             self.remove()
-            check_ran(model, used.ids)
+            _check_adapters(model, used)
 
     def remove(self):
         while self.handles:
@@ -110,10 +116,10 @@ class _Watch:
 def watch(model: nn.Module) -> None:
     """Let the first forward pass with gradients raise if an activation adapter is dead.
 
-    Dead is an adapter that takes no part in the pass although a weight of its module does. A
-    module that is not used at all in the pass, such as a head of another task or an expert that
-    gets no token, is left alone: only the pass that uses it could tell. Passes under
-    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` are not checked.
+    Dead is an adapter that took no part in any pass although a weight of its module did in this
+    one. A module that is not used in the pass, such as a head of another task or an expert that
+    gets no token, is left alone. Passes under ``torch.compile``, ``torch.export`` and
+    ``torch.jit.trace`` and in ``nn.DataParallel`` are not checked.
 
     Raises:
         TrainingError: Later, by ``model(...)``; names the module.
@@ -124,20 +130,16 @@ def watch(model: nn.Module) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch`."""
-    for hook in _watches(model):
-        hook.remove()
+    for watch in _watches(model):
+        watch.remove()
 
 
-def check_ran(model: nn.Module, used: set[int]) -> None:
-    """Check that no activation adapter of a model is dead.
+def _watches(model):
+    hooks = (getattr(hook, '__self__', None) for hook in model._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, _Watch)]
 
-    Args:
-        model: With adapters.
-        used: Identities of the parameters that took part in a forward pass.
 
-    Raises:
-        TrainingError: One is.
-    """
+def _check_adapters(model, used):
     # A tied weight may have been used elsewhere.
     held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     used = {p for p in used if held[p] == 1}
@@ -145,8 +147,9 @@ def check_ran(model: nn.Module, used: set[int]) -> None:
         if site.tensor or site.adapter.ran:
             continue
         module = site.layer.get_submodule(site.spec.ends[-1] if site.spec.ends else '')
-        adapters = {p for m in module.modules() if isinstance(m, Adapter) for p in m.parameters()}
-        if used.intersection(id(p) for p in module.parameters() if p not in adapters):
+        adapters = [m for m in module.modules() if isinstance(m, Adapter)]
+        own = {id(p) for p in module.parameters()}
+        if used & own - {id(p) for m in adapters for p in m.parameters()}:
             raise TrainingError(
                 f'{type(site.method).__name__} at {site.path!r} took no part in the first forward '
                 'pass, although a weight of this module did: the network reads the weight '
@@ -154,8 +157,3 @@ def check_ran(model: nn.Module, used: set[int]) -> None:
                 f'with targets=dict(exclude={site.path!r}), or take a method on weights, such as '
                 'LoRA.'
             )
-
-
-def _watches(model):
-    hooks = model._forward_hooks.values()
-    return [h.__self__ for h in hooks if isinstance(getattr(h, '__self__', None), _Watch)]

@@ -15,7 +15,8 @@ from torch import nn
 
 from mmpeft.methods.spec import ConvGeometry, InsertionPoint, WeightSpec
 
-from .calls import construction, uncalled
+from .calls import uncalled
+from .paths import below, depth, lineage, smallest, within
 from .points import (
     LISTS,
     axis_of,
@@ -31,6 +32,7 @@ from .points import (
 )
 from .weights import is_below, join, layers
 
+CONTAINERS = LISTS | nn.Sequential
 QUERY = re.compile(r'(^|[._])(w?q|query|queries)([._]|$)', re.IGNORECASE)
 KEY = re.compile(r'(^|[._])(w?k|w?v|w?kv|keys?|values?)([._]|$)', re.IGNORECASE)
 POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries')
@@ -83,25 +85,6 @@ class Search:
         points = getattr(self, kind).items()
         return {path: replace(point, first=not n) for n, (path, point) in enumerate(points)}
 
-    def unpaired(self, kinds: Iterable[str]) -> tuple[str, str, str] | None:
-        """Where there is attention without an MLP, or the reverse.
-
-        Args:
-            kinds: Of ``POINT_KINDS``, with the missing one among them.
-
-        Returns:
-            The kind that is there, a path of it, and the kind that is missing.
-        """
-        for path in self.attention if 'mlp' in kinds else ():
-            for top in lineage(path)[:-1]:
-                blocks = len(within(self.attention, top)) > (3 if top else 1)
-                if blocks and not within([*self.mlp, *self.branch], top):
-                    return 'attention', path, 'mlp'
-        mixed = self.attention or self.mixer or self.branch
-        if 'attention' in kinds and len(self.mlp) > 1 and not mixed:
-            return 'mlp', next(iter(self.mlp)), 'attention'
-        return None
-
     @cached_property
     def attention(self) -> Points:
         """The smallest modules with layers d -> 3 e -> d; or query, keys and values, and e -> d."""
@@ -122,7 +105,7 @@ class Search:
                 heads = [own[p].out_features / (1 + (len(keys) == 1)) for p in keys]
                 if heads and not any(inner % head for head in heads):
                     into = [p for p in queries if widths(own[p]) == (inner, width)][:1]
-            if len(into) == 1 and not isinstance(module, nn.Sequential):
+            if len(into) == 1 and not isinstance(module, CONTAINERS):
                 ends = (into[0], back) if '.' in back else ()
                 return make_point('attention', module, width, ends=ends)
         return None
@@ -146,7 +129,7 @@ class Search:
         if not inside:
             return make_point('mlp', module, width, axis=axis)
         fits = {self.attention[p].out_features for p in inside} == {width}
-        if not fits or isinstance(module, nn.Sequential) or max(map(depth, ends)) > depth(path) + 2:
+        if not fits or isinstance(module, CONTAINERS) or max(map(depth, ends)) > depth(path) + 2:
             return None
         ends = tuple(below(p, path) for p in ends)
         size = sum(count(self.modules[p]) for p in own)
@@ -177,14 +160,11 @@ class Search:
             children = [join(block, name) for name, _ in self.modules[block].named_children()]
             after = [p for p in children[children.index(last) :] if p in self.modules]
             norms = [p for p in after if norm_spec(self.modules[p])]
-            out_features, in_features = (
-                self.layers[last].out_features,
-                self.layers[first].in_features,
-            )
-            end = (norms or [last])[-1]
-            if not norms or norm_spec(self.modules[end]).out_features == out_features:
+            end, ends = (norms or [last])[-1], (self.layers[first], self.layers[last])
+            shape = ends[1].out_features, ends[0].in_features
+            if not norms or norm_spec(self.modules[end]).out_features == shape[0]:
                 axis, size = axis_of(self.modules[last]), count(self.modules[block])
-                point = make_point('branch', self.modules[end], out_features, in_features, axis)
+                point = make_point('branch', self.modules[end], *shape, axis)
                 points[end] = replace(point, numel=size)
         return points
 
@@ -199,10 +179,10 @@ class Search:
             follows = not chain or own[chain[-1]].out_features == own[p].in_features
             if depth(p) == depth(path) + 1 and follows:
                 chain.append(p)
-        normed = any(map(norm_spec, module.modules()))
-        if isinstance(module, nn.Sequential) or all(is_affine(own[p]) for p in chain):
+        if len(chain) < 2 or all(is_affine(own[p]) for p in chain):
             return None
-        if len(chain) < 2 or (mlp_ends(own) and not normed):
+        plain_mlp = mlp_ends(own) and not any(map(norm_spec, module.modules()))
+        if isinstance(module, CONTAINERS) or plain_mlp:
             return None
         ends = own[chain[-1]].out_features, own[chain[0]].in_features
         beside = [s for p, s in own.items() if p not in chain and depth(p) <= depth(path) + 2]
@@ -215,31 +195,21 @@ class Search:
     def layer(self) -> Points:
         """Linear layers and convolutions that the network calls."""
         parents = {path.rpartition('.')[0] for path in self.layers if path}
-        traced, dead = {}, set()
-        for path in parents:
-            module = self.modules[path]
-            if not isinstance(module, LISTS | nn.Sequential):
-                key = construction(module)
-                if key not in traced:
-                    traced[key] = uncalled(module)
-                dead |= {join(path, child) for child in traced[key]}
+        traced = {p: m for p, m in self.modules.items() if p in parents}
+        dead = uncalled({p: m for p, m in traced.items() if not isinstance(m, CONTAINERS)})
         return {path: self._own('layer', path) for path in self.layers if path not in dead}
 
     @cached_property
     def tokens(self) -> Points:
         """The smallest modules with an attention, an MLP and no convolution that take prompts."""
-        blocks = self._each(
-            lambda path, _: (
-                len(within(self.attention, path)) == len(within(self.mlp, path)) == 1
-                and not any('conv' in spec.kinds for spec in self._below[path].values())
-            )
-        )
-        points = {}
-        for path in filter(self._takes_prompts, smallest(blocks)):
-            (attention,) = within(self.attention, path)
-            width = self.attention[attention].out_features
-            points[path] = make_point('tokens', self.modules[path], width)
-        return points
+        blocks = {}
+        for path in self.modules:
+            attention, mlp = within(self.attention, path), within(self.mlp, path)
+            convs = any('conv' in spec.kinds for spec in self._below[path].values())
+            if len(attention) == len(mlp) == 1 and not convs:
+                blocks[path] = self.attention[attention[0]].out_features
+        points = {p: make_point('tokens', self.modules[p], d) for p, d in smallest(blocks).items()}
+        return {p: point for p, point in points.items() if self._takes_prompts(p)}
 
     def _takes_prompts(self, path):
         """Whether a block takes any number of an image's tokens, batch first."""
@@ -273,30 +243,3 @@ class Search:
     def _each(self, find):
         modules = {p: m for p, m in self.modules.items() if not isinstance(m, LISTS)}
         return {path: found for path, m in modules.items() if (found := find(path, m))}
-
-
-def lineage(path: str) -> list[str]:
-    """The paths from the root's to a module's own."""
-    parts = path.split('.') if path else []
-    return ['.'.join(parts[:n]) for n in range(len(parts) + 1)]
-
-
-def depth(path: str) -> int:
-    """How many levels a path is below the root."""
-    return path.count('.') + bool(path)
-
-
-def below(path: str, top: str) -> str:
-    """A path as it is below a module."""
-    return path[len(top) :].removeprefix('.')
-
-
-def within(paths: Iterable[str], top: str) -> list[str]:
-    """Those of some paths that are at another or below it."""
-    return [path for path in paths if is_below(path, [top])]
-
-
-def smallest(found: dict) -> dict:
-    """What was found at paths that have no other of them below."""
-    outer = {above for path in found for above in lineage(path)[:-1]}
-    return {path: value for path, value in found.items() if path not in outer}

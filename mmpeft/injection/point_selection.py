@@ -13,6 +13,7 @@ from mmpeft.methods.spec import POINT_DESCRIPTIONS, POINT_KINDS, InsertionPoint
 from mmpeft.registry import METHODS
 
 from .insertion_points import Search
+from .paths import lineage, within
 from .points import point_at
 from .weights import is_below, newly_initialized
 
@@ -49,7 +50,7 @@ def points_for(
     }
     if not points:
         raise UsageError(_no_point(search, method, type(root).__name__))
-    unpaired = search.unpaired([kind for kind in kinds or method.kinds if kind in method.kinds])
+    unpaired = _unpaired(search, set(method.kinds).intersection(kinds or method.kinds))
     if unpaired:
         there, path, missing = unpaired
         warnings.warn(
@@ -73,6 +74,20 @@ def _named(search, kind, include):
     }
     first = next(iter(points), None) if not found else None
     return {path: replace(point, first=path == first) for path, point in points.items()}
+
+
+def _unpaired(search, wanted):
+    """Attention without an MLP, or the reverse: its kind and path, and the kind missing."""
+    after = [*search.mlp, *search.branch]
+    for path in search.attention if 'mlp' in wanted else ():
+        for top in lineage(path)[:-1]:
+            several = len(within(search.attention, top)) > (3 if top else 1)
+            if several and not within(after, top):
+                return 'attention', path, 'mlp'
+    before = search.attention or search.mixer or search.branch
+    if 'attention' in wanted and len(search.mlp) > 1 and not before:
+        return 'mlp', next(iter(search.mlp)), 'attention'
+    return None
 
 
 def _no_point(search, method, network):

@@ -38,7 +38,7 @@ def test_a_trace_tells_what_is_read_and_not_called():
     torch.manual_seed(0)
     expected = torch.rand(())
     torch.manual_seed(0)
-    assert uncalled(model) == {'read'}
+    assert uncalled({'a': model}) == {'a.read'}
     assert torch.rand(()) == expected and model.buffer == 0
     assert [row.name for row in mmpeft.inject(model, PARALLEL).rows] == ['called', 'both']
     model(torch.randn(2, 4)).sum().backward()
@@ -47,7 +47,7 @@ def test_a_trace_tells_what_is_read_and_not_called():
 def test_an_adapted_weight_is_read_as_a_plain_one():
     model = Reads()
     mmpeft.inject(model, dict(type='LoRA', rank=1))
-    assert uncalled(model) == {'read'}
+    assert uncalled({'a': model}) == {'a.read'}
 
 
 class Branches(Reads):
@@ -60,7 +60,7 @@ class Branches(Reads):
 def dead():
     """A network with a dead adapter that no trace finds."""
     model = nn.Sequential(Branches(), nn.Linear(4, 4))
-    assert uncalled(model[0]) == set()
+    assert uncalled({'': model[0]}) == set()
     mmpeft.inject(model, PARALLEL)
     return model
 
