@@ -1,4 +1,4 @@
-"""What one adapted model holds besides its base, and how it is swapped with what the base holds."""
+"""What an adapted model holds besides its base, and swapping it with what the base holds."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from mmpeft.injection.weights import plain_key
 
 @dataclass(frozen=True)
 class AdapterState:
-    """All in which an adapted model differs from its base.
+    """Everything in which an adapted model differs from its base.
 
     Attributes:
-        sites: Where the adapters belong, with the adapters.
-        records: What is ``model.peft`` while they are in use.
-        tensors: What was trained beside them (heads, unfrozen parameters) and
+        sites: With their adapters.
+        records: What ``model.peft`` is while they are in use.
+        tensors: What was trained besides them (heads, unfrozen parameters) and
             the buffers outside the target, by their names in the plain model.
-            While the adapter is in use, those of the base are kept here.
+            While the adapter is in use, those of the base.
     """
 
     sites: list[Site]
@@ -31,29 +31,32 @@ class AdapterState:
 
 
 def clone_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New tensors for all that an adapted model holds for itself beside its adapters.
+    """New tensors for everything that a model holds besides its adapters and frozen base.
 
     Args:
         model: After :func:`mmpeft.inject`.
         state: Their values, a state dict of this model.
 
     Returns:
-        Tensors by their names in the plain model, tied and trained as they
-        are in the model.
+        Tensors by their names in the plain model, tied and trainable as in the model.
     """
-    plain = {plain_key(key): value for key, value in state.items()}
-    made, result = {}, {}
-    for key, own in _own(model).items():
-        if id(own) not in made:
-            value = torch.empty_like(own, requires_grad=False).copy_(plain[key].detach())
-            trained = isinstance(own, nn.Parameter)
-            made[id(own)] = nn.Parameter(value, own.requires_grad) if trained else value
-        result[key] = made[id(own)]
+    own = model.state_dict(keep_vars=True)
+    shared = {id(own[key]) for key in (*frozen_keys(model), *adapter_keys(model))}
+    clones, result = {}, {}
+    for key, value in own.items():
+        if id(value) in shared:
+            continue
+        if id(value) not in clones:
+            clone = torch.empty_like(value, requires_grad=False).copy_(state[key].detach())
+            if isinstance(value, nn.Parameter):
+                clone = nn.Parameter(clone, value.requires_grad)
+            clones[id(value)] = clone
+        result[plain_key(key)] = clones[id(value)]
     return result
 
 
 def swap_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Swap tensors of a plain model, by name, with those in a dict."""
+    """Swap tensors of a plain model with those in a dict, by name."""
     for key, held, name in named_slots(model):
         if key in tensors:
             held[name], tensors[key] = moved_to(tensors[key], held[name]), held[name]
@@ -69,15 +72,4 @@ def named_slots(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
         for held in (module._parameters, module._buffers):
             for name, value in held.items():
                 if value is not None:
-                    yield plain_key(f'{path}.{name}' if path else name), held, name
-
-
-def _own(model):
-    state = model.state_dict(keep_vars=True)
-    shared = {id(state[key]) for key in frozen_keys(model)}
-    adapters = adapter_keys(model)
-    return {
-        plain_key(key): value
-        for key, value in state.items()
-        if key not in adapters and id(value) not in shared
-    }
+                    yield f'{path}.{name}' if path else name, held, name

@@ -75,32 +75,27 @@ class AdapterLibrary:
     def __contains__(self, name) -> bool:
         return name in self._states
 
-    def load(self, name: str, path, check_base: bool = True) -> None:
+    def load(self, name: str, path: str | Path, check_base: bool = True) -> None:
         """Read an adapter file; the adapter in use stays in use.
 
         Args:
-            name: New.
+            name: Name of the new adapter.
             path: From :func:`mmpeft.save_adapter`.
-            check_base: Refuse an adapter of another frozen base, and other
-                dtypes.
+            check_base: Refuse an adapter of another frozen base, and other dtypes.
 
         Raises:
             UsageError: The name is taken, or the file is no adapter of this
                 base. Model and library are unchanged.
             MissingFileError: There is no such file.
         """
-        self._check_new(name)
-
-        def prepare():
+        with self._adding(name) as tensors:
             description, state = read_fitting(self.model, path, check_base)
             for injection in description['injections']:
                 inject(self.model, **injection, empty=True)
             state = fill_frozen(self.model, state)
             own = {key: state[key] for key in adapter_keys(self.model)}
             self.model.load_state_dict(own, strict=False)
-            return clone_state(self.model, state)
-
-        self._add(name, prepare)
+            tensors |= clone_state(self.model, state)
 
     def inject(self, name: str, method, targets=None, unfreeze=()) -> Summary:
         """Start a new adapter on the base, to be trained in use; see :func:`mmpeft.inject`.
@@ -113,15 +108,10 @@ class AdapterLibrary:
         Raises:
             UsageError: As :func:`mmpeft.inject`, or the name is taken.
         """
-        self._check_new(name)
-        results = []
-
-        def prepare():
-            results.append(inject(self.model, method, targets, unfreeze))
-            return clone_state(self.model, self.model.state_dict())
-
-        self._add(name, prepare)
-        return results[0]
+        with self._adding(name) as tensors:
+            summary = inject(self.model, method, targets, unfreeze)
+            tensors |= clone_state(self.model, self.model.state_dict())
+        return summary
 
     def use(self, name: str | None) -> nn.Module:
         """Switch to an adapter.
@@ -163,7 +153,7 @@ class AdapterLibrary:
         largest weight. The adapters are those of the parts, not copies.
 
         Args:
-            name: New.
+            name: Name of the new adapter.
             weights: Names of adapters, each with its weight.
             heads: The adapter whose heads are taken; None to mix them.
 
@@ -176,21 +166,16 @@ class AdapterLibrary:
         weights = check_weights(weights)
         parts = {part: self._state(part) for part in weights}
         if heads is not None and heads not in parts:
-            raise UsageError(
-                f'heads={heads!r} is none of the adapters that are combined. '
-                f'{near(str(heads), parts)}'
-            )
-        with self._base_in_use():
+            known = near(str(heads), parts)
+            raise UsageError(f'heads={heads!r} is none of the combined adapters. {known}')
+        with self._using(None):
             base = {key: held[slot] for key, held, slot in named_slots(self.model)}
             self._states[name] = combine(parts, weights, base, heads)
 
-    def save(self, name: str, path) -> Path:
+    def save(self, name: str, path: str | Path) -> Path:
         """Write an adapter to a file, as :func:`mmpeft.save_adapter` does."""
-        current = self.current
-        try:
-            return save_adapter(self.use(name), path)
-        finally:
-            self.use(current)
+        with self._using(name):
+            return save_adapter(self.model, path)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; where it is in use, the base comes back first.
@@ -211,10 +196,8 @@ class AdapterLibrary:
     def _check_new(self, name):
         if not isinstance(name, str) or not name:
             raise UsageError(f'An adapter is named by a word, and {name!r} is none.')
-        if name in self._states:
-            raise UsageError(
-                f'There is an adapter {name!r} already. Take another name, or remove it first.'
-            )
+        if name in self:
+            raise UsageError(f'There is an adapter {name!r} already. Take another name.')
 
     def _check_unchanged(self):
         if MERGED in self.model.__dict__:
@@ -232,18 +215,22 @@ class AdapterLibrary:
             )
 
     @contextmanager
-    def _base_in_use(self):
+    def _using(self, name):
         current = self.current
-        self.use(None)
+        self.use(name)
         try:
             yield
         finally:
             self.use(current)
 
-    def _add(self, name, prepare):
-        with self._base_in_use():
+    @contextmanager
+    def _adding(self, name):
+        """Make an adapter of what is attached to the base inside, and of the tensors put in."""
+        self._check_new(name)
+        with self._using(None):
+            tensors = {}
             try:
-                tensors = prepare()
+                yield tensors
                 state = AdapterState(attached(self.model), self.model.peft, tensors)
             finally:
                 detach_all(self.model)
