@@ -21,7 +21,7 @@ STAMP := $(VENV)/installed-$(LOCK)
 .DEFAULT_GOAL := help
 
 demo: $(STAMP)
-	$(VENV)/bin/python tools/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
+	$(VENV)/bin/python projects/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)

@@ -1,4 +1,4 @@
-"""What all tests share: no GPU, one seed, one thread, the tools as modules, the default scope."""
+"""What all tests share: no GPU, one seed, one thread, scripts as modules, the default scope."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 
-TOOLS = Path(__file__).parents[1] / 'tools'
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,11 @@ def script():
     """Import a script by its folder and name; what it imports beside it is found."""
 
     def load(folder, name):
-        sys.path.insert(0, str(TOOLS / folder))
+        sys.path.insert(0, str(ROOT / folder))
         try:
             return import_module(name)
         finally:
-            sys.path.remove(str(TOOLS / folder))
+            sys.path.remove(str(ROOT / folder))
 
     return load
 

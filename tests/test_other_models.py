@@ -78,7 +78,7 @@ def scope():
 def scenes(tmp_path_factory, script):
     """The demo's data, four scenes to train on and two to look at."""
     folder = tmp_path_factory.mktemp('scenes')
-    digits = script('dataset_converters', 'digits')
+    digits = script('projects/demo', 'digits')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', f'- --out {folder}/d --train 4 --val 2 --source 10'.split())
         digits.main()
@@ -275,7 +275,7 @@ def pairs(note, other):
 
 def merged(cfg, checkpoint, script):
     """What a Runner without mmpeft notes of the merged checkpoint, made as tools/merge.py does."""
-    tool = script('.', 'merge')
+    tool = script('tools', 'merge')
     model = tool.load_adapted(cfg, checkpoint)
     adapted = {row.name for row in mmpeft.summary(model).rows}
     before = {plain_key(key): value.clone() for key, value in model.state_dict().items()}

@@ -17,7 +17,7 @@ from mmpeft.errors import MissingFileError, UsageError
 from tests.cases import randomize
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / 'tools/benchmark'
+FOLDER = ROOT / 'projects/benchmark'
 sys.path.insert(0, str(FOLDER))
 
 # isort: off
@@ -40,8 +40,8 @@ import runpy, sys
 
 absent = 'mmcv', 'mmdet', 'mmseg', 'mmrotate', 'mmpretrain', 'peft', 'lycoris', 'transformers'
 sys.modules.update(dict.fromkeys(absent))
-sys.path.insert(0, 'tools/benchmark')
-runpy.run_path('tools/benchmark/measure.py', run_name='__main__')
+sys.path.insert(0, 'projects/benchmark')
+runpy.run_path('projects/benchmark/measure.py', run_name='__main__')
 """
 
 

@@ -25,8 +25,8 @@ default_hooks = dict(peft=dict(targets=dict(kinds=('pointwise', 'linear'))))
 @pytest.fixture
 def tool(script, adapted_demo, monkeypatch):
     """The script, called where the demo's base is."""
-    monkeypatch.syspath_prepend(script('', 'merge').__file__.rpartition('/')[0])
-    module = script('', 'convert_peft')
+    monkeypatch.syspath_prepend(script('tools', 'merge').__file__.rpartition('/')[0])
+    module = script('tools', 'convert_peft')
     monkeypatch.chdir(adapted_demo.folder)
 
     def call(*arguments):

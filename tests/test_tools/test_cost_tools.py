@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures('scope')
 )
 def test_upstream_configs(tool, config, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(config), '--size', '128', '160'])
-    script('analysis_tools', tool).main()
+    script('tools/analysis_tools', tool).main()
     shown = capsys.readouterr().out
     assert ('GMAC in the adapted layers' if tool == 'explain' else '│ 1') in shown
 
@@ -33,7 +33,7 @@ def test_another_method_on_a_config(script, monkeypatch, capsys):
     words = [str(ROOT / 'configs/upstream/rtmdet_tiny_coco.py'), '--method', 'lora']
     words += ['--size', '64', '64', '--cfg-options', 'default_hooks.peft.method.rank=4']
     monkeypatch.setattr(sys, 'argv', ['explain.py', *words])
-    script('analysis_tools', 'explain').main()
+    script('tools/analysis_tools', 'explain').main()
     assert 'GMAC' in capsys.readouterr().out
 
 

@@ -13,12 +13,12 @@ from mmpeft.errors import UsageError
 
 @pytest.fixture(scope='module')
 def experiment(script):
-    return script('demo', 'experiment')
+    return script('projects/demo', 'experiment')
 
 
 @pytest.fixture(scope='module')
 def jobs(script):
-    return script('demo', 'jobs')
+    return script('projects/demo', 'jobs')
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_method_that_cannot_be_merged_has_no_merged_row(merges, script):
 
         return SimpleNamespace(method=method, merges=merges, scores=scores)
 
-    table = script('demo', 'demo_report').score_table([made('frozen', 0.1), made('houlsby', 0.2)])
+    table = script('projects/demo', 'demo_report').score_table([made('frozen', 0.1), made('houlsby', 0.2)])
     names = list(table.columns[0].cells)
     assert names == ['frozen', 'houlsby', 'houlsby, merged'][: 2 + merges]
     assert list(table.columns[1].cells) == ['0.100', '0.200', '0.300'][: 2 + merges]
@@ -157,5 +157,5 @@ def test_a_method_that_cannot_be_merged_has_no_merged_row(merges, script):
 def test_the_whole_model_is_counted(script, compose, tmp_path):
     """Full fine-tuning has no `unfreeze`, and is counted nevertheless."""
     cfg = read_config(compose('full', 'coco', tmp_path))
-    counted = script('demo', 'demo_report').summary_of(cfg)
+    counted = script('projects/demo', 'demo_report').summary_of(cfg)
     assert counted.unfrozen == counted.base > 2_000_000

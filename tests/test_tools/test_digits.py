@@ -14,7 +14,7 @@ SIZES = dict(train=6, val=4)
 
 @pytest.fixture(scope='module')
 def digits(script):
-    return script('dataset_converters', 'digits')
+    return script('projects/demo', 'digits')
 
 
 @pytest.fixture(scope='module')

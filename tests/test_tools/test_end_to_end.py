@@ -54,7 +54,7 @@ def upstream(package, tool):
 def workplace(tmp_path_factory, compose):
     """A folder with demo data, a base and flora_coco.py, a config of the demo."""
     folder = tmp_path_factory.mktemp('workplace')
-    digits = ROOT / 'tools/dataset_converters/digits.py'
+    digits = ROOT / 'projects/demo/digits.py'
     call(folder, [digits, '--out', 'data/digits', '--train', 4, '--val', 4, '--source', 10])
     torch.manual_seed(0)
     settings = read_config(compose('flora', 'coco', folder)).model.backbone
@@ -231,7 +231,7 @@ def train(script, workplace, monkeypatch, scope):
 
     def tool(*arguments):
         monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
-        run(script('.', 'train').main)
+        run(script('tools', 'train').main)
 
     return tool
 

@@ -25,8 +25,8 @@ TINY = dict(depth=2, width=32, heads=2, hidden=64, image_size=56)
 @pytest.fixture
 def tool(script, adapted_demo, monkeypatch):
     """The script, and what it prints and writes when it is called where the demo's base is."""
-    monkeypatch.syspath_prepend(script('', 'merge').__file__.rpartition('/')[0])
-    module = script('', 'export_onnx')
+    monkeypatch.syspath_prepend(script('tools', 'merge').__file__.rpartition('/')[0])
+    module = script('tools', 'export_onnx')
     monkeypatch.chdir(adapted_demo.folder)
 
     def call(*arguments):

@@ -25,7 +25,7 @@ TASKS = dict(
 @pytest.fixture
 def merge(script, adapted_demo, monkeypatch):
     """merge.py as from its command line, where the demo's base is."""
-    module = script('', 'merge')
+    module = script('tools', 'merge')
     monkeypatch.chdir(adapted_demo.folder)
 
     def call(*arguments):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope='module')
 def tool(script):
-    return script('analysis_tools', 'methods_page')
+    return script('tools/analysis_tools', 'methods_page')
 
 
 @pytest.fixture(scope='module')

@@ -35,7 +35,7 @@ CONFIGS = dict(eighty='eighty', digits='lora_coco', roads='liera_dota', scenes='
 
 @pytest.fixture(scope='module')
 def serve(script):
-    return script('', 'serve')
+    return script('tools', 'serve')
 
 
 @pytest.fixture(scope='module')

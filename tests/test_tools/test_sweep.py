@@ -38,7 +38,7 @@ def trainer(tmp_path):
 @pytest.fixture
 def sweep(script, trainer, monkeypatch, tmp_path):
     """Call the tool with a stand-in for train.py, in an empty folder."""
-    module = script('analysis_tools', 'sweep')
+    module = script('tools/analysis_tools', 'sweep')
     monkeypatch.setattr(module, 'TRAIN', trainer)
     monkeypatch.chdir(tmp_path)
 

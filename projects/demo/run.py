@@ -1,6 +1,6 @@
 """Adapt a frozen ConvNeXt-V2 to scenes of handwritten digits, from data to report.
 
-    python tools/demo/run.py [--method flora] [--task coco] [--seed 0]
+    python projects/demo/run.py [--method flora] [--task coco] [--seed 0]
 
 Makes the data, trains the base on single digits, then trains two models on it
 that differ in one thing: in one the backbone is frozen, in the other it is

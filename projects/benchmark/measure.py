@@ -1,8 +1,8 @@
 """Measure a training step with the adapters of each method, over the same network frozen.
 
-    python tools/benchmark/measure.py --quick
-    python tools/benchmark/measure.py [--workloads ...] [--variants ...] [--ranks 8 16 32]
-    python tools/benchmark/measure.py --evaluate     # forward passes without gradients
+    python projects/benchmark/measure.py --quick
+    python projects/benchmark/measure.py [--workloads ...] [--variants ...] [--ranks 8 16 32]
+    python projects/benchmark/measure.py --evaluate     # forward passes without gradients
 
 All variants of a workload step in turn in one process, A B C A B C ..., and
 each is compared with the floor of the same round: the network frozen, with

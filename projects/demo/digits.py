@@ -1,6 +1,6 @@
 """Make the demo's data: scenes of handwritten digits in three real formats.
 
-    python tools/dataset_converters/digits.py --out data/digits --seed 0
+    python projects/demo/digits.py --out data/digits --seed 0
 
 The same scenes are written as COCO (instances with masks), ADE20K (label
 images) and DOTA (oriented boxes). ``source`` holds single digits, dark

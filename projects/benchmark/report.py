@@ -1,7 +1,7 @@
 """Tables and plots of what measure.py has measured.
 
-    python tools/benchmark/report.py work_dirs/benchmark/*.jsonl
-    python tools/benchmark/report.py docs/benchmark/*.jsonl \\
+    python projects/benchmark/report.py work_dirs/benchmark/*.jsonl
+    python projects/benchmark/report.py docs/benchmark/*.jsonl \\
         --markdown docs/performance.md --plots docs/images
 
 Runs of several machines or settings may be given together; of equal workloads
@@ -17,7 +17,7 @@ from records import FLOOR, PHASES, Result, by_workload, median, quartiles, read
 from mmpeft.engine.launch import run
 from mmpeft.errors import UsageError
 
-BEGIN, END = '<!-- written by tools/benchmark/report.py from here -->', '<!-- to here -->'
+BEGIN, END = '<!-- written by projects/benchmark/report.py from here -->', '<!-- to here -->'
 # The figures that matter most: what, over what, and by which measure.
 COMPARED = (
     ('frozen, mmpeft over torch', 'frozen', FLOOR, 'step'),

@@ -14,8 +14,9 @@ from mmpeft.engine.method_argument import method_name, methods_in
 from mmpeft.errors import UsageError, near
 from mmpeft.registry import METHODS
 
-TOOLS = Path(__file__).resolve().parents[1]
-CONFIGS = TOOLS.parent / 'configs'
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOOLS, CONFIGS = ROOT / 'tools', ROOT / 'configs'
 DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
 # Each task with the network whose base it adapts.
 TASKS = dict(ade20k='convnext', coco='convnext', dota='convnext', internvit='internvit')
@@ -54,8 +55,8 @@ def make_data_and_base(task: str) -> None:
     """
     network = TASKS[task]
     base = ('--network', network, '--data', DATA / 'source', '--out', BASES[network])
-    for tool in (('dataset_converters/digits.py', '--out', DATA), ('demo/base.py', *base)):
-        command = [sys.executable, TOOLS / tool[0], *tool[1:]]
+    for tool in (('digits.py', '--out', DATA), ('base.py', *base)):
+        command = [sys.executable, HERE / tool[0], *tool[1:]]
         code = subprocess.run([str(part) for part in command]).returncode
         if code:
             raise SystemExit(code)

@@ -1,6 +1,6 @@
 """Train the small network that the demo adapts, on single digits.
 
-    python tools/demo/base.py [--network convnext] --out work_dirs/demo/base.pth
+    python projects/demo/base.py [--network convnext] --out work_dirs/demo/base.pth
 
 The file holds the weights as the backbone's ``checkpoint`` argument takes
 them: under timm's names of a ConvNeXt-V2, or under those of InternViT.

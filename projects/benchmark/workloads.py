@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError, near
-from mmpeft.models.intern_vit import ARCHITECTURES, Architecture, Block
+from mmpeft.models.intern_vit import Block
+from mmpeft.models.intern_vit_arch import ARCHITECTURES, Architecture
 
 # Of a 504x504 image in patches of 14, and the class token.
 TOKENS = 36**2 + 1
