@@ -32,8 +32,8 @@ def uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
     """
     traced, found = {}, set()
     for path, module in modules.items():
-        # Modules of one class with equal settings are traced once.
-        settings = [(k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str)]
+        # Modules of one class with equal settings (but for sizes) are traced once.
+        settings = [(k, v) for k, v in vars(module).items() if isinstance(v, bool | str)]
         held = [(k, type(v)) for k, v in (module._parameters | module._modules).items()]
         key = type(module), *settings, *held
         if key not in traced:
