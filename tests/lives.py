@@ -7,6 +7,7 @@ their hooks; what injects, executes, stores, exchanges and merges is what it che
 
 import copy
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -173,8 +174,8 @@ def distance(values, expected) -> float:
 
 
 @dataclass(frozen=True)
-class Site:
-    """An adapter on a weight or module.
+class Formula:
+    """An adapter as its method's formula and the keys of its tensors.
 
     Attributes:
         layer: Path of the layer.
@@ -193,12 +194,12 @@ class Site:
     fixed: dict[str, Tensor]
 
     @classmethod
-    def of(cls, found, adapter, start) -> 'Site':
-        """Of an adapter whose tensors have keys that start so."""
-        fixed, held = adapter._non_persistent_buffers_set, adapter.factors
+    def of(cls, site, start) -> 'Formula':
+        """Of a site with an adapter whose keys start so."""
+        fixed, held = site.adapter._non_persistent_buffers_set, site.adapter.factors
         keys = {name: f'{start}.{name}' for name in held if name not in fixed}
         rebuilt = {name: held[name].clone() for name in fixed}
-        return cls(found.path, found.tensor, adapter.method, adapter.spec, keys, rebuilt)
+        return cls(site.path, site.tensor, site.method, site.spec, keys, rebuilt)
 
     def apply(self, weight, factors, training):
         """phi(W), computed and returned in the factors' dtype."""
@@ -229,7 +230,7 @@ class Account:
         trains: Parameters of the plain network that require gradients.
         still: Paths of layers whose statistics are held.
         injections: Arguments of ``inject``, in order.
-        sites: Of all adapters, in the order of the injections.
+        formulas: Of all adapters, in the order of the injections.
         factors: What the adapters hold, by key.
         ties: The first key of each factor that stands under several.
     """
@@ -239,7 +240,7 @@ class Account:
     trains: set[str]
     still: set[str] = field(default_factory=set)
     injections: list[dict] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
+    formulas: list[Formula] = field(default_factory=list)
     factors: dict[str, Tensor] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
 
@@ -267,17 +268,17 @@ class Account:
     @property
     def acts(self) -> bool:
         """Whether adapters change activations."""
-        return any(not site.tensor for site in self.sites)
+        return any(not f.tensor for f in self.formulas)
 
     @property
     def drops(self) -> bool:
         """Whether a training step is random."""
-        return any(getattr(site.method, 'dropout', 0) for site in self.sites)
+        return any(getattr(f.method, 'dropout', 0) for f in self.formulas)
 
     @property
     def adapted(self) -> set[str]:
         """Plain names of the weights that have adapters."""
-        return {f'{site.layer}.{site.tensor}' for site in self.sites if site.tensor}
+        return {f'{f.layer}.{f.tensor}' for f in self.formulas if f.tensor}
 
     def tied(self) -> set[str]:
         """Names of parameters of the plain network that are others, too."""
@@ -286,8 +287,8 @@ class Account:
 
     def through(self, path, tensor) -> list[str]:
         """Keys of all factors that a weight is read through; of tied ones the first."""
-        sites = [site for site in self.sites if (site.layer, site.tensor) == (path, tensor)]
-        return [self.ties.get(key, key) for site in sites for key in site.keys.values()]
+        found = [f for f in self.formulas if (f.layer, f.tensor) == (path, tensor)]
+        return [self.ties.get(key, key) for f in found for key in f.keys.values()]
 
     def keys(self) -> set[str]:
         """Of the state dict."""
@@ -324,18 +325,14 @@ class Account:
     def take_in(self, model, injection) -> None:
         """Account for an injection that was made into the model."""
         self.freeze(injection)
-        before = {}
-        for site in self.sites:
-            before[site.layer, site.tensor] = before.get((site.layer, site.tensor), 0) + 1
         names = {id(module): path for path, module in model.named_modules()}
-        count = {}
-        for found in attached(model):
-            index = count.get((found.path, found.tensor), 0)
-            count[found.path, found.tensor] = index + 1
-            if index >= before.get((found.path, found.tensor), 0):
-                start = f'{found.path}.parametrizations.{found.tensor}.{index}'
-                start = start if found.tensor else names[id(found.adapter)]
-                self.sites.append(Site.of(found, found.adapter, start))
+        chains = Counter()
+        for site in attached(model):
+            start = f'{site.path}.parametrizations.{site.tensor}.{chains[site.name]}'
+            chains[site.name] += 1
+            if site.adapter.injection == len(self.injections) - 1:
+                start = start if site.tensor else names[id(site.adapter)]
+                self.formulas.append(Formula.of(site, start))
         first = {}
         for key, value in model.state_dict(keep_vars=True).items():
             self.ties[key] = first.setdefault(id(value), key)
@@ -345,7 +342,7 @@ class Account:
         """Take over what may have changed: all that trains, and statistics that are not held."""
         buffers = {name for name, _ in self.network.named_buffers()}
         held = {name for name in buffers if name.rpartition('.')[0] in self.still}
-        own = {key for site in self.sites for key in site.keys.values()}
+        own = {key for f in self.formulas for key in f.keys.values()}
         for key, value in state_of(model).items():
             if key in own:
                 self.factors[key] = value
@@ -357,16 +354,16 @@ class Account:
         if original.dtype == torch.float64:
             factors = {k: v.double() if v.is_floating_point() else v for k, v in factors.items()}
         value = original
-        for site in self.sites:
-            if (site.layer, site.tensor) == (path, tensor):
-                value = site.apply(value, factors, training)
+        for formula in self.formulas:
+            if (formula.layer, formula.tensor) == (path, tensor):
+                value = formula.apply(value, factors, training)
                 value = value if original.dtype == torch.float64 else value.to(original.dtype)
         return value
 
     def penalty(self, factors) -> Tensor:
         """Of all adapters, each once."""
-        sites = {tuple(self.ties[k] for k in s.keys.values()): s for s in reversed(self.sites)}
-        terms = [site.penalty(factors) for site in sites.values()]
+        found = {tuple(self.ties[k] for k in f.keys.values()): f for f in reversed(self.formulas)}
+        terms = [formula.penalty(factors) for formula in found.values()]
         return sum((term for term in terms if term is not None), torch.zeros(()))
 
     def merged(self) -> dict[str, Tensor]:
@@ -483,7 +480,7 @@ class Combined(Account):
             set(),
             set().union(*(part.still for _, part in parts)),
             injections,
-            [site for _, part in parts for site in part.sites],
+            [each for _, part in parts for each in part.formulas],
             {key: v for _, p in parts if p.acts for key, v in p.factors.items()},
             {key: t for _, p in parts if p.acts for key, t in p.ties.items()},
             parts=parts,

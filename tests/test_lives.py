@@ -393,6 +393,13 @@ class Life(RuleBasedStateMachine):
         if self.answer is not None:
             assert torch.equal(answer(self.model, self.x), self.answer)
 
+    @precondition(lambda self: self.is_adapted() and not self.account.acts and self.aside is None)
+    @rule()
+    def merge_and_unmerge(self):
+        self.merge_reversibly()
+        self.check()
+        self.unmerge()
+
     @precondition(lambda self: self.is_free() and (self.is_adapted() or self.aside is not None))
     @rule()
     def merge_for_good(self):
@@ -684,7 +691,7 @@ class Life(RuleBasedStateMachine):
         if not all(same_bits(base.values[key], file.values[key]) for key in frozen):
             return None
         loaded.values |= {k: v for k, v in file.values.items() if k not in frozen}
-        loaded.sites, loaded.factors = list(file.sites), dict(file.factors)
+        loaded.formulas, loaded.factors = list(file.formulas), dict(file.factors)
         loaded.ties = dict(file.ties)
         return loaded
 

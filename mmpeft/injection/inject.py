@@ -16,6 +16,7 @@ from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .ranks import settle_ranks
+from .site import adapters_of
 from .summary import Summary, summary, summary_rows
 from .targets import Targets, select, target_module
 from .weights import is_below, newly_initialized
@@ -95,8 +96,13 @@ def _check_beside_earlier(model, method, module):
 
 def _resolved(method, sites):
     """Fill in what methods leave to the weights, in the sites' methods too."""
-    weights = list({site.tie_key: site.weight for site in sites if site.tensor}.values())
-    resolved = {each: each.resolve(weights) for each in (method, *(s.method for s in sites))}
+    weights = {}
+    for site in (site for site in sites if site.tensor):
+        # Earlier adapters may be NaN still, to be loaded.
+        adapted = adapters_of(site.layer, site.tensor)
+        weights[site.tie_key] = site.original if adapted else site.weight
+    methods = {method, *(site.method for site in sites)}
+    resolved = {each: each.resolve(weights.values()) for each in methods}
     for site in sites:
         site.method = resolved[site.method]
     return resolved[method]

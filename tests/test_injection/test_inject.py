@@ -10,7 +10,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.site import adapter_parameters
+from mmpeft.injection.site import adapter_parameters, attached
 from mmpeft.injection.weights import plain_key
 from mmpeft.methods import Adapter
 from tests.cases import randomize
@@ -167,3 +167,25 @@ def test_methods_compose_on_one_model_and_on_one_weight():
     mmpeft.merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('empty', [False, True])
+def test_what_follows_from_the_weights_follows_from_those_of_the_base(empty):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    size = torch.cat([p.detach().flatten() for p in (model[0].weight, model[1].weight)])
+    expected = float(f'{1 / size.square().mean().sqrt().item():.1e}')
+    for rank in (2, 1):
+        mmpeft.inject(
+            model,
+            dict(type='LieRA', rank=rank),
+            dict(overrides={'0': dict(scale=3.0)}),
+            empty=empty,
+        )
+    assert [record.method.scale for record in model.peft] == [expected] * 2
+    methods = [site.method for site in attached(model)]
+    assert [(m.rank, m.scale) for m in methods] == [
+        (2, 3.0),
+        (1, 3.0),
+        (2, expected),
+        (1, expected),
+    ]
