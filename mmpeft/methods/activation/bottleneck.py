@@ -43,7 +43,7 @@ def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -
     """One linear map of the channels at every position.
 
     Args:
-        x: (..., m), or (N, m, ...) with 1 to 3 axes behind.
+        x: (..., m), or (N, m, ...) with 1 to 3 further axes.
         weight: (n, m).
         bias: (n,) or None.
         axis: The channels' position, -1 or 1.
@@ -60,7 +60,7 @@ def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
 class HoulsbyAdapter(Ranked, BranchMethod):
-    """A bottleneck behind attention and mlp.
+    """A bottleneck after attention and MLP.
 
     Attributes:
         rank: r; each adapter has 2 d r + r + d parameters.
@@ -69,7 +69,7 @@ class HoulsbyAdapter(Ranked, BranchMethod):
 
     card: ClassVar = Card(
         family='activations',
-        formula='y + h(y A + a) B + b behind attention and mlp',
+        formula='y + h(y A + a) B + b after attention and MLP',
         trains='A (uniform), B (zero), biases a, b (zero)',
         paper='Houlsby et al. (arXiv:1902.00751); Subspace tuning, Eq. 22',
         cost='Two small products in series with each branch, in inference too.',
@@ -98,14 +98,14 @@ class HoulsbyAdapter(Ranked, BranchMethod):
 @METHODS.register_module()
 @dataclass(frozen=True, kw_only=True)
 class PfeifferAdapter(HoulsbyAdapter):
-    """A bottleneck behind the MLP alone."""
+    """A bottleneck after the MLP alone."""
 
     card: ClassVar = Card(
         family='activations',
-        formula='y + h(y A + a) B + b behind the mlp',
+        formula='y + h(y A + a) B + b after the MLP',
         trains='A (uniform), B (zero), biases a, b (zero)',
         paper='Pfeiffer et al. (arXiv:2005.00052, arXiv:2005.00247); Subspace tuning, Eq. 22',
-        cost='Two small products in series with each mlp, in inference too.',
+        cost='Two small products in series with each MLP, in inference too.',
         suits="Half of Houlsby's parameters and time at about its accuracy.",
     )
 

@@ -174,10 +174,10 @@ class ScaledParallelAdapter(ParallelAdapter):
 
     card: ClassVar = Card(
         family='activations',
-        formula='mlp(x) + s · h(x A) B',
+        formula='MLP(x) + s · h(x A) B',
         trains='A (uniform), B (zero)',
         paper='He et al., scaled PA (arXiv:2110.04366); Subspace tuning, Eq. 25',
-        cost='Two small products beside each mlp, in inference too.',
+        cost='Two small products beside each MLP, in inference too.',
         suits='Transformers and ConvNeXt with room for a rank of 64 and more.',
     )
 
