@@ -6,8 +6,8 @@ the whole width before the heads are split. Parameter names are those of the
 official checkpoints.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,63 +19,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from mmpeft.errors import UsageError, near
 from mmpeft.registry import MODELS
 
+from .intern_vit_arch import NORMS, Architecture, architecture_of
 from .intern_vit_weights import load_weights
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What tells the sizes of InternViT apart.
-
-    Attributes:
-        depth: Number of blocks.
-        width: Channels of a token.
-        heads: Of the attention.
-        hidden: Channels inside the MLP.
-        image_size: Pixels that the position embeddings were trained at.
-        patch_size: Pixels of a patch's side.
-        qk_norm: Normalise queries and keys over the whole width.
-        qkv_bias: Whether the attention's input projection has a bias.
-        norm: ``'rms'`` or ``'layer'``.
-        layer_scale: Initial value of s1 and s2.
-        eps: Of all norms.
-    """
-
-    depth: int
-    width: int
-    heads: int
-    hidden: int
-    image_size: int = 448
-    patch_size: int = 14
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    norm: str = 'rms'
-    layer_scale: float = 0.1
-    eps: float = 1e-6
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise UsageError(f'InternViT: width={self.width} is no multiple of heads={self.heads}.')
-        if self.image_size % self.patch_size:
-            raise UsageError(
-                f'InternViT: image_size={self.image_size} is no multiple of '
-                f'patch_size={self.patch_size}.'
-            )
-        if self.norm not in NORMS:
-            raise UsageError(f'InternViT: norm={self.norm!r} is none of {", ".join(NORMS)}.')
-
-
-NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
-_6B = dict(width=3200, heads=25, hidden=12800)
-ARCHITECTURES = {
-    '6b-224px': Architecture(depth=48, image_size=224, **_6B),
-    '6b': Architecture(depth=48, **_6B),
-    '6b-45': Architecture(depth=45, **_6B),
-    '300m': Architecture(
-        depth=24, width=1024, heads=16, hidden=4096, qk_norm=False, qkv_bias=True, norm='layer'
-    ),
-}
 
 
 class Embeddings(nn.Module):
@@ -165,25 +112,24 @@ class Block(nn.Module):
 class InternViT(BaseModule):
     """Maps of some of the blocks, all at the resolution of the patches.
 
-    A pyramid for dense heads is made of them by mmseg's ``Feature2Pyramid``
-    (``rescales=[4, 2, 1, 0.5]``), as in InternVL's UperNet recipe; it trains,
-    and so is a neck of its own.
+    mmseg's ``Feature2Pyramid`` (``rescales=[4, 2, 1, 0.5]``) makes a pyramid
+    of them for dense heads, as in InternVL's UperNet recipe. It is a neck of
+    its own, because it trains.
 
     Args:
-        arch (str | dict): ``'6b'``, ``'6b-224px'``, ``'6b-45'``, ``'300m'``,
-            or the fields of :class:`Architecture`.
-        checkpoint (str, optional): Weights, read by :meth:`init_weights`: a
-            folder or an index of safetensors shards, or one file
-            (``.safetensors``, ``.pth``, ``.bin``), in the layout of the
-            official checkpoints or of transformers' own InternVL.
-        out_indices (Sequence[int], optional): Blocks whose output is returned;
-            the ends of four equal parts if None (11, 23, 35, 47 of 48).
-        drop_path (float): Stochastic depth rate of the deepest block.
-        with_cp (bool): Recompute blocks in backward.
-        frozen_dtype (str): ``'bfloat16'`` or ``'float16'`` hold the network in
-            half the memory of ``'float32'``; adapters stay in float32. For
+        arch: ``'6b'``, ``'6b-224px'``, ``'6b-45'``, ``'300m'``, or the fields
+            of :class:`~.intern_vit_arch.Architecture`.
+        checkpoint: Weights, read by :meth:`init_weights`: a folder or an index
+            of safetensors shards, or one file (``.safetensors``, ``.pth``,
+            ``.bin``), in a layout of :mod:`.intern_vit_names`.
+        out_indices: Blocks whose output is returned; the ends of four equal
+            parts if None (11, 23, 35, 47 of 48).
+        drop_path: Stochastic depth rate of the deepest block.
+        with_cp: Recompute blocks in backward.
+        frozen_dtype: ``'bfloat16'`` and ``'float16'`` hold the network in half
+            the memory of ``'float32'``; adapters stay in float32. Only for
             weights that do not train.
-        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+        init_cfg: As in :class:`mmengine.model.BaseModule`.
 
     Raises:
         UsageError: An argument is unknown or does not fit.
@@ -191,16 +137,16 @@ class InternViT(BaseModule):
 
     def __init__(
         self,
-        arch='6b',
-        checkpoint=None,
-        out_indices=None,
-        drop_path=0.0,
-        with_cp=False,
-        frozen_dtype='float32',
-        init_cfg=None,
+        arch: str | Mapping = '6b',
+        checkpoint: str | None = None,
+        out_indices: Sequence[int] | None = None,
+        drop_path: float = 0.0,
+        with_cp: bool = False,
+        frozen_dtype: str = 'float32',
+        init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
-        self.arch = arch = _architecture(arch)
+        self.arch = arch = architecture_of(arch)
         self.checkpoint = checkpoint
         self.recomputes = with_cp
         self.dtype = _dtype(frozen_dtype)
@@ -215,8 +161,8 @@ class InternViT(BaseModule):
             for parameter in self.parameters():
                 nn.init.zeros_(parameter)
 
-    def init_weights(self):
-        """Load the checkpoint, or draw random weights where there is none.
+    def init_weights(self) -> None:
+        """Load the checkpoint, or draw random weights if there is none.
 
         Raises:
             MissingFileError: The checkpoint, or one of its shards, does not exist.
@@ -267,23 +213,6 @@ class InternViT(BaseModule):
         return tuple(maps)
 
 
-def _architecture(arch):
-    if isinstance(arch, Architecture):
-        return arch
-    if isinstance(arch, str):
-        if arch not in ARCHITECTURES:
-            raise UsageError(f'InternViT: there is no arch={arch!r}. {near(arch, ARCHITECTURES)}')
-        return ARCHITECTURES[arch]
-    known = Architecture.__dataclass_fields__
-    for key in arch:
-        if key not in known:
-            raise UsageError(f'InternViT: arch has no field {key!r}. {near(key, known)}')
-    missing = [k for k in ('depth', 'width', 'heads', 'hidden') if k not in arch]
-    if missing:
-        raise UsageError(f'InternViT: arch lacks {", ".join(missing)}.')
-    return Architecture(**arch)
-
-
 def _dtype(name):
     if name not in DTYPES:
         raise UsageError(f'InternViT: frozen_dtype={name!r} is unknown. {near(str(name), DTYPES)}')
@@ -302,7 +231,7 @@ def _taps(depth, out_indices):
 
 
 @contextmanager
-def _building(dtype, empty):
+def _building(dtype: torch.dtype, empty: bool) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

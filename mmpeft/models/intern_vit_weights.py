@@ -1,15 +1,8 @@
-"""Weights of InternViT: the layouts that they come in, and reading them shard by shard.
-
-``official``      embeddings.class_embedding, encoder.layers.0.attn.qkv.weight
-``transformers``  embeddings.cls_token, encoder.layer.0.attention.q_proj.weight
-``segmentation``  cls_token, blocks.0.attn.qkv.weight: InternVL's own recipes
-
-each with a prefix such as ``vision_model.`` or without.
-"""
+"""Reading the weights of InternViT, shard by shard, in any layout of :mod:`.intern_vit_names`."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,120 +13,17 @@ from torch import Tensor, nn
 
 from mmpeft.errors import MissingFileError, UsageError
 
-# A pattern of a foreign key, the official one, and the third of qkv that it is.
-RULES = [
-    (re.compile(pattern + r'\Z'), name, third)
-    for pattern, name, third in [
-        # transformers
-        (r'embeddings\.cls_token', 'embeddings.class_embedding', None),
-        (r'embeddings\.position_embeddings', 'embeddings.position_embedding', None),
-        (
-            r'embeddings\.patch_embeddings\.projection\.(\w+)',
-            r'embeddings.patch_embedding.\1',
-            None,
-        ),
-        (
-            r'encoder\.layer\.(\d+)\.attention\.q_proj\.(\w+)',
-            r'encoder.layers.\1.attn.qkv.\2',
-            0,
-        ),
-        (
-            r'encoder\.layer\.(\d+)\.attention\.k_proj\.(\w+)',
-            r'encoder.layers.\1.attn.qkv.\2',
-            1,
-        ),
-        (
-            r'encoder\.layer\.(\d+)\.attention\.v_proj\.(\w+)',
-            r'encoder.layers.\1.attn.qkv.\2',
-            2,
-        ),
-        (
-            r'encoder\.layer\.(\d+)\.attention\.projection_layer\.(\w+)',
-            r'encoder.layers.\1.attn.proj.\2',
-            None,
-        ),
-        (
-            r'encoder\.layer\.(\d+)\.attention\.([qk]_norm)\.(\w+)',
-            r'encoder.layers.\1.attn.\2.\3',
-            None,
-        ),
-        (r'encoder\.layer\.(\d+)\.layernorm_before\.(\w+)', r'encoder.layers.\1.norm1.\2', None),
-        (r'encoder\.layer\.(\d+)\.layernorm_after\.(\w+)', r'encoder.layers.\1.norm2.\2', None),
-        (r'encoder\.layer\.(\d+)\.lambda_([12])', r'encoder.layers.\1.ls\2', None),
-        (r'encoder\.layer\.(\d+)\.mlp\.(fc[12])\.(\w+)', r'encoder.layers.\1.mlp.\2.\3', None),
-        # segmentation
-        (r'cls_token', 'embeddings.class_embedding', None),
-        (r'pos_embed', 'embeddings.position_embedding', None),
-        (r'patch_embed\.proj\.(\w+)', r'embeddings.patch_embedding.\1', None),
-        (r'blocks\.(\d+)\.ls([12])\.gamma', r'encoder.layers.\1.ls\2', None),
-        (r'blocks\.(\d+)\.(.+)', r'encoder.layers.\1.\2', None),
-    ]
-]
-START = re.compile(
-    r'(?:\A|\.)(embeddings\.|encoder\.layers?\.|blocks\.|cls_token|pos_embed|patch_)'
-)
+from .intern_vit_names import official_name
+
 UNUSED = re.compile(r'(?:.*\.)?(layernorm|norm|fc_norm|head)\.(weight|bias)\Z')
 
 
-def official_name(key: str) -> tuple[str, int | None] | None:
-    """The official name of a tensor of any layout.
-
-    Args:
-        key: Such as ``vision_tower.encoder.layer.3.attention.k_proj.weight``.
-
-    Returns:
-        ``encoder.layers.3.attn.qkv.weight`` and 1, the third of qkv that it
-        is, or None for a whole tensor. None for what is no part of the blocks.
-    """
-    start = START.search(key)
-    if start is None:
-        return None
-    key = key[start.start(1) :]
-    for pattern, name, third in RULES:
-        if pattern.match(key):
-            return pattern.sub(name, key), third
-    return key, None
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of :class:`~.intern_vit.InternViT` as transformers' InternVL names them.
-
-    Args:
-        state: ``InternViT.state_dict()``.
-
-    Returns:
-        For ``InternVLVisionModel.load_state_dict``; views of the same tensors.
-    """
-    names = {
-        'embeddings.class_embedding': 'embeddings.cls_token',
-        'embeddings.position_embedding': 'embeddings.position_embeddings',
-        'embeddings.patch_embedding.': 'embeddings.patch_embeddings.projection.',
-        'encoder.layers.': 'encoder.layer.',
-        '.attn.proj.': '.attention.projection_layer.',
-        '.attn.': '.attention.',
-        '.norm1.': '.layernorm_before.',
-        '.norm2.': '.layernorm_after.',
-        '.ls1': '.lambda_1',
-        '.ls2': '.lambda_2',
-    }
-    result = {}
-    for key, value in state.items():
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        if '.qkv.' in key:
-            for part, third in zip('qkv', value.chunk(3), strict=True):
-                result[key.replace('.qkv.', f'.{part}_proj.')] = third
-        else:
-            result[key] = value
-    return result
-
-
 def load_weights(model: nn.Module, source: str) -> None:
-    """Copy weights into a model, one shard after the other.
+    """Copy weights into a model, one shard after another.
 
-    All names and shapes are checked before the first is copied. Position
-    embeddings of another image size are refused, as all else that does not
-    fit: the network resizes them itself.
+    The names and shapes of all shards are checked before the first tensor is
+    copied. Position embeddings of another image size are an error too: the
+    network resizes its own in forward.
 
     Args:
         model: With the official names.
@@ -213,7 +103,7 @@ def _files(source: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(source.read_text())['weight_map'].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f'{source} is no index of safetensors shards: {error!r}.') from error
+        raise UsageError(f'{source} is not an index of safetensors shards: {error!r}.') from error
     files = [source.parent / Path(name).name for name in names]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
@@ -225,8 +115,8 @@ def _files(source: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[dict]:
-    """Names of a file's tensors, each with its shape and a function that reads it."""
+def _opened(path: Path) -> Iterator[dict[str, tuple[list[int], Callable[[], Tensor]]]]:
+    """A file's tensors by name, each as its shape and a function that reads it."""
     if path.suffix == '.safetensors':
         from safetensors import SafetensorError, safe_open
 
@@ -238,15 +128,15 @@ def _opened(path: Path) -> Iterator[dict]:
                 }
         except SafetensorError as error:
             raise UsageError(
-                f'{path} is damaged or was not downloaded to its end ({error}). Download it again.'
+                f'{path} is damaged or incomplete ({error}). Download it again.'
             ) from error
         return
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:
         raise UsageError(
-            f'{path} could not be read as weights ({type(error).__name__}: {error}). Give a whole '
-            '.safetensors file, or a .pth of plain tensors.'
+            f'{path} could not be read as weights ({type(error).__name__}: {error}). Give a '
+            'complete .safetensors file, or a .pth of plain tensors.'
         ) from error
     for name in ('module', 'state_dict', 'model'):
         state = state.get(name, state)

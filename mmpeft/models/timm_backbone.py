@@ -1,5 +1,6 @@
 """Any timm model as a multi-level backbone of OpenMMLab."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -15,7 +16,7 @@ from mmpeft.registry import MODELS
 
 @MODELS.register_module()
 class TimmBackbone(BaseModule):
-    """A timm network that returns one feature map a level.
+    """A timm network that returns one feature map for each level.
 
     As in the ConvNeXt recipes of mmdet and mmseg, every level ends in a
     LayerNorm over its channels. The norms ``norm<level>`` are newly initialized
@@ -26,18 +27,17 @@ class TimmBackbone(BaseModule):
     trains, so that building a model to load a checkpoint fetches nothing.
 
     Args:
-        name (str): A timm model, e.g. ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
-        pretrained (bool): Load timm's pretrained weights from its hub.
-        checkpoint (str, optional): A local file (``.pth``, ``.safetensors``)
-            of the network's weights under timm's names. Excludes
-            ``pretrained``.
-        out_indices (Sequence[int]): The levels to return.
-        out_norm (bool): Put a LayerNorm on each level.
-        drop_path (float): Stochastic depth rate of the deepest block.
-        with_cp (bool): Recompute activations in backward. timm does so
-            without reentrance, which a frozen stem needs.
-        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
-        **kwargs: Handed on to :func:`timm.create_model`.
+        name: A timm model, such as ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
+        pretrained: Load timm's pretrained weights from its hub.
+        checkpoint: In place of ``pretrained``, a local file (``.pth``,
+            ``.safetensors``) of the network's weights under timm's names.
+        out_indices: The levels to return.
+        out_norm: Put a LayerNorm on each level.
+        drop_path: Stochastic depth rate of the deepest block.
+        with_cp: Recompute activations in backward. timm uses the form without
+            reentrance, which a frozen stem needs.
+        init_cfg: As in :class:`mmengine.model.BaseModule`.
+        **kwargs: For :func:`timm.create_model`.
 
     Raises:
         UsageError: timm does not know the name, or both ``pretrained`` and
@@ -46,14 +46,14 @@ class TimmBackbone(BaseModule):
 
     def __init__(
         self,
-        name,
-        pretrained=False,
-        checkpoint=None,
-        out_indices=(0, 1, 2, 3),
-        out_norm=True,
-        drop_path=0.0,
-        with_cp=False,
-        init_cfg=None,
+        name: str,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = True,
+        drop_path: float = 0.0,
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
         **kwargs,
     ):
         super().__init__(init_cfg)
@@ -86,8 +86,8 @@ class TimmBackbone(BaseModule):
             for level, width in zip(self.out_indices, channels, strict=True):
                 self.add_module(f'norm{level}', LayerNorm2d(width, eps=1e-6))
 
-    def init_weights(self):
-        """Load the pretrained weights, if there are any to load.
+    def init_weights(self) -> None:
+        """Load the pretrained weights, if any are named.
 
         Raises:
             MissingFileError: ``checkpoint`` does not exist.
@@ -135,12 +135,12 @@ class TimmBackbone(BaseModule):
         self.model.load_state_dict(found)
         print_log(f'Loaded {len(found)} tensors of the backbone from {path}', 'current')
 
-    def names_in_whole(self):
-        """How the whole timm network, not cut for features, calls the modules.
+    def names_in_whole(self) -> dict[str, str]:
+        """The names that the modules have in the whole timm network.
 
         Returns:
-            dict[str, str]: Paths below ``model`` of the modules that hold
-                tensors, each with the one in ``timm.create_model(name)``.
+            Paths below ``model`` of the modules that hold tensors, each with
+            its path in ``timm.create_model(name)``.
         """
         cut = ('features_only', 'out_indices')
         with torch.device('meta'):
@@ -152,15 +152,14 @@ class TimmBackbone(BaseModule):
             names[path] = _name_in(weights, key).removesuffix(f'.{tensor}')
         return names
 
-    def forward(self, x):
-        """Return one map a level.
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return one map for each level.
 
         Args:
-            x (torch.Tensor): Images, (N, 3, H, W).
+            x: Images, (N, 3, H, W).
 
         Returns:
-            tuple[torch.Tensor]: (N, C_i, H_i, W_i) for each of ``out_indices``,
-                contiguous.
+            (N, C_i, H_i, W_i) for each of ``out_indices``, contiguous.
         """
         levels = self.model(x)
         if self.channels_last:

@@ -15,8 +15,9 @@ from torch import nn
 import mmpeft
 from mmpeft.errors import MissingFileError, UsageError
 from mmpeft.injection.site import adapter_parameters
-from mmpeft.models.intern_vit import ARCHITECTURES, InternViT
-from mmpeft.models.intern_vit_weights import official_name, to_transformers
+from mmpeft.models import InternViT
+from mmpeft.models.intern_vit_arch import ARCHITECTURES
+from mmpeft.models.intern_vit_names import official_name, to_transformers
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(depth=4, width=32, heads=4, hidden=48, image_size=56)
@@ -184,7 +185,7 @@ def damaged(folder, how):
     [
         ('truncated', UsageError, 'model-00003-of-00005.safetensors is damaged'),
         ('missing', MissingFileError, '1 of the 5 shards.*model-00003-of-00005.safetensors'),
-        ('no index', UsageError, 'is no index of safetensors shards'),
+        ('no index', UsageError, 'is not an index of safetensors shards'),
     ],
 )
 def test_damaged_checkpoints_change_nothing(how, error, text, sharded):
