@@ -87,14 +87,14 @@ def restore_point(module: nn.Module, data: dict) -> InsertionPoint:
     Raises:
         UsageError: The module does not have the layers that the data tells of.
     """
-    kind = next(kind for kind in POINT_KINDS if kind in data['kinds'])
+    kind = next((kind for kind in POINT_KINDS if kind in data['kinds']), None)
     shape, ends, spec = Size(data['shape']), tuple(data['ends']), layer_spec(module)
     fits = kind not in ('layer', 'border') or (spec and widths(spec) == shape)
-    if not fits or not {path for path, _ in layers(module)}.issuperset(ends):
-        between = ' between {!r} and {!r}'.format(*ends) if ends else ''
+    known = {path for path, _ in layers(module)}.issuperset(ends) and len(ends) in (0, 2)
+    if not kind or not fits or not known:
         raise UsageError(
-            f'{type(module).__name__} is no insertion point of kind {kind!r} with {shape[1]} input '
-            f'and {shape[0]} output channels{between}.'
+            f'{type(module).__name__} is no insertion point of kind {kind!r}, shape {tuple(shape)} '
+            f'(output and input channels) and layers {ends}.'
         )
     point = make_point(kind, module, *shape, data['axis'], ends)
     return replace(point, numel=data['numel'], first=data['first'])

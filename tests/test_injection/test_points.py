@@ -40,8 +40,11 @@ def test_data_with_layers_that_are_not_there_is_refused():
     _, module, point = next(insertion_points(model, ['mlp']))
     assert point.ends == ('intermediate.dense', 'output.dense')
     assert point.shape == (16, 16) and point.numel == 2 * 16 * 32 + 16 + 32
-    with pytest.raises(UsageError, match="between 'intermediate.dense' and 'output.dense'"):
+    with pytest.raises(UsageError, match="layers .'intermediate.dense', 'output.dense'"):
         restore_point(module.attention, point.to_dict())
+    for change in (dict(ends=['output.dense']), dict(kinds=['linear'])):
+        with pytest.raises(UsageError, match='no insertion point'):
+            restore_point(module, point.to_dict() | change)
 
 
 @pytest.mark.parametrize('name', BLOCKS)
