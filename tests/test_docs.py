@@ -24,6 +24,7 @@ PAGES = [
     *ROOT.glob('*.md'),
     *DOCS.glob('*.md'),
     *ROOT.glob('configs/*/README.md'),
+    *ROOT.glob('projects/**/README.md'),
 ]
 # What a run makes, and what a reader is to make.
 MADE = re.compile(r'work_dirs/|data/|/(mine|new|my\w*|pets|digits|merged)\.|[<>{*]|NAME|\.\.\.')
@@ -61,7 +62,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_exist(page):
     ending = r'\.(?:py|sh|md|txt|json|jsonl|yml)'
     named = re.findall(
-        rf'(?<![\w/.-])((?:tools|configs|docs|mmpeft|tests|requirements)/[^\s`)\]:"]*{ending})\b',
+        rf'(?<![\w/.-])((?:tools|configs|docs|mmpeft|tests|requirements|projects)/[^\s`)\]:"]*{ending})\b',
         page.read_text(),
     )
     for name in named:
