@@ -26,7 +26,8 @@ from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import read_peft, save_peft
-from mmpeft.interop.peft_format import Names, from_peft
+from mmpeft.interop.peft_import import from_peft
+from mmpeft.interop.peft_names import Names
 from mmpeft.models import TimmBackbone
 
 

@@ -1,8 +1,8 @@
-"""Adapter files: safetensors with a description, and the same for people in JSON beside it.
+"""Adapter files: safetensors with a manifest, and a readable copy of it in JSON beside it.
 
-Reading one executes nothing and believes nothing: a checksum is over all that
-the file says and holds, and the model is touched only after everything in the
-file was found to fit it.
+Reading one executes nothing and trusts nothing: a checksum covers all that
+the file holds, and the model is changed only after everything in the file was
+found to fit it.
 """
 
 import copy
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
-from mmpeft.injection.inject import inject
+from mmpeft.injection.calls import watch
 from mmpeft.injection.merge import remove
-from mmpeft.injection.targets import target_module
 
-from .atomic import replacing
+from . import legacy
+from .atomic import replacing, write_tensors
 from .file_kind import adapter_instead, is_torch_file
 from .fingerprint import digest, fingerprint
 from .keys import adapter_state_dict, fill_frozen
-from .manifest import describe, read_description
-from .patterns import check_patterns
+from .manifest import attach_adapters, check_manifest, describe
+from .plain_data import parse
 from .validation import check_fingerprint, check_fits, check_whole
 
 
-def save_adapter(model: nn.Module, path) -> Path:
-    """Write what was trained as safetensors, and its description beside it as JSON.
+def save_adapter(model: nn.Module, path: str | Path) -> Path:
+    """Write what was trained as safetensors, and its manifest beside it as JSON.
 
-    Each file appears whole or not at all.
+    Each file appears complete or not at all.
 
     Args:
         model: After :func:`mmpeft.inject`.
@@ -44,69 +44,65 @@ def save_adapter(model: nn.Module, path) -> Path:
         The path.
 
     Raises:
-        UsageError: The model has no adapters, or the disk is full.
+        UsageError: The model has no adapters.
+        UnwrittenFileError: The disk is full or cannot be written to.
     """
     if not getattr(model, 'peft', []):
-        raise UsageError('There is nothing to save: the model was not adapted (mmpeft.inject).')
+        raise UsageError('There is nothing to save: the model has no adapters (mmpeft.inject).')
     return write_adapter(path, adapter_state_dict(model), describe(model))
 
 
-def write_adapter(path, state: Mapping[str, Tensor], description: Mapping) -> Path:
+def write_adapter(path: str | Path, state: Mapping[str, Tensor], manifest: Mapping) -> Path:
     """Write an adapter file and the JSON beside it.
 
     Args:
         path: Such as ``adapter.safetensors``.
         state: From :func:`mmpeft.adapter_state_dict`.
-        description: From :func:`mmpeft.checkpoint.manifest.describe`.
+        manifest: From :func:`mmpeft.checkpoint.manifest.describe`.
 
     Returns:
         The path.
 
     Raises:
-        UsageError: The disk is full, or may not be written to.
+        UnwrittenFileError: The disk is full or cannot be written to.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = Path(path)
     state = {k: _stored(v) for k, v in state.items()}
-    text = json.dumps(dict(description))
+    text = json.dumps(dict(manifest))
     beside = json_beside(path)
     with replacing(path) as temporary:
-        try:
-            save_file(state, temporary, dict(mmpeft=text, sha256=_checksum(text, state)))
-        except SafetensorError as error:
-            raise OSError(error) from error
+        write_tensors(temporary, state, dict(mmpeft=text, sha256=_checksum(text, state)))
         readable = dict(
             file=path.name,
             sha256=hashlib.sha256(temporary.read_bytes()).hexdigest(),
-            **description,
+            **manifest,
             tensors={
                 k: f'{v.dtype} {list(v.shape)}'.removeprefix('torch.') for k, v in state.items()
             },
         )
-        beside.unlink(missing_ok=True)  # which must not be taken for that of the new file
+        beside.unlink(missing_ok=True)  # or it would be taken for that of the new file
     with replacing(beside) as temporary:
-        temporary.write_text(json.dumps(readable, indent=2) + '\n')
+        temporary.write_text(_readable(readable))
     return path
 
 
 def json_beside(path: Path) -> Path:
-    """Where the readable description of an adapter file is."""
+    """The path of the readable manifest of an adapter file."""
     return path.with_name(f'{path.name}.json')
 
 
-def read_adapter(path) -> tuple[dict, dict[str, Tensor]]:
+def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Read an adapter file.
 
     Args:
         path: From :func:`save_adapter`.
 
     Returns:
-        The description, and the state dict.
+        The manifest, and the state dict.
 
     Raises:
-        UsageError: The file is damaged, or no adapter.
+        UsageError: The file is not an adapter.
+        DamagedFileError: The file is damaged.
         MissingFileError: There is no such file.
     """
     from safetensors import safe_open
@@ -118,7 +114,7 @@ def read_adapter(path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # what is raised depends on the bytes of the file
+    except Exception as error:  # its type depends on the bytes of the file
         if is_torch_file(path):
             raise UsageError(adapter_instead(path)) from error
         raise DamagedFileError(
@@ -128,23 +124,34 @@ def read_adapter(path) -> tuple[dict, dict[str, Tensor]]:
     text = metadata.pop('mmpeft', None)
     if text is None:
         raise UsageError(
-            f'{source} is a safetensors file without a description of adapters. Give one '
-            'that mmpeft.save_adapter wrote.'
+            f'{source} is a safetensors file without a manifest of adapters. Give one that '
+            'mmpeft.save_adapter wrote.'
         )
-    _check_checksum(metadata, text, state, source)
+    if metadata:  # mmpeft 0.2 wrote no checksum
+        _check_checksum(metadata, text, state, source)
     try:
-        return read_description(text), state
+        manifest = parse(text)
+        former = legacy.is_former(manifest)
+        (legacy.check_former if former else check_manifest)(manifest)
     except (UsageError, RecursionError) as error:
         raise UsageError(
             f'{source} is no adapter that this mmpeft can load. {_short(error)}'
         ) from error
+    if former:
+        unchecked = '' if metadata else 'has no checksum, so that damage cannot be noticed, and '
+        warnings.warn(
+            f'{source} {unchecked}is in the format of mmpeft {manifest["version"][:20]}. Load it '
+            'and save it again with mmpeft.save_adapter.',
+            stacklevel=3,
+        )
+    return manifest, state
 
 
-def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
-    """Read an adapter into a model; adapt the model first if it is not yet.
+def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) -> nn.Module:
+    """Read an adapter into a model, which is adapted as the file says if it has no adapters.
 
     Args:
-        model: The base with its pretrained weights, adapted or not.
+        model: The base with its pretrained weights, with adapters or without.
         path: From :func:`save_adapter`.
         check_base: Refuse another frozen base, and other dtypes.
 
@@ -153,15 +160,15 @@ def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
 
     Raises:
         UsageError: The file is damaged or no adapter, or does not fit the
-            model, which is as it was.
+            model, which is unchanged.
         MissingFileError: There is no such file.
     """
-    description, state = read_fitting(model, path, check_base)
+    manifest, state = read_fitting(model, path, check_base)
     plain = not getattr(model, 'peft', [])
     try:
         if plain:
-            for injection in description['injections']:
-                inject(model, **injection, empty=True)
+            attach_adapters(model, manifest)
+            watch(model)
         model.load_state_dict(fill_frozen(model, state))
     except BaseException:
         if plain:
@@ -170,50 +177,45 @@ def load_adapter(model: nn.Module, path, check_base: bool = True) -> nn.Module:
     return model
 
 
-def read_fitting(model: nn.Module, path, check_base: bool = True) -> tuple[dict, dict[str, Tensor]]:
-    """Read an adapter file that fits a model, which is not touched.
+def read_fitting(
+    model: nn.Module, path: str | Path, check_base: bool = True
+) -> tuple[dict, dict[str, Tensor]]:
+    """Read an adapter file that fits a model, which is not changed.
 
     Args:
-        model: The base with its pretrained weights, adapted or not.
+        model: The base with its pretrained weights, with adapters or without.
         path: From :func:`save_adapter`.
         check_base: Refuse another frozen base, and other dtypes.
 
     Returns:
-        As :func:`read_adapter`. On a plain model the injections succeed and
-        take the memory that the file's tensors have.
+        As :func:`read_adapter`. On a plain model
+        :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds with this
+        manifest, and needs the memory of the file's tensors.
 
     Raises:
         UsageError: The file is damaged or no adapter, or does not fit.
         MissingFileError: There is no such file.
     """
-    description, state = read_adapter(path)
+    manifest, state = read_adapter(path)
     source = repr(str(path))
-    adapted = model if getattr(model, 'peft', []) else _adapted_like(model, description, source)
-    check_fits(adapted, state, description, source, check_base=False)
+    plain = not getattr(model, 'peft', [])
+    adapted = _without_values(model) if plain else model
+    try:
+        if legacy.is_former(manifest):
+            manifest = legacy.upgraded(adapted, manifest, state)
+        if plain:
+            attach_adapters(adapted, manifest)
+    except Exception as error:  # its type depends on the manifest
+        raise UsageError(f'{source} does not fit this model: {_short(error)}') from error
+    check_fits(adapted, state, manifest, source, check_base=False)
     check_whole(adapted, state, source, check_dtypes=check_base)
     if check_base:
-        check_fingerprint(fingerprint(model, adapted), description, source)
-    return description, state
-
-
-def _adapted_like(model, description, source):
-    """What the model would become, without values: nothing is allocated, nothing is touched."""
-    skeleton = _without_values(model)
-    try:
-        for injection in description['injections']:
-            root = target_module(skeleton, injection['targets'].get('module', ''))
-            names = {name for name, _ in (*root.named_parameters(), *root.named_modules())}
-            check_patterns(_patterns(injection), names)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                inject(skeleton, **injection, empty=True)
-    except Exception as error:  # what is raised depends on the arguments in the file
-        raise UsageError(f'{source} does not fit this model: {_short(error)}') from error
-    return skeleton
+        check_fingerprint(fingerprint(model, adapted), manifest, source)
+    return manifest, state
 
 
 def _without_values(model):
-    """A copy of a model with its tensors on the meta device."""
+    """A copy of a model with its tensors on the meta device, which takes no memory."""
     memo = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
@@ -226,18 +228,27 @@ def _without_values(model):
     return copy.deepcopy(model, memo)
 
 
-def _patterns(injection):
-    targets = injection['targets']
-    groups = ('include', 'exclude', 'overrides')
-    return [*injection['unfreeze'], *(p for group in groups for p in targets.get(group, ()))]
-
-
 def _stored(value):
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
+def _readable(data):
+    """JSON with a line for each item of a list or dict."""
+    items = []
+    for key, value in data.items():
+        if value and isinstance(value, dict):
+            lines = [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()]
+            text = '{\n    ' + ',\n    '.join(lines) + '\n  }'
+        elif value and isinstance(value, list):
+            text = '[\n    ' + ',\n    '.join(map(json.dumps, value)) + '\n  ]'
+        else:
+            text = json.dumps(value)
+        items.append(f'{json.dumps(key)}: {text}')
+    return '{\n  ' + ',\n  '.join(items) + '\n}\n'
+
+
 def _short(error):
-    """What an error says, in one paragraph whatever the file made it quote."""
+    """The message of an error in one paragraph, however long a text from the file it quotes."""
     return shorten(str(error), 1000, placeholder=' ...')
 
 
@@ -246,16 +257,9 @@ def _checksum(text, state):
 
 
 def _check_checksum(metadata, text, state, source):
-    if not metadata:  # mmpeft 0.2
-        warnings.warn(
-            f'{source} was written by mmpeft 0.2 or earlier and has no checksum, so that damage '
-            'to its values cannot be noticed. Save it again with save_adapter.',
-            stacklevel=4,
-        )
-        return
     own = _checksum(text, state)
     if metadata != dict(sha256=own):
-        raise UsageError(
-            f'{source} is damaged: what it holds has the checksum {own[:16]}, and it says '
-            f'{str(metadata.get("sha256"))[:16]}. Take a copy that is whole.'
+        raise DamagedFileError(
+            f'{source} is damaged: its content has the checksum {own[:16]}, and it says '
+            f'{str(metadata.get("sha256"))[:16]}. Give an intact copy.'
         )

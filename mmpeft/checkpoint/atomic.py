@@ -1,55 +1,81 @@
-"""Files that appear whole or not at all, whatever stops their writer.
+"""Files that appear complete or not at all, however their writer ends.
 
-A file is written under a temporary name, brought to the disk, and renamed; the
-folder is brought to the disk after it. A reader that comes in between, or
-after a crash, finds the file that was there before.
+A file is written under a temporary name, flushed to the disk and renamed; then
+its folder is flushed. A reader in between, or after a crash, finds the file
+that was there before.
 """
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from mmpeft.errors import UnwrittenFileError
 
 
 @contextmanager
-def replacing(path: Path):
-    """A temporary path beside a path, which takes its place when all went well.
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside a path, which replaces it when the block ends without an error.
 
     Temporary names are ``.NAME.PROCESS.tmp``. Those that killed writers of
-    the same name left behind are removed.
+    the same name left behind are removed. The file's mode follows the umask.
 
     Args:
-        path: Its folder is made if there is none.
+        path: Its folder is created if it does not exist.
 
     Yields:
-        Where to write.
+        Where to write: an empty file.
 
     Raises:
-        UnwrittenFileError: The disk is full, or may not be written to. The
-            file is as it was before.
+        UnwrittenFileError: The disk is full or cannot be written to. The
+            file at the path is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        _sync(temporary)
+        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+        _flush(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        _flush(path.parent)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's
         raise UnwrittenFileError(
-            f'{str(path)!r} could not be written: {error}.{_free(path)} What was there before is '
-            'as it was.'
+            f'{str(path)!r} could not be written: {error}.{_free(path)} The file that was there '
+            'before is unchanged.'
         ) from error
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path):
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in place; for files that must be complete within :func:`replacing`.
+
+    Args:
+        path: The file.
+        state: Tensors by name, contiguous, on the CPU, none sharing memory.
+        metadata: Text by key.
+
+    Raises:
+        OSError: The disk is full or cannot be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(state), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(error) from error
+
+
+def _flush(path):
     """Bring a file's content, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != 'posix':
         return  # only there can a folder be opened
@@ -65,13 +91,13 @@ def _remove_leftovers(path):
     for name in os.listdir(path.parent):
         if name.startswith(start) and name.endswith(end):
             process = name[len(start) : -len(end)]
-            if process.isdecimal() and not _runs(int(process)):
+            if process.isdecimal() and not _is_running(int(process)):
                 path.with_name(name).unlink(missing_ok=True)
 
 
-def _runs(process):
+def _is_running(process):
     if os.name != 'posix':
-        return True  # signal 0 is a question there alone
+        return True  # elsewhere signal 0 would end the process
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,173 +1,205 @@
-"""What an adapter file says of itself, read as coming from a stranger.
+"""The manifest of an adapter: for each adapted weight or module its path and its method.
 
-A file can come from anywhere. Its description is taken for what it should be,
-type by type, before any of it reaches a model.
+An adapter file has it in its metadata, a checkpoint in its ``meta``. It states
+the result of :func:`mmpeft.inject`, not the search that led to it, so that
+loading attaches by path and searches for nothing.
 """
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import fields
-from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from mmpeft.errors import UsageError, near
-from mmpeft.injection.site import adapter_parameters
-from mmpeft.injection.targets import Targets
-from mmpeft.registry import METHODS
+from mmpeft.errors import UsageError
+from mmpeft.injection.attach import attach_sites
+from mmpeft.injection.freeze import freeze_target
+from mmpeft.injection.points import restore_point
+from mmpeft.injection.ranks import check_ranks
+from mmpeft.injection.site import Site, adapter_parameters, attached, sites_at
+from mmpeft.injection.targets import target_module
+from mmpeft.injection.weights import is_below, join
+from mmpeft.methods import ActivationMethod
+from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.version import __version__
 
 from .fingerprint import fingerprint
+from .plain_data import check_fields, checked_method, shorten
 
-LONGEST = 2**22
-"""Characters that a description may have."""
+MOST_INJECTIONS = 32
 
-MOST = 32
-"""Injections that a description may name, one upon the other."""
-
-KEYS = dict(version=str, torch=str, injections=list, parameters=int, fingerprint=str)
-SINCE_0_3 = ('torch', 'parameters')
+MANIFEST = dict(
+    version=str,
+    torch=str,
+    injections=list[dict],
+    methods=list[dict],
+    adapters=list[dict],
+    parameters=int,
+    fingerprint=str,
+)
+INJECTION = dict(method=dict, module=str, trained=list[str])
+ADAPTER = dict(path=str, tensor=str, method=int, injection=int, point=dict)
+POINT = dict(kinds=list[str], shape=list[int], axis=int, numel=int, first=bool, ends=list[str])
 
 
 def describe(model: nn.Module) -> dict:
-    """What an adapter has to say of itself: how it was injected, and on what.
+    """The manifest of a model's adapters.
 
     Args:
         model: After :func:`mmpeft.inject`.
 
     Returns:
-        Plain data: ``version`` and ``torch``, ``injections``, ``parameters``
-        of the adapters, and ``fingerprint``.
+        Plain data:
+
+        - ``version`` and ``torch``: those that wrote it.
+        - ``injections``: for each its ``method`` as asked for, the target
+          ``module``, and ``trained``, the names of the parameters below it
+          that train themselves.
+        - ``methods``: the distinct methods of adapters, with all arguments.
+        - ``adapters``: for each adapter and each place that it is attached to,
+          in the order of attaching, the ``path`` of the layer, the ``tensor``
+          in it ('' for activations), the indices of its ``method`` and its
+          ``injection``, and for activations the insertion ``point``.
+        - ``parameters``: of all adapters.
+        - ``fingerprint``: of the frozen base.
+
+    Raises:
+        UsageError: A combination of adapters cannot be described.
     """
-    return dict(
+    methods, adapters = list_adapters((s.adapter.injection, s) for s in attached(model))
+    injections = [
+        dict(method=record.method.config(), module=record.module, trained=record.trained)
+        for record in getattr(model, 'peft', [])
+    ]
+    manifest = dict(
         version=__version__,
         torch=str(torch.__version__),
-        injections=[record.config() for record in getattr(model, 'peft', [])],
+        injections=injections,
+        methods=methods,
+        adapters=adapters,
         parameters=sum(p.numel() for p in adapter_parameters(model)),
         fingerprint=fingerprint(model),
     )
+    return json.loads(json.dumps(manifest))
 
 
-def read_description(text: str) -> dict:
-    """The description of an adapter from its JSON.
+def list_adapters(sites: Iterable[tuple[int, Site]]) -> tuple[list[dict], list[dict]]:
+    """``methods`` and ``adapters`` of a manifest.
 
     Args:
-        text: As :func:`describe` gives it, in JSON.
+        sites: Each with the index of its injection, in the order of attaching.
+    """
+    methods, adapters = [], []
+    for injection, site in sites:
+        method = site.method.config()
+        if method not in methods:
+            methods.append(method)
+        point = {} if site.tensor else dict(point=site.spec.to_dict())
+        indices = dict(method=methods.index(method), injection=injection)
+        adapters.append(dict(path=site.path, tensor=site.tensor, **indices, **point))
+    return methods, adapters
 
-    Returns:
-        The same plain data. Methods are known, and their arguments of the
-        types that they declare.
+
+def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
+    """Adapt a plain model by a manifest; the adapters have no values yet.
+
+    Args:
+        model: Without adapters. Where an error is raised it can have some
+            already: write ``mmpeft.remove(model)``.
+        manifest: From :func:`describe`, checked.
 
     Raises:
-        UsageError: It is something else; the text says what.
+        UsageError: The model lacks a module or weight, or a method is not
+            defined on it.
     """
-    if len(text) > LONGEST:
-        raise UsageError(f'The description has {len(text):,} characters, more than {LONGEST:,}.')
-    try:
-        description = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'The description is no JSON: {error}.') from error
-    _check_keys(description, KEYS, 'The description', optional=SINCE_0_3)
-    for key, value in description.items():
-        if not _fits(value, KEYS[key]):
-            raise UsageError(f'The description has {key}={_short(value)}.')
-    if not 1 <= len(description['injections']) <= MOST:
+    version = manifest['version']
+    methods = [checked_method(config, version) for config in manifest['methods']]
+    for number, injection in enumerate(manifest['injections']):
+        target_module(model, injection['module'])
+        entries = [
+            (entry['path'], entry['tensor'], methods[entry['method']], _point(model, entry))
+            for entry in manifest['adapters']
+            if entry['injection'] == number
+        ]
+        sites = sites_at(model, entries)
+        check_ranks(sites)
+        method = checked_method(injection['method'], version)
+        freeze_target(model, method, injection['module'], injection['trained'])
+        for site in attach_sites(sites, empty=True):
+            site.adapter.injection = number
+
+
+def check_manifest(manifest: Mapping) -> None:
+    """Refuse a manifest that is not as :func:`describe` gives it.
+
+    Args:
+        manifest: From JSON. Methods are known and their arguments of the types
+            that they declare, indices are in range; whether a model has the
+            paths is for :func:`attach_adapters` to say.
+
+    Raises:
+        UsageError: The message says what is wrong.
+    """
+    check_fields(manifest, MANIFEST, 'The manifest')
+    injections = manifest['injections']
+    if not 1 <= len(injections) <= MOST_INJECTIONS:
         raise UsageError(
-            f'The description names {len(description["injections"])} injections, not 1 to {MOST}.'
+            f'The manifest has {len(injections)} injections, not 1 to {MOST_INJECTIONS}.'
         )
-    for injection in description['injections']:
-        _check_injection(injection)
-    return description
+    version = manifest['version']
+    methods = [checked_method(method, version) for method in manifest['methods']]
+    if any(getattr(method, 'budget', None) is not None for method in methods):
+        raise UsageError('A method of the manifest has a budget in place of a rank.')
+    asked = []
+    for injection in injections:
+        check_fields(injection, INJECTION, 'An injection')
+        asked.append(checked_method(injection['method'], version))
+    seen = set()
+    for entry in manifest['adapters']:
+        _check_entry(entry, methods, asked, injections)
+        place = entry['injection'], entry['path'], entry['tensor']
+        if place in seen:
+            raise UsageError(f'The manifest has {shorten(entry["path"])} twice in one injection.')
+        seen.add(place)
+    empty = {number for number, method in enumerate(asked) if method.adapts}
+    empty -= {entry['injection'] for entry in manifest['adapters']}
+    if empty:
+        raise UsageError(f'Injection {min(empty)} of the manifest has no adapters.')
 
 
-def _check_injection(injection):
-    _check_keys(injection, ('method', 'targets', 'unfreeze'), 'An injection')
-    if not _fits(injection['unfreeze'], tuple[str, ...]):
-        raise UsageError(f'unfreeze={_short(injection["unfreeze"])} is no list of patterns.')
-    method, targets = injection['method'], injection['targets']
-    if not isinstance(method, dict) or not isinstance(method.get('type'), str):
-        raise UsageError(f'The method is {_short(method)}.')
-    METHODS.import_from_location()
-    name = method['type']
-    if name not in METHODS.module_dict:  # METHODS.get would import what has a dotted name
-        raise UsageError(f'There is no method {_short(name)}. {near(name, METHODS.module_dict)}')
-    kind = METHODS.module_dict[name]
-    _check_arguments({k: v for k, v in method.items() if k != 'type'}, kind)
-    _check_arguments(targets, Targets)
-    for pattern, arguments in targets.get('overrides', {}).items():
-        _check_arguments(arguments, kind, f' in targets.overrides[{_short(pattern)}]')
-    try:
-        METHODS.build(method)
-        Targets.of(targets)
-    except UsageError:
-        raise
-    except Exception as error:  # what is raised depends on the arguments
-        raise UsageError(f'{_short(injection)} is no injection: {error}.') from error
+def _check_entry(entry, methods, asked, injections):
+    is_weight = isinstance(entry, dict) and entry.get('tensor') != ''
+    check_fields(entry, ADAPTER, 'An adapter', optional=('point',))
+    for key, values in (('method', methods), ('injection', asked)):
+        if type(entry[key]) is not int or not 0 <= entry[key] < len(values):
+            raise UsageError(f'An adapter has {key}={shorten(entry[key])}, of {len(values)}.')
+    method, injection = methods[entry['method']], injections[entry['injection']]
+    name = shorten(join(entry['path'], entry['tensor']))
+    if type(method) is not type(asked[entry['injection']]):
+        raise UsageError(f'The adapter at {name} is of another method than its injection.')
+    if isinstance(method, ActivationMethod) is is_weight or ('point' in entry) is is_weight:
+        raise UsageError(f'{type(method).__name__} cannot adapt {name}.')
+    if not is_below(entry['path'], [injection['module']]):
+        raise UsageError(f'{name} is not below {shorten(injection["module"])}.')
+    if not is_weight:
+        _check_point(entry['point'])
 
 
-def _check_arguments(given, kind, where=''):
-    hints = _hints(kind)
-    if not isinstance(given, dict):
-        raise UsageError(f'The arguments of {kind.__name__}{where} are {_short(given)}.')
-    for name, value in given.items():
-        if name not in hints:
-            raise UsageError(
-                f'{kind.__name__} has no argument {_short(name)}{where}. {near(name, hints)}'
-            )
-        if not _fits(value, hints[name]):
-            raise UsageError(f'{kind.__name__} has {name}={_short(value)}{where}.')
+def _check_point(point):
+    check_fields(point, POINT, 'An insertion point')
+    whole = [*point['shape'], point['axis'], point['numel']]
+    if (
+        any(type(number) is not int for number in whole)
+        or len(point['shape']) != 2
+        or min(*point['shape'], point['numel']) < 0
+        or point['axis'] not in (-1, 1)
+        or type(point['first']) is not bool
+        or len(point['ends']) not in (0, 2)
+        or not set(point['kinds']) <= {*KINDS, *POINT_KINDS}
+    ):
+        raise UsageError(f'The insertion point is {shorten(point)}.')
 
 
-def _check_keys(given, known, what, optional=()):
-    if not isinstance(given, dict):
-        raise UsageError(f'{what} is {_short(given)}.')
-    missing, unknown = set(known) - given.keys() - set(optional), given.keys() - set(known)
-    if missing or unknown:
-        raise UsageError(
-            f'{what} should hold {", ".join(known)}; missing are {_short(sorted(missing))} and '
-            f'unknown {_short(sorted(unknown))}.'
-        )
-
-
-@cache
-def _hints(kind):
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
-def _fits(value, hint) -> bool:
-    """Whether a value from JSON is of a type; numbers pass for one another."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, choice) for choice in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
-    if hint in (int, float, bool):
-        return isinstance(value, int | float) and _is_finite(value)
-    return isinstance(value, NoneType if hint is None else hint)
-
-
-def _is_finite(number):
-    try:
-        return math.isfinite(float(number))
-    except OverflowError:
-        return False
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 80 else f'{text[:76]} ...'
-
-
-def _refuse_constant(name):
-    raise ValueError(f'{name} is no number')
+def _point(model, entry):
+    module = dict(model.named_modules()).get(entry['path'])
+    return restore_point(module, entry['point']) if module and not entry['tensor'] else None

@@ -1,102 +1,102 @@
-"""Whether an adapter fits a model: method, shapes, dtypes and the frozen base."""
+"""Whether an adapter fits a model: methods, names, shapes, dtypes and the frozen base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
-from mmpeft.injection.weights import ADAPTERS, MARK, ORIGINAL
+from mmpeft.injection.site import attached
+from mmpeft.injection.weights import ADAPTERS, MARK, ORIGINAL, join
 
+from . import legacy
 from .fingerprint import fingerprint
 from .keys import adapter_keys, adapter_state_dict
+from .plain_data import checked_method
 
 
 def check_fits(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    description: Mapping,
+    manifest: Mapping,
     source: str,
     check_base: bool = True,
 ) -> None:
-    """Refuse an adapter of another method, rank, target or base.
+    """Refuse an adapter of other methods, places, shapes or another base.
 
     Args:
         model: After :func:`mmpeft.inject`.
         state: The adapter's state dict.
-        description: From :func:`describe`, at the time it was saved.
+        manifest: From :func:`~mmpeft.checkpoint.manifest.describe`, at the
+            time the adapter was saved.
         source: What to call the adapter in errors.
         check_base: Compare the fingerprints of the frozen bases.
 
     Raises:
-        UsageError: It does not fit; the message says what to write instead.
+        UsageError: It does not fit; the message says where and what to write
+            instead.
     """
-    theirs = [_method_of(injection) for injection in description['injections']]
-    ours = [_method_of(record.config()) for record in getattr(model, 'peft', [])]
-    if theirs != ours:
-        different = sorted(
-            {
-                k
-                for a, b in zip(theirs, ours, strict=False)
-                for k in {**a, **b}
-                if a.get(k) != b.get(k)
-            }
-        )
+    try:
+        if legacy.is_former(manifest):
+            manifest = legacy.upgraded(model, manifest, state)
+        pairs = list(_method_pairs(model, manifest))
+    except UsageError as error:
+        raise UsageError(f'{source} does not fit this model: {error}') from error
+    wrong = _wrong_shapes(model, state)
+    different = [_difference(*pair, ignored=() if wrong else ('layout',)) for pair in pairs]
+    different = [text for text in different if text]
+    if different:
+        more = f' ({len(different)} adapters differ)' if len(different) > 1 else ''
         raise UsageError(
-            f'{source} holds adapters of {_listed(theirs)}, and this model was adapted with '
-            f'{_listed(ours)}; they differ in {", ".join(different) or "number"}. Set the '
-            "config's method (default_hooks.peft.method) to the former, or choose another file."
+            f'{source} does not fit the adapters of this model: it has {different[0]}{more}. '
+            "Adapt the model as the adapter was trained (in a config: default_hooks.peft's method "
+            'and targets), or choose another file.'
         )
-    stored = adapter_keys(model)
-    own = {k: v.shape for k, v in model.state_dict().items() if stored.get(k) == k}
-    repeated = {k for k in stored if k not in own}
-    given = {k: v.shape for k, v in state.items() if _is_adapters(k) and k not in repeated}
-    wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
     if wrong:
-        first = wrong[0]
+        first, theirs, own = wrong[0]
         raise UsageError(
             f'{source} does not fit this model: {len(wrong)} adapter tensors are missing, '
-            f'unexpected or of another shape. The first is {first[:200]}: '
-            f'{_shape(given, first)} in the file, {_shape(own, first)} in the model. Use the '
-            'rank, targets and backbone that it was trained with: '
-            f'targets={description["injections"][0]["targets"]}.'
+            f'unexpected or of another shape. The first is {first[:200]}: {theirs} in the file, '
+            f'{own} in the model. Use the backbone that it was trained with.'
         )
     if check_base:
-        check_fingerprint(fingerprint(model), description, source)
+        check_fingerprint(fingerprint(model), manifest, source)
 
 
-def check_fingerprint(base: str, description: Mapping, source: str) -> None:
+def check_fingerprint(base: str, manifest: Mapping, source: str) -> None:
     """Refuse an adapter of another base.
 
     Args:
-        base: The :func:`fingerprint` of the model's own.
-        description: From :func:`describe`, at the time the adapter was saved.
+        base: The :func:`fingerprint` of the model.
+        manifest: From :func:`~mmpeft.checkpoint.manifest.describe`, at the
+            time the adapter was saved.
         source: What to call the adapter in errors.
 
     Raises:
         UsageError: The fingerprints differ.
     """
-    theirs = description['fingerprint']
+    theirs = manifest['fingerprint']
     if base != theirs:
         raise UsageError(
             f'{source} was trained on another frozen base: fingerprint {theirs[:16] or "none"} in '
             f'the file, {base[:16] or "none"} in this model. Load the pretrained weights that it '
             "was trained on (the backbone's checkpoint, or the hook's base_checkpoint; a base "
-            'that was never loaded from a file cannot be found again unless save_frozen=True was '
-            'set), or set check_base=False to use it all the same.'
+            'that was never loaded from a file is lost unless save_frozen=True was set), or set '
+            'check_base=False to use it nevertheless.'
         )
 
 
 def check_whole(
     model: nn.Module, state: Mapping[str, Tensor], source: str, check_dtypes: bool = True
 ) -> None:
-    """Refuse tensors that are not all those, and only those, that an adapter of a model holds.
+    """Refuse a state dict that is not exactly what an adapter file of a model holds.
 
     Args:
         model: After :func:`mmpeft.inject`.
         state: The adapter's state dict.
         source: What to call the adapter in errors.
         check_dtypes: Refuse other floating-point types, too; any other dtype
-            is refused either way.
+            is refused in any case.
 
     Raises:
         UsageError: Names, shapes or dtypes differ.
@@ -104,40 +104,56 @@ def check_whole(
 
     def kind(value):
         floating = value.is_floating_point() and not check_dtypes
-        return tuple(value.shape), 'floating point' if floating else value.dtype
+        return f'{tuple(value.shape)} {"floating point" if floating else value.dtype}'
 
     own = {key: kind(value) for key, value in adapter_state_dict(model).items()}
-    given = {key: kind(value) for key, value in state.items()}
-    wrong = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
+    wrong = _unequal({key: kind(value) for key, value in state.items()}, own)
     if wrong:
-        first = wrong[0]
+        first, theirs, own = wrong[0]
         raise UsageError(
             f'{source} does not fit this model: {len(wrong)} tensors are missing, unexpected or '
-            f'of another shape or dtype. The first is {first[:200]!r}: {_kind(given, first)} in '
-            f'the file, {_kind(own, first)} in the model. Use the model that it was trained with, '
-            'heads included.'
+            f'of another shape or dtype. The first is {first[:200]!r}: {theirs} in the file, {own} '
+            'in the model. Use the model that it was trained with, heads included.'
         )
+
+
+def _method_pairs(model, manifest) -> Iterator[tuple[str, dict, dict]]:
+    """For each adapter its place, and its definition in a manifest and in a model; {} for none."""
+    methods = [checked_method(method, manifest['version']) for method in manifest['methods']]
+    theirs, ours = {}, {}
+    for entry in manifest['adapters']:
+        name = join(entry['path'], entry['tensor'])
+        theirs.setdefault(name, []).append(methods[entry['method']].definition())
+    for site in attached(model):
+        ours.setdefault(site.name, []).append(site.method.definition())
+    for name in theirs | ours:
+        given, own = theirs.get(name, []), ours.get(name, [])
+        yield from ((name, a, b) for a, b in zip_longest(given, own, fillvalue={}))
+
+
+def _difference(place, theirs, ours, ignored):
+    """What differs, such as ``rank=8 at fc.weight, and the model rank=16``; '' for nothing."""
+    if theirs.get('type') != ours.get('type'):
+        names = [method.get('type', 'no adapter') for method in (theirs, ours)]
+        return f'{names[0]} at {place[:200]}, and the model {names[1]}'
+    keys = [k for k in theirs if k not in ignored and theirs[k] != ours[k]]
+    given, own = (', '.join(f'{key}={method[key]!r}' for key in keys) for method in (theirs, ours))
+    return f'{given} at {place[:200]}, and the model {own}' if keys else ''
+
+
+def _wrong_shapes(model, state):
+    stored = adapter_keys(model)
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if stored.get(k) == k}
+    repeated = stored.keys() - own.keys()
+    given = {k: tuple(v.shape) for k, v in state.items() if _is_adapters(k) and k not in repeated}
+    return _unequal(given, own)
+
+
+def _unequal(given, own):
+    """Keys with different values, sorted, with both values; 'none' for a missing one."""
+    keys = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
+    return [(key, given.get(key, 'none'), own.get(key, 'none')) for key in keys]
 
 
 def _is_adapters(key):
     return f'{ADAPTERS}.' in key or (MARK in key and not key.endswith(ORIGINAL))
-
-
-def _method_of(injection):
-    return {k: v for k, v in injection['method'].items() if k not in ('dropout', 'budget')}
-
-
-def _listed(methods):
-    named = [
-        f'{m["type"]}({", ".join(f"{k}={v!r}" for k, v in m.items() if k != "type")})'
-        for m in methods
-    ]
-    return ' and '.join(named) or 'nothing'
-
-
-def _shape(shapes, key):
-    return tuple(shapes[key]) if key in shapes else 'none'
-
-
-def _kind(kinds, key):
-    return ' '.join(map(str, kinds[key])) if key in kinds else 'none'

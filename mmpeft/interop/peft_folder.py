@@ -5,15 +5,23 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mmpeft.checkpoint.atomic import replacing
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.checkpoint.atomic import replacing, write_tensors
+from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
-from .peft_format import from_peft, to_peft
+from .peft_export import to_peft
+from .peft_import import from_peft
+from .peft_names import Names
 
 WEIGHTS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
 
 
-def save_peft(model: nn.Module, folder, names=None, inference=False, overwrite=False) -> Path:
+def save_peft(
+    model: nn.Module,
+    folder: str | Path,
+    names: Names | None = None,
+    inference: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Write the adapters of a model as a folder that peft loads.
 
     ``PeftModel.from_pretrained(base, folder)`` then computes what the model
@@ -21,64 +29,63 @@ def save_peft(model: nn.Module, folder, names=None, inference=False, overwrite=F
 
     Args:
         model: After :func:`mmpeft.inject`, with LoRA or DoRA.
-        folder: Made if it is not there.
-        names (Names, optional): How the base of peft calls the modules; see
-            :class:`~.peft_format.Names`.
-        inference: Leave out what only training knows: dropout, MPC.
+        folder: Created if it does not exist.
+        names: How peft's base calls the modules.
+        inference: Drop settings that matter in training only: dropout, MPC.
         overwrite: Replace the two files if they exist.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: See :func:`~.peft_format.to_peft`; or the files exist
-            already, or the disk is full.
+        UsageError: See :func:`to_peft`; or the files exist already.
+        UnwrittenFileError: The disk is full or cannot be written to.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     taken = [str(folder / name) for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if taken and not overwrite:
         raise UsageError(f'{" and ".join(taken)} exist already. Name another folder.')
     config, state = to_peft(model, names, inference)
     with replacing(folder / WEIGHTS) as temporary:
-        try:
-            save_file(state, temporary, metadata={'format': 'pt'})
-        except SafetensorError as error:
-            raise OSError(error) from error
+        write_tensors(temporary, state, dict(format='pt'))
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + '\n')
     return folder
 
 
-def load_peft(model: nn.Module, folder, module='', names=None, inference=False) -> nn.Module:
-    """Adapt a model as a folder of peft says, in place.
+def load_peft(
+    model: nn.Module,
+    folder: str | Path,
+    module: str = '',
+    names: Names | None = None,
+    inference: bool = False,
+) -> nn.Module:
+    """Adapt a model with a folder of peft, in place.
 
     Args:
-        model: The base with its pretrained weights, not adapted.
-        folder: Of ``PeftModel.save_pretrained``; safetensors alone are read.
-        module: Target module of the injection: what is below it is the
-            frozen base.
-        names (Names, optional): How the base of peft calls the modules.
-        inference: Leave out what only training knows: dropout.
+        model: The base with its pretrained weights, without adapters.
+        folder: From ``PeftModel.save_pretrained``; only safetensors are read.
+        module: Target module of the injection, below which the base is frozen.
+        names: How peft's base calls the modules.
+        inference: Drop settings that matter in training only: dropout.
 
     Returns:
         The same model.
 
     Raises:
-        UsageError: See :func:`from_peft`; the model is as it was.
+        UsageError: See :func:`from_peft`; the model is unchanged.
         MissingFileError: There is no such folder, or a file of it is missing.
     """
     return from_peft(model, *read_peft(folder), module, names, inference)
 
 
-def read_peft(folder) -> tuple[dict, dict[str, Tensor]]:
+def read_peft(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of a folder; nothing in it is executed.
 
     Raises:
-        UsageError: It holds a pickle alone, or the files are damaged.
-        MissingFileError: It or one of its files does not exist.
+        UsageError: It holds a pickle alone, or its config is none of peft.
+        DamagedFileError: A file is damaged.
+        MissingFileError: The folder or one of its files does not exist.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -87,7 +94,7 @@ def read_peft(folder) -> tuple[dict, dict[str, Tensor]]:
     if (folder / 'adapter_model.bin').exists() and not (folder / WEIGHTS).exists():
         raise UsageError(
             f'{str(folder)!r} holds adapter_model.bin, a pickle, which can run code and is not '
-            'read. Where you trust it, load it with peft and save it again: '
+            'read. If you trust it, load it with peft and save it again: '
             "PeftModel.from_pretrained(base, 'FOLDER').save_pretrained('NEW'), which writes "
             f'{WEIGHTS}.'
         )
@@ -101,7 +108,7 @@ def read_peft(folder) -> tuple[dict, dict[str, Tensor]]:
         config = json.loads((folder / CONFIG).read_text())
         state = load_file(folder / WEIGHTS)
     except (ValueError, RecursionError, SafetensorError) as error:
-        raise UsageError(f'{str(folder)!r} is damaged: {error}.') from error
+        raise DamagedFileError(f'{str(folder)!r} is damaged: {error}.') from error
     if not isinstance(config, dict):
         raise UsageError(f'{str(folder / CONFIG)!r} is no config of peft.')
     return config, state

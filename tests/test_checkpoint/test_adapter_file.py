@@ -38,10 +38,12 @@ def test_a_file_says_what_it_is(model, tmp_path):
         metadata = file.metadata()
     description = json.loads(metadata['mmpeft'])
     assert metadata.keys() == {'mmpeft', 'sha256'}
-    (injection,) = description['injections']
-    assert injection['method'] | METHOD == injection['method']
-    assert injection['targets'] | TARGETS == injection['targets']
-    assert injection['unfreeze'] == ['2']
+    (injection,), (method,) = description['injections'], description['methods']
+    assert injection['method'] | METHOD == injection['method'] == method
+    assert injection['module'] == 'backbone'
+    assert injection['trained'] == ['2.weight', '2.bias']
+    place = dict(tensor='weight', method=0, injection=0)
+    assert description['adapters'] == [dict(path='backbone.0', **place)]
     assert description['fingerprint'] == fingerprint(model)
     assert description['version'] == mmpeft.__version__
     assert description['torch'] == torch.__version__

@@ -17,11 +17,12 @@ class Base:
     Attributes:
         checkpoint: Of the whole plain model; None for the model's own
             pretrained weights.
-        adapters_follow: Whether the run loads adapters afterwards.
+        manifest: What the checkpoint that the run loads afterwards says of its
+            adapters; None if it has none.
     """
 
     checkpoint: str | None
-    adapters_follow: bool
+    manifest: dict | None
 
 
 def load_base(runner: Runner, checkpoint: str | None, training: bool) -> Base:
@@ -60,7 +61,7 @@ def load_base(runner: Runner, checkpoint: str | None, training: bool) -> Base:
     if checkpoint is not None:
         content = pending if plain else _read_base(checkpoint)
         _load_checkpoint_to_model(runner.model, content, revise_keys=[(r'^module\.', '')])
-    return Base(checkpoint, adapters_follow=description is not None)
+    return Base(checkpoint, description)
 
 
 def description_of(checkpoint: dict) -> dict | None:

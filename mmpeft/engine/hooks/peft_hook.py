@@ -16,6 +16,7 @@ from mmengine.optim import OptimWrapper
 from torch.nn.utils import parametrize
 
 from mmpeft.checkpoint.keys import excluded_keys, fill_frozen
+from mmpeft.checkpoint.legacy import former_method
 from mmpeft.checkpoint.manifest import describe
 from mmpeft.checkpoint.validation import check_fits
 from mmpeft.engine.hooks.monitors.finite import FiniteWatch
@@ -86,7 +87,8 @@ class PEFTHook(Hook):
         nonfinite_iters=3,
         check_frozen=True,
     ):
-        self.method = METHODS.build(method)
+        METHODS.build(method)  # refuses what is wrong
+        self.method = method
         self.targets = Targets.of(dict(module='backbone') | dict(targets or {}))
         self.unfreeze = unfreeze
         self.base_checkpoint = base_checkpoint
@@ -114,13 +116,13 @@ class PEFTHook(Hook):
             self.base_checkpoint = base.checkpoint
             summary = inject(
                 model,
-                self.method,
+                former_method(self.method, base.manifest),
                 self.targets,
                 self.unfreeze,
-                empty=base.adapters_follow,
+                empty=base.manifest is not None,
                 execution=self.execution,
             )
-            runner.logger.info(f'{self.method}\n{summary}')
+            runner.logger.info(f'{model.peft[-1].method}\n{summary}')
             runner.model = outer
         if _is_training(runner) and not self._prepared:
             self._prepared = True

@@ -1,0 +1,167 @@
+"""From adapted models to what Hugging Face's peft stores; see :mod:`.peft_names`."""
+
+import re
+from collections import Counter
+
+from torch import Tensor, nn
+
+from mmpeft.checkpoint.keys import adapter_keys, adapter_state_dict
+from mmpeft.errors import UsageError
+from mmpeft.injection.site import Site, attached
+from mmpeft.injection.weights import layers
+from mmpeft.methods.dora import DoRA, output_norm
+from mmpeft.methods.lora import LoRA
+from mmpeft.methods.matrix import matrix_shape
+
+from .peft_names import PREFIX, SUFFIXES, Names, check_layer, peft_shapes
+
+
+def to_peft(
+    model: nn.Module, names: Names | None = None, inference: bool = False
+) -> tuple[dict, dict[str, Tensor]]:
+    """Config and state dict of a model's adapters, as peft stores them.
+
+    Args:
+        model: After :func:`mmpeft.inject`; is not changed.
+        names: How peft's base calls the modules. What trains outside
+            ``names.module`` is left out.
+        inference: Drop settings that matter in training only: dropout, MPC.
+
+    Returns:
+        The content of ``adapter_config.json`` and of
+        ``adapter_model.safetensors``, its tensors on the CPU.
+
+    Raises:
+        UsageError: peft has no equivalent; the message names the first such layer.
+    """
+    names = names or Names()
+    methods, state = {}, {}
+    for site in attached(model):
+        path = names.theirs(site.path)
+        if not path:
+            raise UsageError(
+                f'{site.name} is adapted, and {names.module or "the model"!r}, which is to be '
+                "peft's base, has no such layer below it."
+            )
+        if path in methods:
+            raise UsageError(
+                f'{site.name} has several adapters, one on the other, and a folder of peft holds '
+                'one. Merge the first into the base (mmpeft.merge).'
+            )
+        factors = _converted(model, site, inference)
+        methods[path] = site.method
+        state |= {f'{PREFIX}{path}.{SUFFIXES[k]}': value for k, value in factors.items()}
+    if not methods:
+        raise UsageError('There is nothing to convert: the model has no adapters.')
+    kinds = Counter(type(method).__name__ for method in methods.values())
+    if len(kinds) > 1:
+        raise UsageError(
+            f'The model is adapted by {" and ".join(kinds)}, and a folder of peft holds one of '
+            'them. Convert models that have only one.'
+        )
+    saved, theirs = _modules_to_save(model, names)
+    state |= {PREFIX + key: value for key, value in theirs.items()}
+    paths = {names.theirs(path) for path, _ in layers(model)} - {None}
+    config = _config(methods, paths) | dict(modules_to_save=saved or None)
+    return config, {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+
+
+def _converted(model, site: Site, inference):
+    """The factors of an adapter in peft's shapes."""
+    name, method, spec = site.name, site.method, site.spec
+    if type(method) not in (LoRA, DoRA):
+        raise UsageError(
+            f'{name} is adapted by {type(method).__name__}. Only LoRA and DoRA are converted; '
+            'merge others into the weights (mmpeft.merge).'
+        )
+    if method.update != 'additive':
+        raise UsageError(
+            f'{name} is adapted with update={method.update!r}, which peft does not have. Merge it '
+            'into the weights (mmpeft.merge).'
+        )
+    check_layer(model, site.path, site.tensor, spec)
+    own, plain = (matrix_shape(spec, method.rank, layout) for layout in (method.layout, 'channel'))
+    if own != plain:
+        raise UsageError(
+            f"{name} is a kernel adapted in loralib's layout, which peft does not have. Convert "
+            "adapters that were trained with layout='channel', or merge (mmpeft.merge)."
+        )
+    training = [k for k in ('dropout', 'mpc') if getattr(method, k)]
+    if training and not inference:
+        raise UsageError(
+            f'{name} was trained with {training[0]}={getattr(method, training[0])!r}, which peft '
+            'does not have in this form. If the adapter is for inference, write inference=True '
+            '(--inference): outputs are equal.'
+        )
+    factors = site.adapter.factors
+    if isinstance(method, DoRA):
+        weight = site.original.to(site.adapter.dtype)
+        if (output_norm(LoRA.apply(method, weight, factors, spec), spec) == 0).any():
+            raise UsageError(
+                f'{name} has an output channel of zeros, where peft divides by its norm and '
+                'gives NaN. Merge instead (mmpeft.merge).'
+            )
+    shapes = peft_shapes(spec, method.rank)
+    return {name: value.view(shapes[name]) for name, value in factors.items()}
+
+
+def _config(methods, paths):
+    """``adapter_config.json`` of methods by the folder's paths; ``paths`` are all there are."""
+    ranks = {path: method.rank for path, method in methods.items()}
+    alphas = {path: _alpha(method) for path, method in methods.items()}
+    rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    targets = sorted(methods)
+    if any(path.endswith(f'.{target}') for path in paths - methods.keys() for target in targets):
+        targets = '|'.join(map(re.escape, targets))  # peft matches a list with the ends of paths
+    return dict(
+        peft_type='LORA',
+        task_type=None,
+        base_model_name_or_path=None,
+        inference_mode=True,
+        target_modules=targets,
+        r=rank,
+        rank_pattern={f'^{re.escape(p)}': r for p, r in sorted(ranks.items()) if r != rank},
+        lora_alpha=alpha,
+        alpha_pattern={f'^{re.escape(p)}': a for p, a in sorted(alphas.items()) if a != alpha},
+        lora_dropout=0.0,
+        use_rslora=False,
+        use_dora=type(next(iter(methods.values()))) is DoRA,
+        bias='none',
+        fan_in_fan_out=False,
+        init_lora_weights=True,
+    )
+
+
+def _alpha(method):
+    alpha = method.scaling * method.rank if method.alpha is None else method.alpha
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _modules_to_save(model, names):
+    """Modules that train beside the adapters, and their tensors, by peft's names."""
+    own, adapters = model.state_dict(), adapter_keys(model)
+    base = f'{names.module}.' if names.module else ''
+    stored = [k for k in adapter_state_dict(model) if k.startswith(base) and k not in adapters]
+    frozen = {name for name, _ in model.named_parameters()} - set(stored)
+    paths = {path: names.theirs(path) for path, _ in layers(model) if path}
+    saved, state = [], {}
+    for path, theirs in paths.items():
+        keys = [key for key in own if key.startswith(f'{path}.')]
+        whole = set(keys) & set(stored) and not set(keys) & frozen
+        if whole and _can_be_saved(model.get_submodule(path), theirs, paths):
+            saved.append(theirs)
+            state |= {theirs + key.removeprefix(path): own[key] for key in keys}
+            stored = [key for key in stored if key not in keys]
+    if stored:
+        raise UsageError(
+            f'{stored[0]} trains beside the adapters ({len(stored)} tensors do). peft stores '
+            'whole modules, and finds them by the end of their names. The module of this tensor '
+            'is frozen in part, or its name is not unique.'
+        )
+    return saved, state
+
+
+def _can_be_saved(module, theirs, paths):
+    # peft wraps every module whose name ends so, and a wrapper is called, never indexed.
+    clear = theirs and sum(str(other).endswith(theirs) for other in paths.values()) == 1
+    return clear and not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)

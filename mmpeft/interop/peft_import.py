@@ -1,0 +1,261 @@
+"""From what Hugging Face's peft stores to adapted models; see :mod:`.peft_names`."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.checkpoint.safe_patterns import check_patterns
+from mmpeft.errors import UsageError, near
+from mmpeft.injection.attach import attach_sites
+from mmpeft.injection.freeze import freeze_target
+from mmpeft.injection.site import Site, sites_at
+from mmpeft.injection.weights import layers, weights_of
+from mmpeft.methods.dora import DoRA
+from mmpeft.methods.lora import LoRA
+from mmpeft.methods.matrix import matrix_shape
+
+from .peft_names import PREFIX, Names, check_layer, peft_shapes
+
+FACTOR = re.compile(r'(?P<path>.+)\.lora_(?P<name>A|B|magnitude_vector)(\.weight)?')
+
+READ = """
+    peft_type r rank_pattern lora_alpha alpha_pattern use_rslora use_dora lora_dropout
+    modules_to_save init_lora_weights bias
+""".split()
+"""Keys of ``adapter_config.json`` that are read."""
+
+WITHOUT_EFFECT = """
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    target_modules exclude_modules layers_to_transform layers_pattern megatron_core eva_config
+    qalora_group_size runtime_config
+""".split()
+"""Keys that no output of a stored adapter depends on. All others must be unset."""
+
+KEEPS_BASE = (True, False, 'gaussian', 'eva', 'orthogonal')
+"""Values of ``init_lora_weights`` that leave the base as it is."""
+
+
+def from_peft(
+    model: nn.Module,
+    config: Mapping,
+    state: Mapping[str, Tensor],
+    module: str = '',
+    names: Names | None = None,
+    inference: bool = False,
+) -> nn.Module:
+    """Adapt a model with what peft has stored, in place.
+
+    Args:
+        model: The base with its pretrained weights, without adapters.
+        config: The content of ``adapter_config.json``.
+        state: The content of ``adapter_model.safetensors``.
+        module: Target module of the injection, below which the base is frozen.
+        names: How peft's base calls the modules.
+        inference: Drop settings that matter in training only: dropout.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: It is not LoRA or DoRA, does not fit the model, or peft
+            computes something else; the model is unchanged.
+    """
+    names = names or Names()
+    if getattr(model, 'peft', []):
+        raise UsageError('The model has adapters already. Give the base alone (mmpeft.remove).')
+    _check_config(config, inference)
+    factors, saved = _sorted_tensors(model, config, state, names)
+    _check_patterns(config)
+    sites, values = [], []
+    for path, (theirs, given) in factors.items():
+        spec = _spec(model, path)
+        method = _method(config, theirs)
+        values.append(_checked(model, path, method, given, spec))
+        sites += sites_at(model, [(path, 'weight', method, None)])
+    _check_tied(sites, values)
+    trained = _trained(model, sites, saved, module)
+    method = Counter(site.method for site in sites).most_common(1)[0][0]
+    freeze_target(model, method, module, trained)
+    own = {key: value for key, value in model.state_dict().items() if key in saved}
+    with torch.no_grad():
+        for site, given in zip(attach_sites(sites, empty=True), values, strict=True):
+            for name, value in given.items():
+                site.adapter.factors[name].copy_(value)
+        for key, value in saved.items():
+            own[key].copy_(value)
+    return model
+
+
+def _check_config(config, inference):
+    kind = str(config.get('peft_type')).rpartition('.')[2]
+    if kind != 'LORA':
+        raise UsageError(
+            f'The folder holds peft_type={kind!r}. Only LORA (and DoRA) can be converted.'
+        )
+    modules = config.get('modules_to_save') or []
+    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+        raise UsageError(f"modules_to_save={modules!r} in the folder's config is no list of names.")
+    init = config.get('init_lora_weights', True)
+    if init not in KEEPS_BASE:
+        raise UsageError(
+            f'init_lora_weights={init!r} changes the base weights, which the folder does not '
+            "hold. Convert it with peft first: save_pretrained('NEW', "
+            "path_initial_model_for_weight_conversion='FOLDER-AT-START')."
+        )
+    odd = [k for k, value in config.items() if value and k not in READ + WITHOUT_EFFECT]
+    odd += ['bias'] if config.get('bias', 'none') != 'none' else []
+    if odd:
+        raise UsageError(
+            f"{odd[0]}={config[odd[0]]!r} in the folder's config has no equivalent here. Merge it "
+            'with peft (merge_and_unload) and use the merged weights as a base.'
+        )
+    if config.get('lora_dropout') and not inference:
+        raise UsageError(
+            f'lora_dropout={config["lora_dropout"]} drops elements of the input; dropout here '
+            'drops whole channels. If the adapter is for inference, or is to be trained on '
+            'without dropout, write inference=True (--inference): outputs are equal.'
+        )
+
+
+def _sorted_tensors(model, config, state, names):
+    """Factors by our path, each with peft's, and tensors of saved modules by our key."""
+    own = model.state_dict()
+    factors, saved = {}, {}
+    for key, value in state.items():
+        if not key.startswith(PREFIX):
+            raise UsageError(f'{key!r} does not start with {PREFIX!r}, as all keys of peft do.')
+        inner = key.removeprefix(PREFIX)
+        if factor := FACTOR.fullmatch(inner):
+            path, name = factor['path'], f'lora_{factor["name"]}'
+            given = factors.setdefault(_ours(model, names, path), (path, {}))[1]
+            given['magnitude' if name == 'lora_magnitude_vector' else name] = value
+            continue
+        path, _, last = inner.rpartition('.')
+        if not _is_saved(config, path):
+            raise UsageError(f'{key!r} is neither a factor of LoRA nor of modules_to_save.')
+        target = f'{_ours(model, names, path)}.{last}'
+        if target not in own or own[target].shape != value.shape:
+            raise UsageError(f'{key!r} of modules_to_save does not fit the model.')
+        saved[target] = value
+    if not factors:
+        raise UsageError('The folder holds no factors of LoRA.')
+    for key in own.keys() - saved.keys():
+        path = names.theirs(key.rpartition('.')[0])
+        if path and _is_saved(config, path):
+            raise UsageError(f'The folder lacks {key} of modules_to_save.')
+    return factors, saved
+
+
+def _ours(model, names, theirs):
+    path = names.ours(theirs)
+    known = [p for p, _ in layers(model)]
+    if path not in known:
+        raise UsageError(
+            f'The folder has tensors of a layer {theirs!r}, which the model does not have. '
+            f"{near(theirs, known)} Say which module is peft's base (module, --module)."
+        )
+    return path
+
+
+def _is_saved(config, path):
+    modules = config.get('modules_to_save') or ()
+    return any(re.fullmatch(rf'(.*\.)?{re.escape(m)}(\..*)?', path) for m in modules)
+
+
+def _spec(model, path):
+    layer = model.get_submodule(path)
+    specs = dict(weights_of(layer))
+    if 'weight' not in specs:
+        raise UsageError(f'{path} is a {type(layer).__name__}, which has no weight to adapt.')
+    check_layer(model, path, 'weight', specs['weight'])
+    return specs['weight']
+
+
+def _method(config, path):
+    """LoRA or DoRA, as peft's config describes it for a layer of peft's base."""
+    rank = _looked_up(config.get('rank_pattern'), path, config.get('r', 8))
+    alpha = _looked_up(config.get('alpha_pattern'), path, config.get('lora_alpha', 8))
+    if not isinstance(rank, int) or rank < 1 or not _is_number(alpha):
+        raise UsageError(f"r={rank!r} or lora_alpha={alpha!r} in the folder's config is no number.")
+    scaling = dict(alpha=alpha)
+    if config.get('use_rslora'):
+        scaling = dict(scale=alpha / math.sqrt(rank))
+    kind = DoRA if config.get('use_dora') else LoRA
+    detached = dict(detach_norm=True) if kind is DoRA else {}
+    return kind(rank=rank, layout='channel', **scaling, **detached)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _looked_up(patterns, path, default):
+    """The value of the first pattern that the end of a path matches, as in peft."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf'(.*\.)?({pattern})$', path):
+            return value
+    return default
+
+
+def _check_patterns(config):
+    for key in ('rank_pattern', 'alpha_pattern'):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise UsageError(f"{key}={patterns!r} in the folder's config is no dict.")
+        check_patterns(patterns)
+
+
+def _checked(model, path, method, given, spec):
+    """peft's factors of a layer in our shapes."""
+    wanted = peft_shapes(spec, method.rank)
+    if not isinstance(method, DoRA):
+        del wanted['magnitude']
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    if shapes != wanted:
+        raise UsageError(
+            f'{path} does not fit: the folder has {shapes}, its config and the model need '
+            f'{wanted}. Give the base that it was trained on.'
+        )
+    dtype = torch.promote_types(model.get_submodule(path).weight.dtype, torch.float32)
+    for value in given.values():
+        if not value.is_floating_point() or torch.promote_types(value.dtype, dtype) != dtype:
+            raise UsageError(
+                f'{path}: the folder holds {value.dtype}, which the adapter of this base, '
+                f'{dtype}, would round. Convert the model first (model.double()).'
+            )
+    rows, inner, columns = matrix_shape(spec, method.rank, 'channel')
+    plain = dict(lora_A=(inner, columns), lora_B=(rows, inner), magnitude=(rows,))
+    return {name: value.reshape(plain[name]) for name, value in given.items()}
+
+
+def _check_tied(sites: list[Site], values):
+    first = {}
+    for site, given in zip(sites, values, strict=True):
+        other, theirs = first.setdefault(site.tie_key, (site, given))
+        if any(not torch.equal(value, theirs[name]) for name, value in given.items()):
+            raise UsageError(
+                f'{other.path} and {site.path} share one weight, and the folder has two adapters '
+                'for it.'
+            )
+
+
+def _trained(model, sites, saved, module):
+    """Names below the target module of the saved modules' parameters."""
+    prefix = f'{module}.' if module else ''
+    if outside := [site.path for site in sites if not site.path.startswith(prefix)]:
+        raise UsageError(f'{outside[0]} is adapted, and is not below {module!r}.')
+    own = model.state_dict(keep_vars=True)
+    trained = []
+    for key in sorted(key for key in saved if key.startswith(prefix)):
+        if isinstance(own[key], nn.Parameter):
+            trained.append(key.removeprefix(prefix))
+        elif not torch.equal(own[key], saved[key]):
+            raise UsageError(
+                f'modules_to_save changes {key!r}, a buffer, which would be part of the frozen '
+                'base. Name a target module that does not contain it, such as the backbone.'
+            )
+    return tuple(trained)
