@@ -61,7 +61,7 @@ def has_type(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         kind = int if hint is int else int | float
         return isinstance(value, kind) and not isinstance(value, bool) and -inf < value < inf
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _rule(hint):
