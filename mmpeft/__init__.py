@@ -30,6 +30,7 @@ __all__ = [
     '__version__',
     'adapter_state_dict',
     'allocate',
+    'init_model',
     'inject',
     'load_adapter',
     'merge',
@@ -42,3 +43,11 @@ __all__ = [
 ]
 
 register_config_packages()
+
+
+def __getattr__(name: str):
+    if name == 'init_model':  # imported on use, since it brings mmengine's Runner
+        from mmpeft.engine.inference import init_model
+
+        return init_model
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -21,6 +21,7 @@ from torch import nn
 import mmpeft
 from mmpeft import execution
 from mmpeft.engine.config import read_config
+from mmpeft.engine.merging import plain_config
 from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import named_adapters
@@ -273,16 +274,15 @@ def pairs(note, other):
     return zip(*found, strict=True)
 
 
-def merged(cfg, checkpoint, script):
+def merged(cfg, checkpoint):
     """What a Runner without mmpeft notes of the merged checkpoint, made as tools/merge.py does."""
-    tool = script('tools', 'merge')
-    model = tool.load_adapted(cfg, checkpoint)
+    model = mmpeft.init_model(cfg, checkpoint)
     adapted = {row.name for row in mmpeft.summary(model).rows}
     before = {plain_key(key): value.clone() for key, value in model.state_dict().items()}
     after = mmpeft.merge(model).state_dict()
     assert {key for key in after if not torch.equal(after[key], before[key])} == adapted
     torch.save(dict(state_dict=after), 'merged.pth')
-    plain = tool.plain_config(cfg)
+    plain = plain_config(cfg)
     assert 'mmpeft' not in str(plain.to_dict())
     return run(plain, 'test', load_from='merged.pth', work_dir='merged')[1]
 
@@ -299,7 +299,7 @@ def test_every_config_is_a_case():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SMALLER_HEADS)
-def test_trained_loaded_and_merged(name, workplace, script):
+def test_trained_loaded_and_merged(name, workplace):
     cfg = config(name)
     base = pretrain(cfg)
     model, trained = run(cfg, 'train')
@@ -311,7 +311,7 @@ def test_trained_loaded_and_merged(name, workplace, script):
 
     _, loaded = run(cfg, 'test', load_from='trained/iter_2.pth', work_dir='loaded')
     check_equal(loaded, trained)
-    check_close(merged(cfg, 'trained/iter_2.pth', script), trained)
+    check_close(merged(cfg, 'trained/iter_2.pth'), trained)
     check_gradients(model)
 
 
@@ -345,7 +345,7 @@ def test_methods_on_activations(name, method, workplace):
 
 
 @pytest.mark.slow
-def test_the_transformer_of_a_detr(workplace, script, monkeypatch):
+def test_the_transformer_of_a_detr(workplace, monkeypatch):
     """The page's config: backbone, encoder and decoder adapted in a detector that is trained."""
     (block,) = [b for b in re.findall(r'```python\n(.*?)```', PAGE, re.S) if 'decoder' in b]
     (workplace / 'detr_coco.py').write_text(block)
@@ -371,7 +371,7 @@ def test_the_transformer_of_a_detr(workplace, script, monkeypatch):
     assert model.query_embedding.weight.requires_grad
     _, loaded = run(cfg, 'test', load_from='trained/iter_2.pth', work_dir='loaded')
     check_equal(loaded, trained)
-    check_close(merged(cfg, 'trained/iter_2.pth', script), trained)
+    check_close(merged(cfg, 'trained/iter_2.pth'), trained)
 
 
 def build(name, **changes):

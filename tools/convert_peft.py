@@ -17,12 +17,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from merge import load_adapted
 
 import mmpeft
 from mmpeft.checkpoint.atomic import replacing
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.checkpoint.manifest import describe
+from mmpeft.engine.inference import init_model
 from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import read_peft, save_peft
@@ -56,8 +56,8 @@ def parse_args():
 def load(cfg, source=None):
     """The model of a config with the adapters of a file; its base alone without one."""
     if source is not None and source.suffix != '.safetensors':
-        return load_adapted(cfg, source)
-    model = mmpeft.remove(load_adapted(cfg, cfg.get('load_from')))
+        return init_model(cfg, source)
+    model = mmpeft.remove(init_model(cfg, cfg.get('load_from')))
     return model if source is None else mmpeft.load_adapter(model, source)
 
 

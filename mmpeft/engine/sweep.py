@@ -14,8 +14,8 @@ from pathlib import Path
 from mmpeft.errors import UsageError
 from mmpeft.registry import METHODS
 
+from .building import adapt, build_model
 from .config import compose, find_hook
-from .injections import adapt, build_model
 from .method_argument import method_name, methods_in
 
 SCORES = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'dota/mAP', 'accuracy/top1')

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmpeft.engine.injections import adapt, build_model
+from mmpeft.engine.building import adapt, build_model
 
 SCORES = {
     'coco/bbox_mAP': 'box AP',

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from mmpeft.analysis.explain import explain
 from mmpeft.analysis.memory import built_without_data
+from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook
-from mmpeft.engine.injections import build_adapted
 from mmpeft.engine.launch import add_config_arguments, run
 from mmpeft.execution import CHOICES
 

@@ -16,8 +16,8 @@ import warnings
 from rich.console import Console
 
 from mmpeft.analysis.memory import predict, table
+from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose
-from mmpeft.engine.injections import build_adapted
 from mmpeft.engine.launch import add_config_arguments, run
 
 

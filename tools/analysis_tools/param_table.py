@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mmpeft.analysis.parameters import check_format, kind_table, layer_table, write
+from mmpeft.engine.building import adapt, build_model
 from mmpeft.engine.config import compose
-from mmpeft.engine.injections import adapt, build_model
 from mmpeft.engine.launch import add_config_arguments, run
 
 

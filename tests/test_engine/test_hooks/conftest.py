@@ -32,7 +32,7 @@ def amp_on_cpu(monkeypatch):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def warned(monkeypatch):
     """The warnings in the log."""
     texts = []
     monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *_: texts.append(text))

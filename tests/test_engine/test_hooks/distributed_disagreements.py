@@ -1,7 +1,7 @@
 """Ways in which two ranks come to disagree: ``distributed_disagreements.py WORK_DIR``.
 
-Each rank writes what it was told. An error that did not reach all of them
-would leave the others waiting.
+Each rank writes its errors. An error that did not reach all ranks would leave
+the others waiting.
 """
 
 import json
@@ -13,7 +13,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
 
 from mmpeft.engine.launch import build_runner
-from mmpeft.errors import UsageError
+from mmpeft.errors import TrainingError
 from mmpeft.injection.site import named_adapters
 from tests.toy import by_iterations, toy_config
 
@@ -53,7 +53,7 @@ def train(folder, name, *hooks, method=None, **changes):
         runner.register_hook(hook)
     try:
         runner.train()
-    except UsageError as error:
+    except TrainingError as error:
         return str(error)
     return ''
 
@@ -62,19 +62,21 @@ def main(folder):
     folder = Path(folder)
     torch.set_num_threads(1)
     adalora = dict(type='AdaLoRA', rank=1, warmup=1, settle=1, every=1)
-    told = {'another_seed': train(folder, 'another_seed')}
+    errors = {'another_seed': train(folder, 'another_seed')}
     barrier()
     files = [folder / 'another_seed/iter_4.pth', folder / 'other/iter_4.pth']
     train(folder, 'other', **{'optim_wrapper.optimizer.lr': 0.1})
     barrier()
-    told['another_file'] = train(folder, 'another_file', load_from=str(files[get_rank()]))
-    told['another_base'] = train(folder, 'another_base', Do('before_train', write_base))
-    told['another_decision'] = train(
+    errors['another_file'] = train(folder, 'another_file', load_from=str(files[get_rank()]))
+    errors['another_base'] = train(folder, 'another_base', Do('before_train', write_base))
+    errors['another_decision'] = train(
         folder, 'another_decision', Do('after_train_iter', decide, 3), method=adalora
     )
-    told['one_rank_alone'] = train(folder, 'one_rank_alone', Do('after_train_iter', write_base, 2))
-    told['not_finite'] = train(folder, 'not_finite', Do('before_train', spoil))
-    (folder / f'rank{get_rank()}.json').write_text(json.dumps(told))
+    errors['one_rank_alone'] = train(
+        folder, 'one_rank_alone', Do('after_train_iter', write_base, 2)
+    )
+    errors['not_finite'] = train(folder, 'not_finite', Do('before_train', spoil))
+    (folder / f'rank{get_rank()}.json').write_text(json.dumps(errors))
 
 
 if __name__ == '__main__':

@@ -91,7 +91,7 @@ def test_an_unused_adapter_is_named_before_ddp_gives_up(tmp_path):
 
 @pytest.fixture(scope='module')
 def errors(tmp_path_factory):
-    """What each rank was told of each way to disagree, all in one pair of processes."""
+    """Each rank's error for each way to disagree, all in one pair of processes."""
     folder = tmp_path_factory.mktemp('disagreements')
     done = launch(2, DISAGREEMENTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -122,14 +122,14 @@ def errors(tmp_path_factory):
         ('another_seed', '^$'),
     ],
 )
-def test_ranks_that_disagree_are_told_so_on_all_of_them(case, expected, errors):
-    first, second = (told[case] for told in errors)
+def test_ranks_that_disagree_stop_on_all_of_them(case, expected, errors):
+    first, second = (own[case] for own in errors)
     assert first == second
     assert re.search(expected, first), first
 
 
 def test_gradients_that_are_not_finite_on_one_rank(errors):
-    first, second = (told['not_finite'] for told in errors)
+    first, second = (own['not_finite'] for own in errors)
     assert 'loss is finite, gradients are NaN' in first and 'all layers are finite' in first
     assert 'loss is nan' in second and "NaN appears first in 'backbone.stage.1'" in second
 

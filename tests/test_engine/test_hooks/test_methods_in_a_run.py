@@ -106,7 +106,7 @@ def test_the_allocator_follows_optimizer_steps(tmp_path):
     changes = by_iterations(12, 12) | {'optim_wrapper.accumulative_counts': 2}
     runner = toy_runner(tmp_path, METHODS['adalora'], **changes)
     runner.train()
-    (allocator,) = runner._hooks[0].allocation.allocators
+    (allocator,) = next(h for h in runner.hooks if hasattr(h, 'allocation')).allocation.allocators
     assert allocator.steps == allocator.step == 6
     adapters = list(named_adapters(runner.model).values())
     kept = sum(int((a.lora_E != 0).sum()) for a in adapters)

@@ -1,60 +1,60 @@
-"""Whether the frozen base is still what it was."""
+"""Whether the frozen base is unchanged."""
 
 import torch
 
 from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.checkpoint.keys import frozen_keys
+from mmpeft.engine.hooks.unwrap import unwrap
 
-from .monitor import Watch, bare
+from .monitor import Monitor
 
 KEPT = 4096
-"""Elements of each frozen tensor that are kept, to tell what changed."""
+"""Elements of each frozen tensor that are kept, to say what changed."""
 
 
-class FrozenWatch(Watch):
-    """Finds frozen weights and statistics that changed during training.
+class FrozenMonitor(Monitor):
+    """Finds frozen weights and statistics that change during training.
 
-    A checkpoint does not hold the frozen base, so that such a change would be
-    lost. A digest of each tensor finds any change; version counters would
-    not, since BatchNorm's statistics and whatever goes through ``.data``
-    count none. The first elements of each are kept besides, all of a
-    BatchNorm's, to say by how much.
+    A checkpoint does not hold the frozen base, so such a change would be lost.
+    A digest of each tensor finds any change. Version counters would not:
+    BatchNorm's statistics, and writes through ``.data``, do not increase them.
+    The first elements of each tensor are kept to say by how much it changed.
     """
 
     def before_train(self, runner):
-        """Take down what the base is."""
+        """Record the base."""
         base = self._base(runner)
         self._digests = digests(base)
         self._beginnings = {key: _beginning(value).clone() for key, value in base.items()}
-        self._seen = runner.iter
+        self._checked = runner.iter
 
-    def look(self, runner):
-        """The tensors that changed since the last look."""
+    def check(self, runner):
+        """Tensors that changed since the last check."""
         base = self._base(runner, self._beginnings)
         now = digests(base)
         changed = [key for key in self._beginnings if now.get(key) != self._digests[key]]
-        since, self._seen = self._seen, runner.iter + 1
+        since, self._checked = self._checked, runner.iter + 1
         if not changed:
             return None
         first = changed[0]
         return (
             f'{len(changed)} of {len(self._digests)} frozen tensors changed between iterations '
-            f'{since} and {self._seen}. The first is {first!r}: {self._change(first, base)}. '
+            f'{since} and {self._checked}. The first is {first!r}: {self._change(first, base)}. '
             'Checkpoints do not hold the frozen base, so the change would be lost. Something '
-            'beside the adapters writes to it: a hook, a second optimizer, or a normalisation in '
-            'training mode. Take that away, let it train with unfreeze, or set '
+            'other than the adapters writes to it: a hook, a second optimizer, or a normalisation '
+            'in training mode. Remove that, let it train with unfreeze, or set '
             'default_hooks.peft.check_frozen=False if it may move.'
         )
 
     def _base(self, runner, keys=None):
-        model = bare(runner.model)
+        model = unwrap(runner.model)
         state = model.state_dict()
         keys = frozen_keys(model) if keys is None else keys
         return {key: state[key] for key in keys if key in state}
 
     def _change(self, key, base):
         if key not in base:
-            return 'the model has it no more'
+            return 'the model no longer has it'
         before, after = self._beginnings[key], _beginning(base[key])
         if before.shape != after.shape:
             return f'its shape is now {tuple(base[key].shape)}'

@@ -1,29 +1,34 @@
 """Whether gradients reach the adapters."""
 
-from torch import nn
+from mmengine.model import is_model_wrapper
 
-from mmpeft.methods import Adapter
+from mmpeft.engine.hooks.unwrap import unwrap
+from mmpeft.injection.site import named_adapters
+
+from .monitor import Monitor, listed
 
 
-class GradientWatch:
-    """Notes which adapters of a model receive a gradient.
+class GradientMonitor(Monitor):
+    """Finds adapters that receive no gradient in the first iterations.
 
-    Gradients are seen while they are computed, since an optimizer step leaves
-    none behind. Each parameter's hook goes as soon as it has seen one that is
-    not zero.
+    Gradients are seen while they are computed, because an optimizer step
+    leaves none. Under DDP, which fails on unused parameters, the check comes
+    after one iteration.
 
-    Args:
-        model: With adapters.
+    Attributes:
+        reached: For each adapter None while it had no gradient, then whether
+            one was not zero.
     """
 
-    def __init__(self, model: nn.Module):
-        self.reached = {}
-        self._handles = []
-        for name, adapter in model.named_modules():
-            if isinstance(adapter, Adapter):
-                self.reached[name] = None
-                for parameter in adapter.parameters():
-                    self._handles.append(parameter.register_hook(self._note(name)))
+    def before_train(self, runner):
+        """Register hooks on the adapters' parameters."""
+        adapters = named_adapters(unwrap(runner.model))
+        self.reached = dict.fromkeys(adapters)
+        self._handles = [
+            parameter.register_hook(self._note(name))
+            for name, adapter in adapters.items()
+            for parameter in adapter.parameters()
+        ]
 
     def _note(self, name):
         def hook(gradient):
@@ -32,18 +37,42 @@ class GradientWatch:
 
         return hook
 
-    @property
-    def unreached(self) -> list[str]:
-        """Adapters whose gradient was never computed."""
-        return [name for name, seen in self.reached.items() if seen is None]
+    def is_due(self, runner):
+        """After ``check_iters`` iterations, and under DDP after the first."""
+        unused_fail = not runner.cfg.get('find_unused_parameters')
+        first = self.iterations == 1 and is_model_wrapper(runner.model) and unused_fail
+        return first or self.iterations == self.check_iters
 
-    @property
-    def always_zero(self) -> list[str]:
-        """Adapters whose gradients were all zero."""
-        return [name for name, seen in self.reached.items() if seen is False]
+    def after_train_epoch(self, runner):
+        """Nothing; short runs are checked at their end."""
 
-    def close(self) -> None:
-        """Take the hooks off."""
+    def after_train(self, runner):
+        """Check a run that had fewer iterations."""
+        if self.iterations < self.check_iters:
+            self.stop_if_wrong(runner)
+            self._close(runner)
+
+    def check(self, runner):
+        """Adapters without a gradient."""
+        unreached = [name for name, seen in self.reached.items() if seen is None]
+        if not unreached:
+            if self.iterations >= self.check_iters:
+                self._close(runner)
+            return None
+        return (
+            f'No gradient reached {len(unreached)} of {len(self.reached)} adapters in '
+            f'{self.iterations} iterations, such as {listed(unreached)}. Their layers are not used '
+            'in the forward pass, or run under no_grad (a frozen_stages of the backbone, say) or '
+            'in a reentrant checkpoint. Leave them out with targets.exclude, or let the gradient '
+            'through.'
+        )
+
+    def _close(self, runner):
+        zero = [name for name, seen in self.reached.items() if seen is False]
+        if zero:
+            runner.logger.warning(
+                f'The gradients of {len(zero)} adapters were all zero in {self.iterations} '
+                f'iterations, such as {listed(zero)}.'
+            )
         for handle in self._handles:
             handle.remove()
-        self._handles = []

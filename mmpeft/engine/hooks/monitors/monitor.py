@@ -1,69 +1,66 @@
-"""When the watches look at a run, and how they stop it."""
+"""When a monitor checks a run, and how it stops it."""
 
 from mmengine.dist import all_gather_object
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.runner import find_latest_checkpoint
-from torch import nn
+from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmpeft.errors import UsageError
+from mmpeft.errors import TrainingError
 
 
-class Watch(Hook):
-    """Looks at a run early, before each of its checkpoints, and at its end.
+class Monitor(Hook):
+    """Checks a run early, before each of its checkpoints, and at its end.
 
-    Before a checkpoint means before :class:`CheckpointHook` takes older ones
-    away, too. What one rank finds stops all of them.
+    The check comes before :class:`CheckpointHook` removes older checkpoints. A
+    problem on one rank stops all of them.
 
     Args:
-        check_iters: Iterations after which it looks for the first time.
+        check_iters: Iterations after which it checks for the first time.
     """
 
     priority = 'LOW'
 
     def __init__(self, check_iters: int):
         self.check_iters = check_iters
-        self._iterations = 0
+        self.iterations = 0
 
-    def look(self, runner) -> str | None:
+    def check(self, runner: Runner) -> str | None:
         """What is wrong, as a paragraph; None if nothing is. All ranks call it together."""
         raise NotImplementedError
 
+    def is_due(self, runner: Runner) -> bool:
+        """Whether to check after this iteration; equal on all ranks."""
+        return self.iterations == self.check_iters or _saves(runner)
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Look where it is time."""
-        self._iterations += 1
-        if self._iterations == self.check_iters or _saves(runner):
+        """Check if it is due."""
+        self.iterations += 1
+        if self.is_due(runner):
             self.stop_if_wrong(runner)
 
     def after_train_epoch(self, runner):
-        """Look; a loop over iterations counts as one epoch."""
+        """Check; a loop over iterations counts as one epoch."""
         self.stop_if_wrong(runner)
 
-    def stop_if_wrong(self, runner) -> None:
-        """Look now.
+    def stop_if_wrong(self, runner: Runner) -> None:
+        """Check now.
 
         Raises:
-            UsageError: Something is wrong on one of the ranks.
+            TrainingError: Something is wrong on one of the ranks.
         """
-        complaints = all_gather_object(self.look(runner))
-        common = len(set(complaints)) == 1
-        for rank, complaint in enumerate(complaints):
-            if complaint:
-                raise UsageError(complaint if common else f'On rank {rank}: {complaint}')
+        problems = all_gather_object(self.check(runner))
+        on_all = len(set(problems)) == 1
+        for rank, problem in enumerate(problems):
+            if problem:
+                raise TrainingError(problem if on_all else f'On rank {rank}: {problem}')
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """A Runner's model without the wrapper of DDP."""
-    return model.module if is_model_wrapper(model) else model
-
-
-def some(names: list[str], most: int = 3) -> str:
+def listed(names: list[str], most: int = 3) -> str:
     """The first of many names, for a message."""
     return ', '.join(map(repr, names[:most])) + (', ...' if len(names) > most else '')
 
 
-def last_checkpoint(runner) -> str:
-    """Which checkpoint there is to go back to, as a sentence."""
+def last_checkpoint(runner: Runner) -> str:
+    """A sentence that names the checkpoint to go back to."""
     path = find_latest_checkpoint(runner.work_dir)
     return f'The last checkpoint is {path}.' if path else 'There is no checkpoint yet.'
 

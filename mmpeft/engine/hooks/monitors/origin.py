@@ -1,30 +1,31 @@
 """Where in a network values that are not finite appear first."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class Origin:
-    """Watches all layers in forward and backward for NaN and infinity.
+    """Checks all layers in forward and backward for NaN and infinity.
 
-    It waits for the device at each layer, and is for a few iterations only.
+    It waits for the device at each layer, so it is for a few iterations only.
 
     Args:
-        model: Whose layers are watched from here on.
+        model: Whose layers are checked from here on.
 
     Attributes:
-        arose: The first layer, in order of execution, whose output has NaN
-            though its inputs have none; and the same for infinity, which some
+        first_output: The first layer, in order of execution, whose output has
+            NaN though its inputs have none; likewise for infinity, which some
             networks mask with.
-        reached: The first layer that has such an input.
-        gradient: The first gradient in backward that is not finite.
-        before: The last finite one before it.
+        first_input: The first layer that has such an input.
+        first_gradient: The first gradient in backward that is not finite.
+        last_finite: The last finite gradient before it.
     """
 
     def __init__(self, model: nn.Module):
-        self.forget()
+        self.reset()
         self._handles = []
         for name, module in model.named_modules():
             hook = self._forward_hook(name or 'the model')
@@ -33,21 +34,21 @@ class Origin:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(self._gradient_hook(name)))
 
-    def forget(self) -> None:
-        """Begin anew, as at the next iteration."""
-        self.arose, self.reached = {}, {}
-        self.gradient = self.before = None
+    def reset(self) -> None:
+        """Start again, as at the next iteration."""
+        self.first_output, self.first_input = {}, {}
+        self.first_gradient = self.last_finite = None
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
 
     def _forward_hook(self, name):
         def hook(module, args, kwargs, output):
-            for kind in kinds_in(output) - self.arose.keys():
-                found = self.reached if kind in kinds_in((args, kwargs)) else self.arose
-                found.setdefault(kind, name)
+            for kind in nonfinite_kinds(output) - self.first_output.keys():
+                in_input = kind in nonfinite_kinds((args, kwargs))
+                (self.first_input if in_input else self.first_output).setdefault(kind, name)
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(self._gradient_hook(f'the output of {name}'))
@@ -56,34 +57,34 @@ class Origin:
 
     def _gradient_hook(self, name):
         def hook(gradient):
-            if not self.gradient:
+            if not self.first_gradient:
                 if gradient.isfinite().all():
-                    self.before = name
+                    self.last_finite = name
                 else:
-                    self.gradient = name
+                    self.first_gradient = name
 
         return hook
 
     def __str__(self):
-        told = [
-            f'Forward: {kind} appears first in {self.arose[kind]!r}, whose inputs have none.'
-            if kind in self.arose
-            else f'Forward: {kind} is first given to {self.reached[kind]!r}.'
-            for kind in sorted(self.arose | self.reached)
+        found = [
+            f'Forward: {kind} appears first in {self.first_output[kind]!r}, whose inputs have none.'
+            if kind in self.first_output
+            else f'Forward: {kind} is first given to {self.first_input[kind]!r}.'
+            for kind in sorted(self.first_output | self.first_input)
         ]
-        if not told and (self.before or self.gradient):
-            told.append('Forward: all layers are finite.')
-        if self.gradient:
-            told.append(
-                f'Backward: the first gradient that is not finite is that of {self.gradient}'
-                + (f'; that of {self.before} is finite.' if self.before else '.')
+        if not found and (self.last_finite or self.first_gradient):
+            found.append('Forward: all layers are finite.')
+        if self.first_gradient:
+            found.append(
+                f'Backward: the first gradient that is not finite is that of {self.first_gradient}'
+                + (f'; that of {self.last_finite} is finite.' if self.last_finite else '.')
             )
-        elif self.before:
-            told.append('Backward: all gradients are finite.')
-        return ' '.join(told) or 'No layer could be watched.'
+        elif self.last_finite:
+            found.append('Backward: all gradients are finite.')
+        return ' '.join(found) or 'No layer could be checked.'
 
 
-def tensors_in(value) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The floating tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
@@ -95,8 +96,8 @@ def tensors_in(value) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
-def kinds_in(value) -> set[str]:
-    """Of NaN and infinity those that tensors in it have."""
+def nonfinite_kinds(value: Any) -> set[str]:
+    """Which of NaN and infinity the tensors in a value have."""
     tensors = [tensor for tensor in tensors_in(value) if not tensor.isfinite().all()]
     kinds = dict(NaN=torch.isnan, infinity=torch.isinf)
     return {kind for kind, test in kinds.items() if any(test(t).any() for t in tensors)}

@@ -5,24 +5,34 @@ from pathlib import Path
 
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner, find_latest_checkpoint
-from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmpeft.checkpoint.safe_load import read_checkpoint, saved_at
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
+
+from .loading import Source, fetch_checkpoint
 
 BESIDE = ('.safetensors', '.json')
 """Suffixes of the adapter files that lie beside checkpoints."""
 
 
-def fetch_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint from a local file, or from an address by mmengine's own loaders.
+def pending_source(runner: Runner) -> Source | None:
+    """The checkpoint that a Runner is going to load or resume from; None if there is none.
+
+    Where the Runner is to find the newest, it is found here and set.
 
     Raises:
-        UsageError: See :func:`~mmpeft.checkpoint.safe_load.read_checkpoint`.
+        UsageError: A file is no checkpoint, or all that there are are damaged.
+        MissingFileError: There is no such file.
     """
-    if '://' in str(path):
-        return _load_checkpoint(str(path), map_location='cpu')
-    return read_checkpoint(path)
+    if runner._has_loaded:
+        return None
+    if runner._load_from is None and runner._resume:
+        path, content = newest_checkpoint(runner)
+        runner._load_from = path
+        return None if path is None else Source(path, content)
+    if runner._load_from is None:
+        return None
+    return Source(str(runner._load_from), fetch_checkpoint(runner._load_from))
 
 
 def newest_checkpoint(runner: Runner) -> tuple[str | None, dict | None]:

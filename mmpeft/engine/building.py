@@ -1,0 +1,96 @@
+"""Models of configs without a Runner: plain, and adapted from the weights that they have."""
+
+import copy
+import inspect
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from mmpeft.errors import UsageError
+from mmpeft.injection.summary import Summary
+from mmpeft.registry import METHODS
+
+from .config import find_hook
+from .injections import hook_injections, inject_all
+from .packages import import_task
+
+
+def build_model(cfg: Config, meta: bool = False) -> nn.Module:
+    """The model of a config, without adapters and without its pretrained weights.
+
+    Args:
+        cfg: With ``model``; its package is imported and registered.
+        meta: Without memory for parameters, unless the model's own code reads
+            numbers off tensors (mmdet's Swin and mmseg's MiT do, for their
+            drop-path rates).
+
+    Raises:
+        UsageError: The config has no model, or its package is missing.
+    """
+    if not cfg.get('model'):
+        raise UsageError(f'{cfg.filename} has no model. Give the config of a whole run.')
+    import_task(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    if meta:
+        try:
+            with torch.device('meta'):
+                return MODELS.build(copy.deepcopy(cfg.model))
+        except RuntimeError:
+            pass
+    return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def adapt(model: nn.Module, cfg: Config, rank: int | None = None) -> Summary:
+    """Inject what the hook of a config says, from the weights that the model has.
+
+    Args:
+        model: From :func:`build_model`.
+        cfg: Its config.
+        rank: In place of the rank or budget of its methods.
+
+    Raises:
+        UsageError: The config has no hook, or ``rank`` is given and a method
+            has none.
+    """
+    hook = find_hook(cfg)
+    if hook is None:
+        raise UsageError(
+            f'{cfg.filename} has no PEFTHook, so nothing is adapted. Add --method, such as '
+            '--method flora.'
+        )
+    found = hook_injections(hook)
+    if rank is not None:
+        found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
+    return inject_all(model, found, hook.get('execution', 'auto'))
+
+
+def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
+    """The model of a config with its adapters, from random weights.
+
+    Args:
+        cfg: See :func:`adapt`.
+        recompute: The backbone's ``with_cp``. The result is None if it is to
+            recompute and has no such argument.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('checkpoint', None)  # not read here, and InternViT prepares for it
+    import_task(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    with MODELS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(cfg.model.backbone.type)
+    if 'with_cp' in inspect.signature(kind).parameters:
+        cfg.model.backbone.with_cp = recompute
+    elif recompute:
+        return None
+    model = build_model(cfg)
+    adapt(model, cfg)
+    return model
+
+
+def _with_rank(method, rank):
+    kind = METHODS.get(method['type'])
+    if kind is not None and not hasattr(kind, 'rank'):
+        raise UsageError(f'--rank {rank}: {method["type"]} has no rank. Leave --rank out.')
+    return dict(method, rank=rank, budget=None)

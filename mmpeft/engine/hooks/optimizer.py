@@ -1,0 +1,48 @@
+"""An optimizer and schedulers for a model whose parameters have changed."""
+
+import copy
+from collections.abc import Iterable
+
+from mmengine.runner import Runner
+from torch import nn
+
+from mmpeft.errors import UsageError
+
+
+def rebuild_optimizer(runner: Runner) -> None:
+    """Build a Runner's optimizer and schedulers again from its config.
+
+    Raises:
+        UsageError: The Runner was not made from a config.
+    """
+    if 'optim_wrapper' not in runner.cfg:
+        raise UsageError(
+            'PEFTHook rebuilds the optimizer from the config, and this Runner was made without '
+            'one. Use Runner.from_cfg(cfg) with optim_wrapper and param_scheduler in it.'
+        )
+    config = copy.deepcopy(runner.cfg.optim_wrapper)
+    if config.get('paramwise_cfg'):
+        # Adapters may share parameters, which mmengine otherwise takes for a mistake.
+        config.paramwise_cfg.setdefault('bypass_duplicate', True)
+    runner.optim_wrapper = runner.build_optim_wrapper(config)
+    scheduled, runner.param_schedulers = runner.param_schedulers is not None, None
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    if scheduled:
+        schedulers = copy.deepcopy(runner.cfg.param_scheduler)
+        runner.param_schedulers = runner.build_param_scheduler(schedulers)
+
+
+def check_optimized(runner: Runner, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer that does not have all of some parameters.
+
+    Raises:
+        UsageError: The config's constructor leaves some out.
+    """
+    groups = runner.optim_wrapper.optimizer.param_groups
+    optimized = {id(p) for group in groups for p in group['params']}
+    lost = [p for p in parameters if id(p) not in optimized]
+    if lost:
+        raise UsageError(
+            f'{len(lost)} adapter parameters are not in the optimizer, so that they would never '
+            'train. The optim_wrapper.constructor of the config leaves them out.'
+        )

@@ -1,0 +1,173 @@
+"""Adapted models for inference, outside of a Runner."""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger, print_log
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS
+from torch import nn
+
+from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.checkpoint.file_kind import is_safetensors
+from mmpeft.checkpoint.legacy import is_former, upgraded
+from mmpeft.checkpoint.manifest import attach_adapters
+from mmpeft.checkpoint.validation import check_whole
+from mmpeft.errors import UsageError
+
+from .building import build_model
+from .config import compose, find_hook
+from .injections import hook_injections, inject_all
+from .launch import check_checkpoint
+from .loading import Source, complete, fetch_checkpoint, load_base
+
+
+def init_model(
+    config: str | Path | Config,
+    checkpoint: str | Path | None = None,
+    device: str = 'cpu',
+    method: str | Mapping | list | None = None,
+    options: Mapping | None = None,
+) -> nn.Module:
+    """A model ready for inference, from a config and what training or merging saved.
+
+    It takes the place of ``mmdet.apis.init_detector`` and ``mmseg.apis.init_model``:
+    ``inference_detector`` and ``inference_model`` take its result.
+
+    Args:
+        config: See :func:`~mmpeft.engine.config.compose`, as ``method`` and
+            ``options``. Without a PEFTHook, adapters are those that the
+            checkpoint lists.
+        checkpoint: An adapter file, a checkpoint with adapters, or one without,
+            such as a merged one. A checkpoint without adapters makes a model
+            without, whatever the config. None leaves the base with the
+            config's adapters at their initial values.
+        device: Where the model goes.
+
+    Returns:
+        In evaluation mode, with ``cfg`` and ``dataset_meta``.
+
+    Raises:
+        MissingFileError: The config, the checkpoint or the base does not exist.
+        UsageError: The checkpoint does not fit the config.
+    """
+    cfg = compose(config, method, options)
+    source = None if checkpoint is None else _source(str(checkpoint))
+    model = revert_sync_batchnorm(build_model(cfg))
+    with _quiet():
+        _fill(model, cfg, source)
+    meta = (source.content.get('meta') or {}).get('dataset_meta') if source else None
+    model.dataset_meta = _dataset_meta(cfg, meta or {})
+    model.cfg = model._config = cfg
+    model._dataset_meta = model.dataset_meta  # as mmpretrain calls it
+    return model.to(device).eval()
+
+
+def saved_meta(checkpoint: str | Path) -> dict:
+    """What a checkpoint says of its run; empty for an adapter file."""
+    path = str(checkpoint)
+    return {} if _is_adapter_file(path) else dict(fetch_checkpoint(path).get('meta') or {})
+
+
+def _source(path):
+    check_checkpoint(path)
+    if not _is_adapter_file(path):
+        return Source(path, fetch_checkpoint(path))
+    manifest, state = read_adapter(path)
+    return Source(path, dict(meta=dict(mmpeft=manifest), state_dict=state))
+
+
+def _is_adapter_file(path):
+    return '://' not in path and is_safetensors(Path(path))
+
+
+def _fill(model, cfg, source):
+    """Put base, adapters and heads into a model."""
+    hook = find_hook(cfg) or {}
+    manifest = source and source.manifest
+    if not hook and source is None:
+        raise UsageError(
+            f'{cfg.filename} has no PEFTHook, and no checkpoint was given that lists adapters. '
+            'Give one of them, or a method.'
+        )
+    init_weights = getattr(model, 'init_weights', lambda: None)
+    load_base(model, source, hook.get('base_checkpoint'), init_weights, always_init=False)
+    if source is not None and manifest is None:
+        if hook:
+            _note(f'{source.path} holds no adapters: the model has none, whatever the config says.')
+    elif hook:
+        inject_all(model, hook_injections(hook), hook.get('execution', 'auto'), manifest)
+    else:
+        if is_former(manifest):
+            manifest = upgraded(model, manifest, source.content['state_dict'])
+        attach_adapters(model, manifest)
+        methods = ', '.join(each['method']['type'] for each in manifest['injections'])
+        _note(f'{cfg.filename} has no PEFTHook: adapted as {source.path} says, with {methods}.')
+    if source is None:
+        return
+    if manifest is not None:
+        check_base = hook.get('check_base', True)
+        if _is_adapter_file(source.path):
+            check_whole(model, source.content['state_dict'], repr(source.path), check_base)
+        complete(model, source.content, check_base, repr(source.path))
+    _load_all(model, source)
+
+
+def _note(text):
+    print_log(text, 'current', logging.WARNING)
+
+
+def _load_all(model, source):
+    """Load a state dict that has all that the model has."""
+    state = source.content.get('state_dict', source.content)
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    wrong = [
+        f'{key}: {_shape(state, key)} in the file, {_shape(own, key)} in the model'
+        for key in own.keys() | (state.keys() if source.manifest else set())
+        if _shape(state, key) != _shape(own, key) and not key.endswith('num_batches_tracked')
+    ]
+    if wrong:
+        raise UsageError(
+            f'{source.path!r} does not fit this model: {len(wrong)} tensors are missing or of '
+            f'another shape, such as {min(wrong)}. Give the config that it was trained with, '
+            'heads and classes included.'
+        )
+    unused = sorted(state.keys() - model.state_dict().keys())
+    if unused:
+        _note(f'{source.path}: {len(unused)} tensors are not in the model, such as {unused[0]}.')
+    model.load_state_dict(state, strict=False)
+
+
+def _shape(state, key):
+    return tuple(state[key].shape) if key in state else 'none'
+
+
+def _dataset_meta(cfg, saved):
+    """Classes as a checkpoint has them, else those of the config; a palette."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    known = {}
+    if dataset is not None:
+        known = DATASETS.build(copy.deepcopy(dataset) | dict(lazy_init=True)).metainfo
+    saved = {key.lower(): value for key, value in saved.items()}
+    classes = saved.get('classes') or known.get('classes') or ()
+    palette = known.get('palette') or saved.get('palette') or 'random'
+    return dict(classes=classes, palette=palette)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for every parameter that ``init_weights`` sets."""
+    loggers = list(MMLogger._instance_dict.values()) or [MMLogger.get_instance('mmengine')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

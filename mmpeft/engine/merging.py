@@ -1,0 +1,113 @@
+"""Merged checkpoints with their configs, which know nothing of adapters."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from mmpeft.analysis.comparison import Difference, differences, observe
+from mmpeft.checkpoint.atomic import replacing
+from mmpeft.errors import UsageError
+from mmpeft.injection.merge import merge
+from mmpeft.interop.mmpretrain import mmpretrain_convnext
+
+
+def plain_config(cfg: Config) -> Config:
+    """The config of the model without adapters; building it fetches nothing."""
+    plain = Config(cfg.to_dict(), filename=cfg.filename)
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        if _is_ours(hook):
+            plain.default_hooks.pop(name)
+    if 'custom_hooks' in cfg:
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if not _is_ours(hook)]
+    for key in ('peft', 'load_from', 'resume', 'launcher', 'work_dir'):
+        plain.pop(key, None)
+    backbone = plain.model.get('backbone', {})
+    if backbone.get('type') == 'mmpeft.TimmBackbone':
+        backbone.update(pretrained=False, checkpoint=None)
+    return plain
+
+
+def merged(
+    model: nn.Module, cfg: Config, backbone: str = 'timm'
+) -> tuple[Config, dict[str, Tensor]]:
+    """Merge the adapters of a model.
+
+    Args:
+        model: With adapters; changed in place.
+        cfg: Its config.
+        backbone: ``'mmpretrain'`` makes timm's ConvNeXt mmpretrain's.
+
+    Returns:
+        Config and state dict of the plain model.
+
+    Raises:
+        UsageError: A method cannot be merged, or the backbone cannot be
+            converted.
+    """
+    merge(model)
+    plain, state = plain_config(cfg), model.state_dict()
+    if backbone == 'mmpretrain':
+        plain.model.backbone, state = mmpretrain_convnext(plain.model.backbone, state)
+    return plain, state
+
+
+def compare_merged(
+    before: Mapping, plain: Config, state: Mapping[str, Tensor], batch: Any
+) -> list[Difference]:
+    """Compare the model of a merged config and checkpoint with the adapted one.
+
+    Args:
+        before: What the adapted model made of the batch, by
+            :func:`~mmpeft.analysis.comparison.observe`.
+        plain: From :func:`merged`, as ``state``.
+        batch: As a dataloader gives it.
+    """
+    model = MODELS.build(copy.deepcopy(plain.model))  # DETR's kin change what they are built from
+    model.load_state_dict(state)
+    model.to(next(iter(state.values())).device)
+    return differences(observe(model, batch), before)
+
+
+def write_merged(
+    path: Path, plain: Config, state: Mapping[str, Tensor], meta: Mapping | None = None
+) -> Path:
+    """Write a plain checkpoint, and its config beside it.
+
+    Args:
+        path: Of the checkpoint, ``OUT.pth``.
+        plain: From :func:`merged`, as ``state``.
+        meta: Of the checkpoint that was merged.
+
+    Returns:
+        The path of the config, ``OUT.py``.
+
+    Raises:
+        UnwrittenFileError: The disk is full or cannot be written to.
+    """
+    meta = {key: value for key, value in (meta or {}).items() if key != 'mmpeft'}
+    meta['cfg'] = plain.pretty_text
+    with replacing(path) as temporary:
+        torch.save(dict(meta=meta, state_dict=dict(state)), temporary)
+    plain.dump(path.with_suffix('.py'))
+    return path.with_suffix('.py')
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Refuse to replace files.
+
+    Raises:
+        UsageError: One of them exists.
+    """
+    taken = [str(path) for path in paths if path.exists()]
+    if taken:
+        raise UsageError(f'{" and ".join(taken)} exist already. Name another, or --overwrite.')
+
+
+def _is_ours(hook):
+    return str((hook or {}).get('type')).startswith('mmpeft.')

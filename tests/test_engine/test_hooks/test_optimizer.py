@@ -1,0 +1,46 @@
+"""What the optimizer holds."""
+
+import pytest
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+from mmpeft.errors import UsageError
+from tests.toy_runs import run
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class WholeModel(DefaultOptimWrapperConstructor):
+    """Takes frozen parameters, too."""
+
+    def __call__(self, model):
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        optim_wrapper = super().__call__(model)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return optim_wrapper
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class HeadAlone(DefaultOptimWrapperConstructor):
+    """Written for another way of fine-tuning."""
+
+    def __call__(self, model):
+        return super().__call__(model.head)
+
+
+def test_frozen_parameters_in_the_optimizer_are_harmless(tmp_path, warned):
+    changes = {'optim_wrapper.constructor': 'WholeModel', 'optim_wrapper.optimizer.weight_decay': 1}
+    runner = run(tmp_path, **changes)
+    groups = runner.optim_wrapper.param_groups
+    assert any(not p.requires_grad for group in groups for p in group['params'])
+    assert not warned
+
+
+def test_an_optimizer_without_adapters_is_refused(tmp_path):
+    expected = r'4 adapter parameters are not in the optimizer.*optim_wrapper\.constructor'
+    with pytest.raises(UsageError, match=expected):
+        run(tmp_path, method=dict(type='IA3'), **{'optim_wrapper.constructor': 'HeadAlone'})
