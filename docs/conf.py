@@ -7,6 +7,7 @@ Sphinx reads its sources, so that they list the modules that there are.
 import re
 import sys
 from pathlib import Path
+from types import FunctionType
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -92,16 +93,19 @@ def write(path, lines):
 
 def plain_text(app, what, name, obj, options, lines):
     """Read docstrings as text: formulas in indented blocks as they stand, no emphasis by ``*``."""
-    out, literal, sections = [], False, False
-    for line in lines:
-        indented = line.startswith('    ')
-        sections = sections or bool(re.match(r'(Args|Attributes|Returns|Raises|Yields):$', line))
-        follows_text = len(out) > 1 and not out[-1] and not out[-2].lstrip().startswith('.. ')
-        if indented and follows_text and not literal and not sections:
-            out += ['::', '']
-            literal = True
-        literal = literal and (indented or not line)
-        out.append(line if literal else escaped(line))
+    text = '\n'.join(lines).strip('\n')
+    out, sections = [], False
+    for paragraph in re.split(r'\n{2,}', text):
+        block = paragraph.split('\n')
+        sections = sections or bool(re.match(r'(Args|Attributes|Returns|Raises|Yields):', block[0]))
+        indented = [line.startswith('    ') for line in block]
+        if sections or not any(indented) or block[0].startswith('.. '):
+            out += [escaped(line) for line in block]
+        elif all(indented):
+            out += ['::', '', *block]
+        else:  # aligned by hand
+            out += [f'| {escaped(line)}' for line in block]
+        out.append('')
     lines[:] = out
 
 
@@ -111,6 +115,21 @@ def escaped(line):
     return ''.join(p if p[:2] in ('``', '**') else re.sub(r'([*|])', r'\\\1', p) for p in parts)
 
 
+def find_again(app, env, node, contnode):
+    """Resolve a reference to where a name is imported, such as ``mmpeft.models.TimmBackbone``."""
+    module, _, name = node.get('reftarget', '').rpartition('.')
+    if node.get('refdomain') != 'py' or not module.startswith('mmpeft'):
+        return None
+    found = getattr(sys.modules.get(module), name, None)
+    home = getattr(found, '__module__', None)
+    if found is None or home is None or not isinstance(found, type | FunctionType):
+        return contnode if found is not None else None
+    domain, target = env.get_domain('py'), f'{home}.{found.__qualname__}'
+    document = node['refdoc']
+    return domain.resolve_xref(env, document, app.builder, 'obj', target, node, contnode)
+
+
 def setup(app):
     app.connect('builder-inited', write_reference)
     app.connect('autodoc-process-docstring', plain_text, priority=100)  # before napoleon
+    app.connect('missing-reference', find_again)

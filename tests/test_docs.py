@@ -70,6 +70,14 @@ def test_files_that_are_named_exist(page):
             assert (ROOT / name).exists(), name
 
 
+def test_the_layout_names_what_is_there():
+    named = re.findall(r'`([a-z_/]+\.py)`', (DOCS / 'layout.md').read_text())
+    assert named
+    assert [
+        name for name in named if not any((ROOT / r / name).exists() for r in ('mmpeft', ''))
+    ] == []
+
+
 def test_every_page_is_in_the_table_of_contents():
     index = (DOCS / 'index.md').read_text()
     listed = set(re.findall(r'^(\w+)$', index, re.MULTILINE))
