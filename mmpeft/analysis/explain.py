@@ -23,9 +23,9 @@ class Explanation:
 
     Attributes:
         path: Of the layer.
-        kind: Class of the layer.
+        kind: Its class.
         tokens: Positions of the output, over the batch.
-        kernel: What computes the output, or that the weight is built.
+        kernel: What computes the output.
         floor: Multiply-adds of forward and of the input's gradient.
         extra: Multiply-adds that training the adapter adds to them.
     """
@@ -70,16 +70,10 @@ def explain(model: nn.Module, forward: Callable[[], object]) -> list[Explanation
 
 def _explained(path, layer, x, y):
     kernel = select_kernel(layer, x) if is_enabled(layer) else None
-    spec = layer.parametrizations.weight[0].spec
+    name, spec = kernel.name if kernel else BUILT, layer.parametrizations.weight[0].spec
     floor = 2 * _positions(x if spec.transposed else y, layer) * spec.numel
-    return Explanation(
-        path,
-        type(layer).__name__,
-        tokens=_positions(y, layer),
-        kernel=BUILT if kernel is None else kernel.describe(x),
-        floor=floor,
-        extra=_multiply_adds(layer, x) - floor,
-    )
+    extra = _multiply_adds(layer, x) - floor
+    return Explanation(path, type(layer).__name__, _positions(y, layer), name, floor, extra)
 
 
 def _positions(x, layer):

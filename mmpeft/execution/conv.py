@@ -8,7 +8,6 @@ gradients need r channels at both ends of a convolution instead of all:
 """
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from .function import FastFunction
 from .matmul import flat, layout_of, unflat
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TuckerConv(FastFunction):
     """y = x convolved with W + s G x_1 U x_2 V^T, plus b, without groups.
 
@@ -55,14 +54,14 @@ class TuckerConv(FastFunction):
             narrow = _mix(down, x)
             inner = geometry.convolve(narrow, kernel)
         d_inner = _mix(up.T * self.scale, dy)
-        mask = down is not None, True
-        d_narrow, d_core = convolution_gradients(geometry, d_inner, narrow, kernel, mask)
+        need_both = [down is not None, True]
+        d_narrow, d_core = convolution_gradients(geometry, d_inner, narrow, kernel, need_both)
         d_up = _weight_grad(dy, inner).to(dtype).mul_(self.scale)
         if down is not None:
             d_down = _weight_grad(d_narrow, x).to(dtype)
         if needs[0]:
             frozen = weight if self.branch else self._adapted(x, weight, up, core, down)
-            dx, _ = convolution_gradients(geometry, dy, x, frozen, (True, False))
+            dx, _ = convolution_gradients(geometry, dy, x, frozen, [True, False])
             dx = _accumulate(dx, down.T, d_narrow) if self.branch else dx
         d_bias = dy.sum([d for d in range(dy.ndim) if d != 1]) if needs[2] else None
         return dx, None, d_bias, d_up, d_core.to(dtype), d_down
@@ -77,49 +76,22 @@ class TuckerConv(FastFunction):
         return adapted.view(weight.shape).to(x.dtype)
 
 
-def output_positions(geometry: ConvGeometry, x: Tensor, kernel_size: tuple[int, ...]) -> int:
-    """Positions of the map that a convolution makes of x (N, C, *size), over the batch."""
-    axes = zip(
-        x.shape[2:], kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True
-    )
-    return len(x) * prod((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-
-
 def convolution_gradients(
     geometry: ConvGeometry,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    mask: tuple[bool, bool],
+    needs: list[bool],
     groups: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a convolution's input and kernel.
+    """Gradients of x (N, I, *size) and W (O, I / groups, *kernel) by that of y (N, O, *size').
 
-    Args:
-        geometry: With zeros alone, as many before an axis as after it.
-        dy: (N, O, *size')
-        x: (N, I, *size)
-        weight: (O, I / groups, *kernel)
-        mask: Which of the two are needed.
-        groups: Of the channels.
-
-    Returns:
-        Of the shapes of ``x`` and ``weight``; None where not needed.
+    The geometry has zeros alone, as many before an axis as after it. ``needs`` says which of the
+    two are needed; the other is None.
     """
-    dx, d_weight, _ = torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.zeros,
-        geometry.dilation,
-        False,
-        [0] * len(geometry.stride),
-        groups,
-        [*mask, False],
-    )
-    return dx, d_weight
+    how = geometry.stride, geometry.zeros, geometry.dilation, False, [0] * len(geometry.stride)
+    gradients = torch.ops.aten.convolution_backward
+    return gradients(dy, x, weight, None, *how, groups, [*needs, False])[:2]
 
 
 def _mix(matrix, x):

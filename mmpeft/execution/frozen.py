@@ -35,9 +35,8 @@ class Recomputable:
 
     def forward(self, x):
         y = super().forward(x)
-        if y is x or torch.promote_types(x.dtype, y.dtype) != y.dtype:
-            return y
-        if not _is_passed_through(self, x):
+        is_widened = torch.promote_types(x.dtype, y.dtype) == y.dtype
+        if y is x or not is_widened or not _is_passed_through(self, x):
             return y
         return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
 

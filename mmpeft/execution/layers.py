@@ -7,9 +7,10 @@ checkpoints keep working; ``layer.weight`` remains phi(W) to whoever reads it.
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.methods.spec import ConvGeometry
+
 from .frozen import kind_for
-from .kernels import AUTO, PLAIN
-from .select import has_one_adapter, select_kernel
+from .select import AUTO, PLAIN, has_one_adapter, select_kernel
 
 
 class _Fast:
@@ -20,10 +21,11 @@ class _Adapted:
     """A layer whose forward runs the fastest kernel that computes the same."""
 
     execution = AUTO
+    geometry = None
 
     def forward(self, x):
         kernel = select_kernel(self, x)
-        return super().forward(x) if kernel is None else kernel(x)
+        return super().forward(x) if kernel is None else kernel.run(x)
 
 
 def enable(layer: nn.Module, execution: str = AUTO) -> None:
@@ -33,8 +35,14 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
         layer: Others are left unchanged.
         execution: One of :data:`mmpeft.execution.CHOICES`.
     """
-    if execution != PLAIN and _is_eligible(layer):
-        _change_class(layer, _Adapted, execution=execution)
+    known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+    if execution == PLAIN or isinstance(layer, _Fast) or type(layer).forward not in known:
+        return
+    if parametrize.is_parametrized(layer, 'weight') and has_one_adapter(layer):
+        spec, geometry = layer.parametrizations.weight[0].spec, None
+        if not isinstance(layer, nn.Linear):
+            geometry = ConvGeometry.of(layer, spec)
+        _change_class(layer, _Adapted, execution=execution, geometry=geometry)
 
 
 def enable_frozen(root: nn.Module) -> None:
@@ -66,10 +74,3 @@ def _change_class(layer, mixin, **attributes):
     kind = type(layer)
     content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
     layer.__class__ = type(kind.__name__, (_Fast, mixin, kind), content)
-
-
-def _is_eligible(layer):
-    if isinstance(layer, _Fast) or not parametrize.is_parametrized(layer, 'weight'):
-        return False
-    known = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
-    return type(layer).forward in known and has_one_adapter(layer)

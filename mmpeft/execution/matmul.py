@@ -105,21 +105,10 @@ def matmul_add(
     up: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + n U^T + b, of a wide and a thin product.
+    """x W^T + n U^T + b for maps x (I channels) and n (r), W (O, I), U (O, r) and b (O,).
 
-    In low precision the wide one comes last, so that the small sum is not
+    In low precision the wide product comes last, so that the small sum is not
     added to numbers that are rounded already.
-
-    Args:
-        layout: Of all maps.
-        x: Map of I channels.
-        weight: W, (O, I).
-        narrow: n, map of r channels.
-        up: U, (O, r).
-        bias: b, (O,).
-
-    Returns:
-        Map of O channels.
     """
     if is_low(x):
         return layout.accumulate(layout.matmul(narrow, up, bias), x, weight)

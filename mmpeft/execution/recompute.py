@@ -6,7 +6,6 @@ it follows from what is saved anyway, and the layer saves that.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,42 +13,31 @@ from torch import Tensor
 NAME = '_mmpeft_recompute'
 
 
-class Recomputation(NamedTuple):
-    """How a tensor follows from others.
-
-    Attributes:
-        function: Takes ``tensors``; called outside autocast.
-        tensors: What is saved for backward in any case.
-    """
-
-    function: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-
-
 def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Note on a tensor that it is ``function(*tensors)``, where a gradient flows through it."""
+    """Note on a tensor that it is ``function(*tensors)``, where a gradient flows through it.
+
+    The tensors are saved by somebody in any case. The function is called outside autocast.
+    """
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, NAME, (Recomputation(function, tensors), y._version))
+        setattr(y, NAME, (function, tensors, y._version))
     return y
 
 
-def recomputation_of(x: Tensor) -> Recomputation | None:
-    """What was noted on a tensor; None if it was changed since."""
-    found, version = getattr(x, NAME, (None, None))
-    return found if found is not None and x._version == version else None
+def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
+    """A function that gives a tensor back in backward, and its arguments, to be saved."""
+    if allowed and hasattr(x, NAME):
+        function, tensors, version = getattr(x, NAME)
+        if x._version == version:
+            return function, tensors
+    return _itself, (x,)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, its tag with it."""
-    y, found = x.to(dtype), recomputation_of(x)
-    if y is x or found is None:
+    y, (function, tensors) = x.to(dtype), save_or_recompute(x)
+    if y is x or function is _itself:
         return y
-    return tag_for_recompute(y, lambda *t: found.function(*t).to(dtype), *found.tensors)
-
-
-def save_or_recompute(x: Tensor) -> Recomputation:
-    """How to get a tensor back in backward; its ``tensors`` are to be saved."""
-    return recomputation_of(x) or Recomputation(_itself, (x,))
+    return tag_for_recompute(y, lambda *t: function(*t).to(dtype), *tensors)
 
 
 def _itself(x):

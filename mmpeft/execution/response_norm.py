@@ -20,13 +20,12 @@ from .matmul import is_low
 from .recompute import tag_for_recompute
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ResponseNorm(FastFunction):
-    """y, with the norms known.
+    """y by x and its norms.
 
-    Shapes: ``x``, ``dy`` and y (N, H, W, C) or (N, C, H, W); ``weight`` and ``bias``
-    broadcastable to them, ``norm`` n, ``mean`` (mean n + eps) and ``factor`` (1 + w n / mean)
-    too. Only ``x`` has a gradient.
+    Shapes: ``x`` and y (N, H, W, C) or (N, C, H, W); ``weight`` w and ``bias`` b broadcastable
+    to them, the norms n too, with N. Only x has a gradient, of its shape.
 
     Attributes:
         positions: Dimensions of the positions.
@@ -38,56 +37,43 @@ class ResponseNorm(FastFunction):
     channel: int
     eps: float
 
-    def forward(self, x, weight, bias, norm, mean, factor):
-        return _affine(x, factor, bias), ()
+    def forward(self, x, weight, bias, norm):
+        return self.affine(x, weight, bias, norm), ()
 
-    def gradients(self, needs, dy, x, weight, bias, norm, mean, factor):
+    def gradients(self, needs, dy, x, weight, bias, norm):
         dtype, x, dy = x.dtype, x.to(norm.dtype), dy.to(norm.dtype)
+        factor, mean = self._factor(weight, norm)
         product = dy * x
         d_ratio = product.sum(self.positions, keepdim=True) * weight
         shared = (d_ratio * norm).mean(self.channel, keepdim=True) / mean.square()
-        d_norm = d_ratio / mean - shared
-        pull = torch.where(norm > 0, d_norm / norm, 0)
+        pull = torch.where(norm > 0, (d_ratio / mean - shared) / norm, 0)
         return (torch.mul(dy, factor, out=product).addcmul_(x, pull).to(dtype),)
 
-    def reference(self, x, weight, bias, *known):
-        dtype, x = x.dtype, x.to(weight.dtype)
-        norm = torch.linalg.vector_norm(x, dim=self.positions, keepdim=True)
+    def reference(self, x, weight, bias, norm):
+        norm = torch.linalg.vector_norm(x.to(norm.dtype), dim=self.positions, keepdim=True)
+        return self.affine(x, weight, bias, norm)
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor) -> Tensor:
+        """y with the norms taken for constants."""
+        factor, _ = self._factor(weight, norm)
+        return torch.addcmul(bias, x.to(norm.dtype), factor).to(x.dtype)
+
+    def _factor(self, weight, norm):
         mean = norm.mean(self.channel, keepdim=True) + self.eps
-        return (x * (1 + weight * norm / mean) + bias).to(dtype)
+        return weight * (norm / mean) + 1, mean
 
 
 def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: int) -> Tensor:
-    """Global response normalization of a map.
-
-    Args:
-        x: (N, H, W, C) or (N, C, H, W).
-        weight: (C,), frozen.
-        bias: Likewise.
-        eps: Added to the mean norm.
-        channel: Which dimension the channels are.
-
-    Returns:
-        Of the shape and dtype of ``x``.
-    """
+    """y of the shape and dtype of x, as in :class:`ResponseNorm`; weight and bias are (C,)."""
     channel %= x.ndim
     positions = tuple(d for d in range(1, x.ndim) if d != channel)
     shape = [-1 if d == channel else 1 for d in range(x.ndim)]
     with torch.no_grad(), outside_autocast(x.device.type):
-        norm = _norm(x, positions)
-        mean = norm.mean(channel, keepdim=True) + eps
-        weight, bias = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype)
-        factor = weight * (norm / mean) + 1
-    y = ResponseNorm(positions, channel, eps)(x, weight, bias, norm, mean, factor)
-    return tag_for_recompute(y, _affine, x, factor, bias)
-
-
-def _affine(x, factor, bias):
-    return torch.addcmul(bias, x.to(factor.dtype), factor).to(x.dtype)
-
-
-def _norm(x, positions):
-    if x.device.type == 'cpu' and not is_low(x):
-        return norm_over(x, positions)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)
+        if x.device.type == 'cpu' and not is_low(x):
+            norm = norm_over(x, positions)
+        else:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)
+        arguments = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype), norm
+    function = ResponseNorm(positions, channel, eps)
+    return tag_for_recompute(function(x, *arguments), function.affine, x, *arguments)

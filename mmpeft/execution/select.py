@@ -1,55 +1,164 @@
 """Which kernel computes with an adapted weight: by the layer, its input and the method's form."""
 
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from mmpeft.methods import WeightAdapter
+from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
-from mmpeft.methods.spec import ConvGeometry
 
-from .costs import tucker_pays
+from .conv import TuckerConv
 from .cpu import depthwise
-from .kernels import AUTO, ConvKernel, DepthwiseKernel, Kernel, LinearKernel
+from .linear import AdaptedLinear, thin_pays
+from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
+from .recompute import cast, tag_for_recompute
+
+AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
+WHERE = 'in the weight', 'as a branch'
+
+
+class Kernel(NamedTuple):
+    """A fast forward of one layer.
+
+    Attributes:
+        name: For a reader.
+        run: The layer's output by its input.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
 
 
 def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
-    """The fastest kernel for a layer.
+    """The fastest kernel for a layer and an input; None where torch builds the weight as usual.
 
     Args:
         layer: Enabled, and with one adapter on its weight.
-        x: Its input: (..., in) of a linear layer, (N, in, *size) of a convolution.
-
-    Returns:
-        Takes x; None to build the weight and go on as torch does.
+        x: (..., in) of a linear layer, (N, in, *size) of a convolution.
     """
     if not torch.is_grad_enabled() or not has_one_adapter(layer):
         return None
     adapter, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-    spec, geometry = adapter.spec, None
-    if not isinstance(layer, nn.Linear):
+    spec, geometry, positions = adapter.spec, layer.geometry, x.numel() // x.shape[-1]
+    if geometry is not None:
         if x.ndim != len(spec.shape):
             return None
-        geometry = ConvGeometry.of(layer, spec)
+        positions = x.numel() // x.shape[1] // prod(geometry.stride)
         if 'depthwise' in spec.kinds:
+            run = partial(_run_depthwise, layer, geometry)
             pays = depthwise.pays(layer, geometry, x)
-            return DepthwiseKernel(layer, geometry) if pays else None
+            return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or original.requires_grad:
         return None  # the others have no gradient for the original weight
     with outside_autocast(adapter.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
-    if form is None:
+    if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
-    is_additive, is_normalized = form.update == 'additive', form.magnitude is not None
+
+    out, features, *kernel_size = spec.shape
+    branch = layer.execution == BRANCH
+    if layer.execution == AUTO:
+        branch = branch_pays(positions, out, features, *kernel_size)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        return None if is_normalized and not is_additive else LinearKernel(layer, geometry, form)
-    if is_normalized or not is_additive:
+        branch = branch and form.update == 'additive' and form.magnitude is None
+        thin = form.update == 'additive' and thin_pays(out, features, form.rank)
+        name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
+        return Kernel(name, partial(_run_linear, layer, geometry, form, branch))
+    if form.update != 'additive' or form.magnitude is not None:
         return None
-    if layer.execution == AUTO and not tucker_pays(form, *spec.shape):
+    if layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
-    return ConvKernel(layer, geometry, form)
+    branch = branch and form.core is not None and form.down is not None
+    run = partial(_run_conv, layer, geometry, form, branch)
+    return Kernel(f'thin convolutions, {WHERE[branch]}', run)
 
 
 def has_one_adapter(layer: nn.Module) -> bool:
     """Whether a layer's weight carries one adapter and nothing else."""
     chain = layer.parametrizations.weight
     return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
+
+
+def branch_pays(positions: int, out: int, features: int, *kernel_size: int) -> bool:
+    """Whether an update is cheaper as a branch beside a layer than in its weight.
+
+    The branch adds to a map of O channels in forward and of I in backward; the weight is built
+    in both. Both are bound by the elements that they read and write.
+    """
+    return positions * (out + features) < 2 * out * features * prod(kernel_size)
+
+
+def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) -> bool:
+    """Whether thin convolutions are clearly cheaper than the dense gradient, by position.
+
+    They have few channels, and run at a fraction of a wide convolution's speed.
+    """
+    taps, rank = prod(kernel_size), form.up.shape[1]
+    if form.core is None or form.down is None:
+        cost = 2 * rank * (out + taps * features)
+    else:
+        inner = len(form.down)
+        cost = 2 * (rank * out + inner * features) + 3 * taps * rank * inner
+    return 2 * cost < taps * out * features
+
+
+def _run_linear(layer, geometry, form, branch, x):
+    layout = ChannelsLast
+    if geometry is not None:
+        layout, (x, size) = layout_of(x), _flat_at(x, geometry.stride)
+    original = layer.parametrizations.weight.original.flatten(1)
+    x, weight, bias = _in_one_dtype(x, original, layer.bias)
+    with outside_autocast(x.device.type):
+        form = form.dropped(layer.parametrizations.weight[0].spec)
+        up, down = form.matrices()
+        ratio = form.ratio(original)
+    if form.update == 'additive' and ratio is None:
+        branch, up, down = branch or is_low(x), up.to(x.dtype), down.to(x.dtype)
+    function = AdaptedLinear(layout, form.update, form.scale, branch)
+    y = function(x, weight, bias, up, down, ratio)
+    return y if geometry is None else unflat(y, layout, size)
+
+
+def _run_conv(layer, geometry, form, branch, x):
+    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
+    x, geometry = geometry.padded(x)
+    with outside_autocast(x.device.type):
+        form = form.dropped(layer.parametrizations.weight[0].spec).with_core(layer.kernel_size)
+    function = TuckerConv(geometry, form.scale, branch)
+    return function(x, weight, bias, form.up, form.core, form.down)
+
+
+def _run_depthwise(layer, geometry, x):
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
+    x, geometry = geometry.padded(x)
+    return depthwise.DepthwiseConv(geometry)(x, weight, bias)
+
+
+def _flat_at(x, stride):
+    """What a kernel of one element sees of a map, in the shape of its layout, and its size.
+
+    It is picked again in backward: the whole map is saved by others.
+    """
+    if set(stride) == {1}:
+        return flat(x, layout_of(x)), x.shape[2:]
+    size = tuple(-(-n // step) for n, step in zip(x.shape[2:], stride, strict=True))
+    pick = partial(_picked, stride)
+    return tag_for_recompute(pick(x), pick, x), size
+
+
+def _picked(stride, x):
+    seen = x[(..., *(slice(None, None, step) for step in stride))]
+    return flat(seen.contiguous() if x.is_contiguous() else seen, layout_of(x))
+
+
+def _in_one_dtype(x, weight, bias):
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = cast(x, dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, weight, bias

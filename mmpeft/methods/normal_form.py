@@ -63,6 +63,30 @@ class NormalForm:
         mask = mask.view(-1, *(1,) * len(spec.kernel_size))
         return replace(self, core=self.core * mask, dropout=0.0)
 
+    @property
+    def rank(self) -> int:
+        """Columns of U in :meth:`matrices`."""
+        return self.up.shape[1] if self.core is None or self.down is None else len(self.down)
+
+    def ratio(self, weight: Tensor) -> Tensor | None:
+        """magnitude / ||V|| for an additive update, without forming V; 1 where V is zero.
+
+        Args:
+            weight: W, (out, in).
+
+        Returns:
+            (out,); None without a magnitude.
+        """
+        if self.magnitude is None:
+            return None
+        up, down = self.matrices()
+        up, weight = up * self.scale, weight.to(up.dtype)
+        inner = torch.addmm(up @ (down @ down.T), weight, down.T, alpha=2)
+        square = torch.linalg.vector_norm(weight, dim=1).square() + (up * inner).sum(1)
+        square = square.detach() if self.detach_norm else square
+        inverse = square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
+        return torch.where(square > 0, self.magnitude * inverse, 1)
+
     def apply(self, weight: Tensor) -> Tensor:
         """W' without dropout, by operations of torch alone.
 

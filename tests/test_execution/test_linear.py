@@ -8,7 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution.linear import LowRankLinear, MultiplicativeLinear, NormalizedLinear
+from mmpeft.execution.linear import AdaptedLinear, thin_pays
 from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast
 from tests.cases import METHODS, Layer
 from tests.comparing import (
@@ -183,29 +183,28 @@ def test_second_derivatives(case, name, way):
 
 
 @pytest.mark.parametrize('layout', [ChannelsLast, ChannelsFirst])
+@pytest.mark.parametrize('rank', [1, 2])  # thin products, and the dense gradient
 @pytest.mark.parametrize(
-    'kind, arguments',
+    'update, branch, with_ratio',
     [
-        (LowRankLinear, (0.5, False)),
-        (LowRankLinear, (0.5, True)),
-        (MultiplicativeLinear, (0.5, False)),
-        (MultiplicativeLinear, (0.5, True)),
-        (NormalizedLinear, (0.5, False)),
+        ('additive', False, False),
+        ('additive', True, False),
+        ('additive', False, True),
+        ('lie', False, False),
+        ('lie_exact', False, False),
     ],
 )
-def test_gradients_by_finite_differences(kind, arguments, layout):
+def test_gradients_by_finite_differences(update, branch, with_ratio, rank, layout):
     """Of every argument; W has none."""
     torch.manual_seed(0)
-    function = kind(layout, *arguments)
-    shapes = dict(x=(2, 4, 3), weight=(5, 3), bias=(5,), up=(5, 2), down=(2, 3))
+    function = AdaptedLinear(layout, update, 0.5, branch)
+    shapes = [(1, 3, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=s != (6, 5)) for s in shapes]
     if layout is ChannelsFirst:
-        shapes['x'] = (2, 3, 4)
-    if kind is NormalizedLinear:
-        shapes['magnitude'] = (5,)
-    tensors = [
-        torch.randn(shape, dtype=torch.float64, requires_grad=name != 'weight')
-        for name, shape in shapes.items()
-    ]
+        tensors[0] = tensors[0].detach().mT.contiguous().requires_grad_()
+    if not with_ratio:
+        tensors[-1] = None
+    assert thin_pays(6, 5, rank) == (rank == 1)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
     exact = function.reference(*tensors)

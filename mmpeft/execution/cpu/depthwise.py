@@ -18,7 +18,7 @@ from mmpeft.methods.spec import ConvGeometry
 SMALL_MAP = 2**12
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DepthwiseConv(FastFunction):
     """y = x convolved with W, plus b, at stride and dilation 1.
 
@@ -35,13 +35,14 @@ class DepthwiseConv(FastFunction):
         return self.reference(x, weight, bias), ()
 
     def gradients(self, needs, dy, x, weight, bias):
+        need_x, need_weight, need_bias = needs
         dx = d_weight = None
-        if needs[0]:
-            mask, groups = (True, False), len(weight)
-            dx, _ = convolution_gradients(self.geometry, dy, x, weight, mask, groups)
-        if needs[1]:
+        if need_x:
+            args = self.geometry, dy, x, weight, [True, False]
+            dx, _ = convolution_gradients(*args, groups=len(weight))
+        if need_weight:
             d_weight = kernel_gradient(x, dy, weight.shape, self.geometry.zeros)
-        return dx, d_weight, dy.sum((0, 2, 3)) if needs[2] else None
+        return dx, d_weight, dy.sum((0, 2, 3)) if need_bias else None
 
     def reference(self, x, weight, bias):
         return self.geometry.convolve(x, weight, bias, len(weight))
@@ -64,11 +65,8 @@ def kernel_gradient(x: Tensor, dy: Tensor, shape: torch.Size, padding: tuple[int
     Args:
         x: Input, (N, C, H, W).
         dy: Gradient of the output, (N, C, H', W').
-        shape: Of the kernel, (C, 1, kh, kw).
+        shape: Of the kernel and the result, (C, 1, kh, kw).
         padding: Zeros around the input.
-
-    Returns:
-        (C, 1, kh, kw)
     """
     images, channels = x.shape[:2]
     x = x.reshape(1, images * channels, *x.shape[2:])
