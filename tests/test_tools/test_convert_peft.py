@@ -10,7 +10,6 @@ import torch
 
 import mmpeft
 from mmpeft.engine.config import read_config
-from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import save_peft
 
@@ -25,7 +24,6 @@ default_hooks = dict(peft=dict(targets=dict(kinds=('pointwise', 'linear'))))
 @pytest.fixture
 def tool(script, adapted_demo, monkeypatch):
     """The script, called where the demo's base is."""
-    monkeypatch.syspath_prepend(script('tools', 'merge').__file__.rpartition('/')[0])
     module = script('tools', 'convert_peft')
     monkeypatch.chdir(adapted_demo.folder)
 
@@ -33,7 +31,6 @@ def tool(script, adapted_demo, monkeypatch):
         monkeypatch.setattr('sys.argv', ['convert_peft.py', *map(str, arguments)])
         module.main()
 
-    call.module = module
     return call
 
 
@@ -48,12 +45,6 @@ def adapted(adapted_demo, tool):
     return config, checkpoint
 
 
-def loaded(tool, config, source=None):
-    cfg = read_config(config)
-    import_task(cfg)
-    return tool.module.load(cfg, source).eval()
-
-
 def trained(model):
     return mmpeft.adapter_state_dict(model)
 
@@ -61,9 +52,9 @@ def trained(model):
 @torch.no_grad()
 def test_timm_adapted_by_peft_computes_what_the_backbone_does(tool, adapted, tmp_path, capsys):
     tool('to', *adapted, tmp_path / 'folder', '--timm')
-    ours = loaded(tool, *adapted)
+    ours = mmpeft.init_model(*adapted)
     outside = sum(not key.startswith('backbone.model') for key in trained(ours))
-    assert f'{outside} tensors that train lie outside' in capsys.readouterr().out
+    assert f'{outside} trained tensors are outside' in capsys.readouterr().out
     settings = read_config(adapted[0]).model.backbone
     base = timm.create_model(settings.name, depths=settings.depths, num_classes=0)
     weights = torch.load(settings.checkpoint)
@@ -79,7 +70,7 @@ def test_timm_adapted_by_peft_computes_what_the_backbone_does(tool, adapted, tmp
 
     tool('from', adapted[0], tmp_path / 'folder', tmp_path / 'back.pth', '--timm')
     assert {path.name for path in tmp_path.iterdir()} == {'folder', 'back.pth', 'back.py'}
-    again = loaded(tool, tmp_path / 'back.py', tmp_path / 'back.pth')
+    again = mmpeft.init_model(tmp_path / 'back.py', tmp_path / 'back.pth')
     assert torch.equal(again.backbone.model(images)[-1], here)
 
 
@@ -87,34 +78,36 @@ def test_there_and_back_with_the_heads(tool, adapted, tmp_path):
     tool('to', *adapted, tmp_path / 'folder')
     config = json.loads((tmp_path / 'folder/adapter_config.json').read_text())
     assert {'neck', 'rpn_head'} <= set(config['modules_to_save'])
-    ours = loaded(tool, *adapted)
+    ours = mmpeft.init_model(*adapted)
     for name in ('back.pth', 'back.safetensors'):
         out = tmp_path / name
         tool('from', adapted[0], tmp_path / 'folder', out)
         source = tmp_path / 'back.py' if out.suffix == '.pth' else adapted[0]
-        again = trained(loaded(tool, source, out))
+        again = trained(mmpeft.init_model(source, out))
         assert again.keys() == trained(ours).keys()
         assert all(torch.equal(value, again[key]) for key, value in trained(ours).items())
         with pytest.raises(UsageError, match='exist already'):
+            tool('from', adapted[0], tmp_path / 'folder', out)
+        out.unlink()
+        beside = 'back.py' if out.suffix == '.pth' else 'back.safetensors.json'
+        with pytest.raises(UsageError, match=f'{beside} exist already'):
             tool('from', adapted[0], tmp_path / 'folder', out)
 
 
 def test_adapters_on_a_trained_detector(tool, adapted_demo, adapted, tmp_path):
     """The base is the plain checkpoint that load_from names, there and back."""
     config, checkpoint = adapted
-    plain = mmpeft.merge(loaded(tool, config, checkpoint))
+    plain = mmpeft.merge(mmpeft.init_model(config, checkpoint))
     torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
     child = tmp_path / 'child.py'
     child.write_text(f"_base_ = '{config}'\nload_from = '{tmp_path}/plain.pth'\n")
-    cfg = read_config(child)
-    import_task(cfg)
-    model = tool.module.load(cfg)
+    model = mmpeft.init_model(child, tmp_path / 'plain.pth')
     key = 'backbone.model.stages_3.blocks.0.mlp.fc1.weight'
     assert torch.equal(model.state_dict()[key], plain.state_dict()[key])
     mmpeft.inject(model, dict(type='LoRA', rank=1), dict(module='backbone', include=['fc1']))
     folder = save_peft(model, tmp_path / 'folder')
     tool('from', child, folder, tmp_path / 'back.pth')
-    again = loaded(tool, tmp_path / 'back.py', tmp_path / 'back.pth')
+    again = mmpeft.init_model(tmp_path / 'back.py', tmp_path / 'back.pth')
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
 
