@@ -1,4 +1,4 @@
-"""Put adapters on a model."""
+"""Inject a method into a model: freeze the target module, make adapters, attach them."""
 
 import re
 import warnings
@@ -64,7 +64,7 @@ def inject(
     method = METHODS.build(method)
     targets = Targets.of(targets)
     if execution not in CHOICES:
-        raise UsageError(f'execution={execution!r} is none of {", ".join(map(repr, CHOICES))}.')
+        raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
@@ -77,8 +77,8 @@ def inject(
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
     watch(model)
-    if isinstance(method, Ranked):  # of other methods, the size is no argument
-        _warn_oversized(summary_rows(sites))
+    if isinstance(method, Ranked):  # other methods have no argument for their size
+        _warn_oversized(Summary(summary_rows(sites)))
     return summary(model)
 
 
@@ -120,8 +120,8 @@ def _trained(root, patterns):
     return tuple(dict.fromkeys(trained))
 
 
-def _warn_oversized(rows):
-    oversized = [row for row in rows if row.is_oversized]
+def _warn_oversized(summary):
+    rows, oversized = summary.rows, summary.oversized
     if oversized:
         worst = max(oversized, key=lambda row: row.adapter / row.weight)
         part = sum(row.adapter for row in oversized) / sum(row.adapter for row in rows)

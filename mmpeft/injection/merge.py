@@ -32,7 +32,7 @@ class Merged:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Detach all adapters, in place: the base as it was before.
+    """Detach all adapters and release the base, in place.
 
     Args:
         model: With adapters, without, or merged reversibly.

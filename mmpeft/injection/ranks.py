@@ -32,7 +32,7 @@ def parse_count(count: int | str) -> int:
     """A number such as 12900000, ``'12.9M'`` or ``'300k'``.
 
     Raises:
-        UsageError: It is no positive number.
+        UsageError: It is not a positive number.
     """
     text = str(count).strip().lower().replace(',', '').replace('_', '')
     unit = UNITS.get(text[-1:], 1)
@@ -42,7 +42,7 @@ def parse_count(count: int | str) -> int:
         value = 0
     if value < 1:
         raise UsageError(
-            f"budget={count!r} is no number of parameters. Write such as 12_900_000 or '12.9M'."
+            f"budget={count!r} is not a number of parameters, such as 12_900_000 or '12.9M'."
         )
     return value
 

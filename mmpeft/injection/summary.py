@@ -32,11 +32,6 @@ class SummaryRow:
     weight: int
     adapter: int
 
-    @property
-    def is_oversized(self) -> bool:
-        """Whether the adapter has more parameters than the weight."""
-        return self.adapter > self.weight
-
 
 @dataclass
 class Summary:
@@ -67,8 +62,8 @@ class Summary:
 
     @property
     def oversized(self) -> list[SummaryRow]:
-        """Adapters with more parameters than the weight that they adapt."""
-        return [row for row in self.rows if row.is_oversized]
+        """Rows of adapters with more parameters than the weight that they adapt."""
+        return [row for row in self.rows if row.adapter > row.weight]
 
     def to_dict(self) -> dict:
         """All figures, for JSON."""

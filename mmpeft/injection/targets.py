@@ -63,7 +63,7 @@ class Targets:
             try:
                 re.compile(pattern)
             except re.error as error:
-                message = f'targets: {pattern!r} is no regular expression: {error}.'
+                message = f'targets: {pattern!r} is not a regular expression: {error}.'
                 raise UsageError(message) from error
 
     @classmethod
@@ -86,14 +86,14 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is no such module.
     """
     try:
         return model.get_submodule(path)
     except AttributeError as error:
         paths = [name for name, _ in model.named_modules() if name]
         raise UsageError(
-            f'targets.module={path!r} is no sub-module of {type(model).__name__}. '
+            f'targets.module={path!r} is not a module of {type(model).__name__}. '
             f'{near(path, paths)}'
         ) from error
 
@@ -106,7 +106,7 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
 
     Raises:
         UsageError: Nothing is selected, a pattern matches nothing that the
-            method is defined on, or an override is no argument of the method.
+            method is defined on, or an override is not an argument of the method.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
     root = target_module(model, targets.module)
@@ -135,8 +135,9 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
         raise UsageError(
             f'targets: nothing below {targets.module or "the model"!r} is left for '
             f'{type(method).__name__} to adapt. It has {len(names)} weights or insertion points '
-            f'that the method is defined on; kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
-            f'include={targets.include}, exclude={targets.exclude} leave none.'
+            f'that the method is defined on, all of them excluded by kinds={_listed(kinds)}, '
+            f'exclude_kinds={targets.exclude_kinds}, include={targets.include}, '
+            f'exclude={targets.exclude}.'
         )
     return sites
 

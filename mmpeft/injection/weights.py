@@ -1,4 +1,4 @@
-"""What a weight is: its role in its layer, told from the layer."""
+"""The roles of weights in their layers, and names with and without adapters."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from mmpeft.errors import UsageError
 from mmpeft.methods.spec import WeightSpec
 
-# The children of a layer that adapters live in.
+# The children of a layer that hold its adapters.
 PARAMETRIZATIONS, ADAPTERS = 'parametrizations', 'peft_adapters'
 ORIGINAL = '.original'
 MARK = f'{PARAMETRIZATIONS}.'
@@ -46,7 +46,7 @@ def newly_initialized(module: nn.Module) -> list[str]:
     ``newly_initialized``, for example norms that it adds to its outputs.
 
     Raises:
-        UsageError: It lists a name that is no child or parameter.
+        UsageError: It lists a name that the backbone does not have.
     """
     found = []
     for path, layer in layers(module):
@@ -63,8 +63,8 @@ def newly_initialized(module: nn.Module) -> list[str]:
 def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
     """The parameters that a module owns itself and whose role is known.
 
-    Layers are told by type; third-party convolutions (deformable ones, say)
-    by having a convolution's attributes. An ``nn.MultiheadAttention`` yields
+    Layers are recognized by their type; third-party convolutions, such as
+    deformable ones, by the attributes of a convolution. An ``nn.MultiheadAttention`` yields
     its input projections; its ``out_proj`` is a linear layer of its own.
 
     Args:

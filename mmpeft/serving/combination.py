@@ -79,7 +79,7 @@ def combine(
     base: Mapping[str, Tensor],
     heads: str | None,
 ) -> AdapterState:
-    """The combination of adapters; their tensors are not copied, and do not train in it.
+    """Combine adapters; their tensors are shared, not copied, and do not train.
 
     Args:
         parts: By name, none of them in use.
@@ -99,11 +99,13 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The weights of a combination as floats.
 
     Raises:
-        UsageError: There are none, or one is no finite number.
+        UsageError: There is no weight, or one is not a finite number.
     """
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-            raise UsageError(f'The weight of {name!r} in a combination is {weight!r}, no number.')
+            raise UsageError(
+                f'The weight of {name!r} in a combination is {weight!r}, not a number.'
+            )
     if not weights:
         raise UsageError("A combination needs adapters, such as {'coco': 0.7, 'dota': 0.3}.")
     return {name: float(weight) for name, weight in weights.items()}

@@ -8,7 +8,6 @@ from torch import nn
 
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
-from mmpeft.checkpoint.manifest import attach_adapters
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import attach, detach_all
 from mmpeft.injection.calls import watch
@@ -85,13 +84,14 @@ class AdapterLibrary:
             check_base: Refuse an adapter of another frozen base, and other dtypes.
 
         Raises:
-            UsageError: The name is taken, or the file is no adapter of this
-                base. Model and library are unchanged.
+            UsageError: The name is taken, or the file does not fit this base.
+                Model and library are unchanged.
             MissingFileError: There is no such file.
         """
         with self._adding(name) as tensors:
-            manifest, state = read_fitting(self.model, path, check_base)
-            attach_adapters(self.model, manifest)
+            description, state = read_fitting(self.model, path, check_base)
+            for injection in description['injections']:
+                inject(self.model, **injection, empty=True)
             state = fill_frozen(self.model, state)
             own = {key: state[key] for key in adapter_keys(self.model)}
             self.model.load_state_dict(own, strict=False)
@@ -158,8 +158,8 @@ class AdapterLibrary:
             heads: The adapter whose heads are taken; None to mix them.
 
         Raises:
-            UsageError: A name is unknown or taken, a weight is no finite
-                number, or adapters that act on activations are not alone
+            UsageError: A name is unknown or taken, a weight is not a
+                finite number, or adapters that act on activations are not alone
                 among the parts with the weight 1.
         """
         self._check_new(name)
@@ -167,7 +167,7 @@ class AdapterLibrary:
         parts = {part: self._state(part) for part in weights}
         if heads is not None and heads not in parts:
             known = near(str(heads), parts)
-            raise UsageError(f'heads={heads!r} is none of the combined adapters. {known}')
+            raise UsageError(f'heads={heads!r} is not one of the combined adapters. {known}')
         with self._using(None):
             base = {key: held[slot] for key, held, slot in named_slots(self.model)}
             self._states[name] = combine(parts, weights, base, heads)
@@ -178,7 +178,7 @@ class AdapterLibrary:
             return save_adapter(self.model, path)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; where it is in use, the base comes back first.
+        """Forget an adapter; if it is in use, the base is used from then on.
 
         Raises:
             UsageError: There is no such adapter.
@@ -195,7 +195,7 @@ class AdapterLibrary:
 
     def _check_new(self, name):
         if not isinstance(name, str) or not name:
-            raise UsageError(f'An adapter is named by a word, and {name!r} is none.')
+            raise UsageError(f'The name of an adapter must be a non-empty string, not {name!r}.')
         if name in self:
             raise UsageError(f'There is an adapter {name!r} already. Take another name.')
 

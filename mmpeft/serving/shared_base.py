@@ -1,4 +1,4 @@
-"""Models that stand on one frozen base hold it once."""
+"""Models on one frozen base share its memory."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ def share_base(models: Mapping[str, nn.Module]) -> int:
         models: Adapted models on one device, by name.
 
     Returns:
-        Bytes that were given free.
+        Bytes that were freed.
 
     Raises:
         UsageError: Their bases differ; nothing is shared.
@@ -51,7 +51,7 @@ def _equal(a, b):
 def _differ(models, first, second, key):
     prints = ' and '.join(f'{fingerprint(models[n])[:16]} ({n})' for n in (first, second))
     return (
-        f'{first!r} and {second!r} stand on different frozen bases: {key} is not the same in both. '
+        f'{first!r} and {second!r} have different frozen bases: {key} is not the same in both. '
         f'The fingerprints are {prints}. Adapters that were trained on different pretrained '
-        'weights cannot share a backbone; serve them apart.'
+        'weights cannot share a backbone; serve them separately.'
     )

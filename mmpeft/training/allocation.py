@@ -1,4 +1,4 @@
-"""Methods that decide during training where their parameters go."""
+"""Methods that reallocate their parameters during training."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -8,11 +8,11 @@ from mmpeft.methods import Allocator
 
 
 class Allocation:
-    """The allocators of a model, called around every step of an optimizer.
+    """Calls the allocators of a model before and after every optimizer step.
 
     Args:
         allocators: One for each method that has one.
-        optimizer: Whose steps they follow.
+        optimizer: The optimizer.
     """
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
@@ -32,7 +32,7 @@ class Allocation:
             allocator.after_step()
 
     def state_dict(self) -> list[dict]:
-        """Of all allocators, in order."""
+        """The states of all allocators, in order."""
         return [allocator.state_dict() for allocator in self.allocators]
 
     def load_state_dict(self, states: list[dict]) -> None:
@@ -41,7 +41,7 @@ class Allocation:
             allocator.load_state_dict(state)
 
     def close(self) -> None:
-        """Stop following the optimizer."""
+        """Remove the hooks of the optimizer."""
         for handle in self._handles:
             handle.remove()
         for allocator in self.allocators:
@@ -49,19 +49,19 @@ class Allocation:
 
 
 def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
-    """Start the allocators of a model's methods, such as AdaLoRA's of ranks.
+    """Start the allocators of a model's methods, such as AdaLoRA's, which moves ranks.
 
     :class:`~mmpeft.engine.hooks.PEFTHook` does it in a Runner; in a loop of your own
     call it once, after the optimizer was built.
 
     Args:
         model: After :func:`mmpeft.inject`.
-        optimizer: That trains it.
+        optimizer: The optimizer that trains it.
         steps: Optimizer steps of the whole run.
 
     Returns:
-        What they are stopped with, and their state for resuming. It is empty
-        if no method has an allocator.
+        Closes them, and has their state for resuming. Without allocators if no
+        method has one.
     """
     by_type = {}
     for path, adapter in named_adapters(model).items():

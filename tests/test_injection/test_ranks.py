@@ -67,7 +67,7 @@ def test_counts_with_units(text, count):
 
 @pytest.mark.parametrize('text', ['', 'many', '-3', 0, 'M', '1.2.3k'])
 def test_wrong_counts(text):
-    with pytest.raises(UsageError, match='no number of parameters'):
+    with pytest.raises(UsageError, match='is not a number of parameters'):
         parse_count(text)
 
 

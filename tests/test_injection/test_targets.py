@@ -43,14 +43,14 @@ def test_targets_select(targets, expected):
 @pytest.mark.parametrize(
     'targets, message',
     [
-        (dict(module='bakcbone'), "'bakcbone' is no sub-module of Net. Did you mean 'backbone'"),
+        (dict(module='bakcbone'), "'bakcbone' is not a module of Net. Did you mean 'backbone'"),
         (dict(include=['head', 'backbone.0.dv']), "'backbone.0.dv' matches no weight.*'backbone.0"),
         (dict(exclude=['stem']), "pattern 'stem' matches no weight"),
         (dict(overrides={'neck': dict(rank=1)}), "'neck' matches no weight"),
         (dict(overrides={'head': dict(rnk=1)}), "no argument 'rnk'. Did you mean 'rank'"),
         (dict(kinds=['convolution']), "no kind 'convolution'.*'conv'"),
         (dict(kinds=['embedding']), 'nothing below .* is left for LoRA'),
-        (dict(include=['(']), 'no regular expression'),
+        (dict(include=['(']), 'not a regular expression'),
         (dict(inclde=['x']), "no key 'inclde'. Did you mean 'include'"),
     ],
 )

@@ -313,7 +313,7 @@ def test_removing(adapters, base, models, x):
         (lambda a, f: a.use('dotta'), "no adapter 'dotta'. Did you mean 'dota'"),
         (lambda a, f: a.save('cocoo', 'x'), "Did you mean 'coco'"),
         (lambda a, f: a.load('coco', f['coco']), "There is an adapter 'coco' already"),
-        (lambda a, f: a.load(None, f['coco']), 'named by a word'),
+        (lambda a, f: a.load(None, f['coco']), 'must be a non-empty string, not None'),
         (lambda a, f: a.load('new', 'none.safetensors'), 'no adapter file'),
         (lambda a, f: a.inject('new', LORA['method'], dict(module='bakbone')), "'backbone'"),
         (lambda a, f: a.inject('coco', LORA['method']), 'already'),
