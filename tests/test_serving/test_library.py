@@ -1,4 +1,4 @@
-"""Several adapters on one base: switching, combining, and nothing of the base lost."""
+"""Several adapters on one base: switching between them leaves the base unchanged."""
 
 import copy
 
@@ -10,105 +10,11 @@ from torch.nn.utils import parametrize
 import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
-from mmpeft.methods import Adapter
+from tests.adapters import ADAPTERS, BACKBONE, LORA, assert_equal_states, trained
 from tests.cases import BLOCKS, randomize
-from tests.networks import Block, Tied, assert_same, snapshot
+from tests.networks import Tied, assert_same, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-
-DOUBLE = torch.float64
-BACKBONE = dict(module='backbone')
-LORA = dict(method=dict(type='LoRA', rank=2), targets=BACKBONE)
-
-
-class Detector(nn.Module):
-    """Statistics inside and outside the backbone, and a head that shares a weight with itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(Block(), Block())
-        self.neck = nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6))
-        self.head, self.twin = nn.Linear(6, 3), nn.Linear(6, 3)
-        self.twin.weight = self.head.weight
-
-    def forward(self, x):
-        y = self.neck(self.backbone(x)).relu().mean((2, 3))
-        return self.head(y) * self.twin(y)
-
-
-# Methods, ranks, targets and unfrozen parameters that have little in common.
-ADAPTERS = dict(
-    coco=LORA,
-    dota=dict(
-        method=dict(type='FLoRA', rank=3),
-        targets=dict(module='backbone', kinds=['conv'], exclude_kinds=['depthwise']),
-        unfreeze=[r'norm'],
-    ),
-    vera=dict(method=dict(type='VeRA', rank=3), targets=dict(module='backbone.1')),
-    bias=dict(method=dict(type='BitFit'), targets=BACKBONE),
-    houlsby=dict(method=dict(type='HoulsbyAdapter', rank=2), targets=BACKBONE),
-    whole=dict(method=dict(type='DoRA', rank=1), targets=dict(kinds=['conv', 'linear'])),
-    heads=dict(method=dict(type='Frozen'), targets=BACKBONE),
-    full=dict(method=dict(type='Full'), targets=BACKBONE),
-)
-
-
-def trained(base, injections, x, steps=2):
-    """A model of its own, trained for a few steps, in evaluation mode."""
-    model = copy.deepcopy(base).train()
-    for injection in injections if isinstance(injections, list) else [injections]:
-        mmpeft.inject(model, **injection)
-    randomize(model, 0.1)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return model.eval()
-
-
-@pytest.fixture(scope='module')
-def x():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 8, 6, 6, dtype=DOUBLE, generator=generator)
-
-
-@pytest.fixture(scope='module')
-def base(x):
-    torch.manual_seed(2)
-    model = Detector().double()
-    model(x)  # statistics that are not those of a new layer
-    return model.eval()
-
-
-@pytest.fixture(scope='module')
-def models(base, x):
-    torch.manual_seed(3)
-    return {name: trained(base, injection, x) for name, injection in ADAPTERS.items()}
-
-
-@pytest.fixture(scope='module')
-def files(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('adapters')
-    return {
-        name: mmpeft.save_adapter(model, folder / f'{name}.safetensors')
-        for name, model in models.items()
-    }
-
-
-@pytest.fixture
-def adapters(base, files):
-    adapters = mmpeft.AdapterLibrary(copy.deepcopy(base))
-    for name, path in files.items():
-        adapters.load(name, path)
-    return adapters
-
-
-def assert_equal_states(model, other):
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(state[key], value), key
 
 
 @pytest.mark.parametrize('first', ADAPTERS)
@@ -382,78 +288,3 @@ def test_what_was_changed_by_other_means_is_noticed(adapters, change):
     ):
         with pytest.raises(UsageError, match='by other means'):
             call()
-
-
-def dense(model, path):
-    return model.get_submodule(path).weight.detach()
-
-
-@pytest.mark.parametrize('heads', [None, 'coco', 'dota'])
-def test_a_combination_is_the_weighted_sum(adapters, models, base, x, heads):
-    weights = dict(coco=0.7, dota=0.5, bias=-0.2)
-    adapters.combine('mix', weights, heads)
-    model = adapters.use('mix')
-    for path in ('backbone.0.pw', 'backbone.1.dw', 'backbone.0.norm'):
-        frozen = dense(base, path)
-        expected = frozen + sum(w * (dense(models[n], path) - frozen) for n, w in weights.items())
-        torch.testing.assert_close(dense(model, path), expected, rtol=1e-12, atol=1e-13)
-    for key in ('head.weight', 'neck.1.running_var', 'neck.0.bias'):
-        own = base.state_dict()[key]
-        expected = own + sum(w * (models[n].state_dict()[key] - own) for n, w in weights.items())
-        expected = expected if heads is None else models[heads].state_dict()[key]
-        torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-12, atol=1e-13)
-    assert model.head.weight is model.twin.weight
-    for name in ('coco', 'dota', 'bias'):
-        assert torch.equal(adapters.use(name)(x), models[name](x))
-    assert_equal_states(adapters.use(None), base)
-
-
-@torch.no_grad()
-def test_a_combination_of_one_is_that_one(adapters, models, x):
-    for name in ('coco', 'vera', 'whole', 'bias', 'houlsby', 'full', 'heads'):
-        adapters.combine(f'only {name}', {name: 1.0})
-        assert torch.equal(adapters.use(f'only {name}')(x), models[name](x))
-
-
-def test_an_adapter_on_activations_beside_weights(adapters, models, x):
-    adapters.combine('mix', dict(houlsby=1.0, coco=1.0), heads='houlsby')
-    y = adapters.use('mix')(x)
-    twin = copy.deepcopy(adapters.use('coco'))
-    mmpeft.merge(twin)
-    mmpeft.inject(twin, **ADAPTERS['houlsby'])
-    twin.load_state_dict(mmpeft.adapter_state_dict(models['houlsby']), strict=False)
-    torch.testing.assert_close(y, twin(x), rtol=1e-12, atol=1e-13)
-
-
-def test_a_combination_of_combinations(adapters, x):
-    adapters.combine('half', dict(coco=0.5, dota=0.5))
-    adapters.combine('mix', dict(half=0.5, whole=0.5))
-    adapters.combine('flat', dict(coco=0.25, dota=0.25, whole=0.5))
-    y = adapters.use('mix')(x)
-    torch.testing.assert_close(adapters.use('flat')(x), y, rtol=1e-12, atol=1e-13)
-
-
-def test_a_combination_merges_and_unmerges_and_has_no_file(adapters, base, x, tmp_path):
-    adapters.combine('mix', dict(coco=0.7, vera=0.3))
-    model = adapters.use('mix')
-    y, before = model(x), snapshot(model)
-    torch.testing.assert_close(mmpeft.merge(model, reversible=True)(x), y, rtol=1e-12, atol=1e-13)
-    mmpeft.unmerge(model)
-    assert_same(model, before)
-    assert any('0.7 LoRA(rank=2) + 0.3 VeRA' in row.method for row in mmpeft.summary(model).rows)
-    for save in (lambda p: mmpeft.save_adapter(model, p), lambda p: adapters.save('mix', p)):
-        with pytest.raises(UsageError, match='no file of its own'):
-            save(tmp_path / 'mix.safetensors')
-    assert not list(tmp_path.iterdir())
-    assert_equal_states(adapters.use(None), base)
-
-
-def test_a_combination_holds_no_copies_and_does_not_train(adapters):
-    pointers = {p.data_ptr() for p in adapter_parameters(adapters.use('coco'))}
-    adapters.combine('mix', dict(coco=0.5, dota=0.5))
-    model = adapters.use('mix')
-    combined = [p for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()]
-    assert pointers <= {p.data_ptr() for p in combined}
-    assert not any(p.requires_grad for p in combined)
-    adapters.remove('coco')
-    assert 'mix' in adapters and adapters.current == 'mix'
