@@ -3,20 +3,16 @@
     dW = reshape(P diag(lambda) Q)                               Eq. 3
     loss + orthogonality * (||P^T P - I||^2 + ||Q Q^T - I||^2)   Eq. 4, MPC_o of :mod:`.mpc`
 
-lambda (``lora_E``) starts at zero, P (``lora_B``) and Q (``lora_A``) Gaussian
-of standard deviation 0.02. A triplet is one lambda with its column of P and
-its row of Q. Each weight starts with the triplets of ``init_rank``;
-:mod:`.rank_allocator` sets the lambda of the least important ones to zero
-until those of ``rank`` are left on average. P and Q of what was taken away
-stay in the adapter and count in its size.
+A triplet is one lambda (``lora_E``) with its column of P (``lora_B``) and its
+row of Q (``lora_A``). Each weight starts with those of ``init_rank``;
+:mod:`.rank_allocator` zeroes the lambda of the least important ones until
+those of ``rank`` are left on average. Their P and Q stay in the adapter.
 
-Eq. 4 is taken as printed, where the published code averages norms, not their
-squares, over the matrices. Without an allocator all triplets stay.
+Eq. 4 is taken as printed; the published code averages norms, not squares.
 """
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -34,9 +30,9 @@ from .spec import WeightSpec
 class AdaLoRA(MatrixMethod):
     """Low-rank update in the form of an SVD whose ranks are allocated in training.
 
-    A ``budget`` and ``targets.max_share`` count the parameters at the start,
-    those of ``init_rank``. rank times the number of weights is the number of
-    triplets at the end (times k for kernels in the ``loralib`` layout).
+    ``budget`` and ``targets.max_share`` count the parameters of ``init_rank``.
+    At the end, weights have ``rank`` triplets on average (rank * k for kernels
+    in the ``loralib`` layout).
 
     Attributes:
         rank: The average rank at the end.
@@ -44,23 +40,19 @@ class AdaLoRA(MatrixMethod):
             rounded up, if None. Scaled along where a budget gives the rank.
         init_std: Standard deviation of P and Q.
         orthogonality: Weight of Eq. 4, summed over all weights; 0 for none.
-        warmup: t_i, steps before anything is taken away (int), or a fraction
-            of the run (float below 1).
+        warmup: t_i, steps before anything is taken away (int), or a fraction of the run (float).
         settle: t_f, steps at the end in which the choice is final; likewise.
         every: Steps from one choice to the next.
         beta1: Of the moving average of sensitivities.
         beta2: Of that of their uncertainty.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · reshape(P diag(λ) Q), the least important λ zeroed',
         trains='P, Q (Gaussian), λ (zero)',
         paper='AdaLoRA, Eq. 3-12 (arXiv:2303.10512); Subspace tuning, Eq. 20',
-        cost=(
-            'One product to build the update; two moving averages for each trained value until '
-            'the ranks are final. A file holds what was taken away, too.'
-        ),
+        cost='One product; two moving averages of each trained value until the ranks are final.',
         suits='Where it is not known which layers need rank; takes a schedule to be set.',
     )
 

@@ -8,7 +8,6 @@ a bias get none.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -21,7 +20,7 @@ from .delta import DeltaMethod
 class BitFit(DeltaMethod):
     """A trained shift of each bias, in layers of every kind."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='b + Δb',
         trains='shift Δb of each bias (zero)',
@@ -30,7 +29,7 @@ class BitFit(DeltaMethod):
         suits='The smallest budgets, and a first baseline.',
     )
 
-    kinds: ClassVar[None] = None
+    kinds = None
 
     def accepts(self, spec):
         return spec.is_bias

@@ -2,21 +2,14 @@
 
     W' = D1 W D2            Subspace tuning, Eq. 7
 
-with W as torch stores it, (out, in), and D1, D2 diagonal; the papers write
-x W, so that their left is our right.
+with W as torch stores it, (out, in), and D1, D2 diagonal: IA3 has D1 alone,
+SSL D2 alone, SSB both. What is trained is the difference of each scale from
+one. A kernel keeps its axes, and a grouped convolution has one scale a channel
+over all groups.
 
-IA3     D2 = 1: the output channels are scaled
-SSL     D1 = 1: the input channels are scaled
-SSB     both
-
-What is trained is the difference of each scale from one, which starts at
-zero. A kernel keeps its axes: all positions of a channel share its scale, and
-a grouped convolution has one scale a channel over all groups.
-
-Two remarks on IA3's paper. Its third vector scales the input of the second
-layer of an MLP, after the non-linearity: that is SSL on that layer. Subspace
-tuning's experiments scale the output of the first instead. And a bias, which
-the paper's models do not have, is not scaled.
+IA3's third vector in the paper scales the input of an MLP's second layer, and
+is SSL on that layer; Subspace tuning scales the output of the first instead.
+A bias, which the paper's models do not have, is not scaled.
 """
 
 from dataclasses import dataclass
@@ -54,7 +47,7 @@ class ChannelScaling(Method):
 class IA3(ChannelScaling):
     """A trained scale of each output channel."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='D₁ W, D₁ = 1 + diag(d₁)',
         trains='difference d₁ from a scale of one of each output channel (zero)',
@@ -63,7 +56,7 @@ class IA3(ChannelScaling):
         suits='Budgets below a thousandth of the model.',
     )
 
-    sides: ClassVar = ('out',)
+    sides = ('out',)
 
 
 @METHODS.register_module()
@@ -71,7 +64,7 @@ class IA3(ChannelScaling):
 class SSL(ChannelScaling):
     """A trained scale of each input channel."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='W D₂, D₂ = 1 + diag(d₂)',
         trains='difference d₂ from a scale of one of each input channel (zero)',
@@ -80,7 +73,7 @@ class SSL(ChannelScaling):
         suits='The smallest budgets on layers that widen; half of IA3 where it was published.',
     )
 
-    sides: ClassVar = ('in',)
+    sides = ('in',)
 
 
 @METHODS.register_module()
@@ -88,7 +81,7 @@ class SSL(ChannelScaling):
 class SSB(ChannelScaling):
     """A trained scale of each output and of each input channel."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='D₁ W D₂, D = 1 + diag(d)',
         trains='differences d₁, d₂ from scales of one of output and input channels (zero)',
@@ -97,4 +90,4 @@ class SSB(ChannelScaling):
         suits='Budgets below a thousandth of the model; the strongest of IA3, SSL and SSB.',
     )
 
-    sides: ClassVar = ('out', 'in')
+    sides = ('out', 'in')

@@ -1,43 +1,33 @@
 """Diff pruning: a sparse difference of the weights (arXiv:2012.07463).
 
-    W' = W + z * delta          elementwise, z in [0, 1]
-
-A gate z is hard concrete (Louizos et al., arXiv:1712.01312): a stretched
-sigmoid, clamped so that it is exactly 0 or 1 with a positive probability,
-
+    W' = W + z * delta                                           elementwise
     z = min(1, max(0, (h - l) sigmoid(log_alpha + log u - log(1 - u)) + l))
-
-with l = -1.5, h = 1.5 and u uniform in each training step; evaluation and
-merging take u = 1/2. The expected number of open gates,
-
     E ||z||_0 = sum sigmoid(log_alpha - log(-l / h))
 
-times ``l0_weight`` is a term of the loss. With ``structured=True`` one gate
-more for each weight multiplies its elements' (the paper's structured
-variant), and so do the probabilities. delta starts at zero, log_alpha at
-``start`` = 5, where 97% of the gates are 1. Nothing is flattened.
+The gate z is hard concrete (Louizos et al., arXiv:1712.01312), with l = -1.5,
+h = 1.5 and u uniform in each training step; evaluation and merging take
+u = 1/2. The expected number of open gates times ``l0_weight`` is a term of the
+loss. With ``structured=True`` one gate more for each weight multiplies its
+elements' (the paper's structured variant), and so do the probabilities. delta
+starts at zero, log_alpha at ``start`` = 5, where 97% of the gates are 1.
 
 Midway the allocator projects: of all entries of all weights, the fraction
-``density`` with the largest |z delta| keep z delta as their delta and a gate
-that is exactly 1, the gates of all others are exactly 0, and from there on
-delta trains alone. Gates that training had closed by then stay closed, so that
-there may be fewer.
+``density`` with the largest |z delta| keep z delta as their delta and a gate of
+1, the others' gates are 0, and delta trains alone from there on. Gates that
+training had closed stay closed. The paper finetunes with the mask in a second
+run, which is the second half here; it prunes biases, which stay here.
 
 log_alpha is stored as its distance from ``start`` divided by ``gate_speed``.
 The paper trains it with an optimizer of its own, at 10,000 times the learning
-rate of delta; under Adam such a factor has the same effect. The paper
-finetunes with the mask in a second run, which is the second half here, and
-prunes biases, which stay as they are here.
+rate of delta; under Adam such a factor has the same effect.
 
-While it trains, a weight has two dense copies (delta and gates) beside it,
-each with a gradient and the optimizer's averages, and an adapter file holds
-both: it is sparse in what it changes, not in what it takes.
+An adapter has two dense copies of a weight (delta and gates), while it trains
+and in its file: it is sparse in what it changes, not in what it takes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -98,7 +88,7 @@ class DiffPruning(Method):
             evaluation, functions of log_alpha alone.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='W + z ⊙ Δ, hard-concrete gates z',
         trains='Δ (zero), gates (open) of each element',
@@ -110,7 +100,7 @@ class DiffPruning(Method):
         suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
     )
 
-    renamed: ClassVar = {'share': 'density'}
+    renamed = {'share': 'density'}
 
     density: float = 0.005
     project_at: int | float = 0.5

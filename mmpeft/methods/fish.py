@@ -1,25 +1,20 @@
 """FISH mask: the entries of the largest Fisher information (arXiv:2111.09839).
 
     W' = W, with values added to k entries of it
+    F = 1/N sum (dL/dw)^2          Eq. 3, the empirical Fisher information of an entry
 
-The empirical Fisher information of an entry is its mean squared gradient,
-
-    F = 1/N sum (dL/dw)^2          Eq. 3
-
-which the allocator collects in the first ``samples`` optimizer steps, in which
-no value is trained; then each weight's k entries of the largest F are chosen.
-Until then, and without an allocator, they are the k entries of the largest
-|W|. Values that were trained before stay where they are.
+The allocator sums F in the first ``samples`` optimizer steps, in which no
+value is trained, and then chooses each weight's k entries of the largest F.
+Until then, and without an allocator, they are those of the largest |W|.
 
 Three differences from the paper. A sample is the batch of one step in each
-process, since a backward pass gives no single sample's gradient. ``density``
-holds for each weight, where the paper takes the top of the whole network, so
-that an adapter's shape does not depend on data. Biases have no mask.
+process. ``density`` holds for each weight, where the paper takes the top of
+the whole network, so that an adapter's shape does not depend on data. Biases
+have no mask.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import distributed
@@ -43,15 +38,12 @@ class FISH(SparseMethod):
             the run; 0 keeps the entries of the largest |W|.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
         trains='values v (zero) of the entries of the largest Fisher information',
         paper='FISH mask, Eq. 3 (arXiv:2111.09839)',
-        cost=(
-            'The dense gradient of W; two dense copies of each weight in the first steps. A file '
-            'holds an integer for each value.'
-        ),
+        cost='The dense gradient of W; a file holds an integer for each value.',
         suits='Exact control of how many weights change; the first steps choose and do not train.',
     )
 

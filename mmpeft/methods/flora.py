@@ -5,13 +5,11 @@
 over the modes of the stored weight, so that a kernel keeps its axes. The core
 starts at zero, the factors Gaussian. The paper leaves the Gaussian's width
 open: here it is 1 / sqrt(J_n) for a factor of J_n columns, with which an Adam
-step on the core moves the entries of W by about ``scale`` times the learning
-rate whatever the rank. The factor of a mode of size 1 starts at 1, since a
-single random number there would only scale the whole update.
+step on the core moves W by about ``scale`` times the learning rate whatever
+the rank. The factor of a mode of size 1 starts at 1.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +53,7 @@ class FLoRA(RankMethod):
         init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · G ×₁A₁ ×₂A₂ … ×ₙAₙ',
         trains='core G (zero), one factor Aₙ a mode (Gaussian)',
@@ -67,7 +65,7 @@ class FLoRA(RankMethod):
         ),
     )
 
-    default_scale: ClassVar = 4.0
+    default_scale = 4.0
 
     rank: int | tuple[int, ...] = 8
     kernel_rank: int = 2

@@ -1,7 +1,6 @@
 """Frozen: nothing trains, the lower end that all methods are compared with."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -13,7 +12,7 @@ from .base import Card, Method
 class Frozen(Method):
     """Freeze the target module and adapt nothing."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='ends',
         formula='W',
         trains='nothing in the target',
@@ -22,7 +21,7 @@ class Frozen(Method):
         suits='The floor to compare with: neck and heads alone train.',
     )
 
-    adapts: ClassVar[bool] = False
+    adapts = False
 
     def accepts(self, spec):
         return False

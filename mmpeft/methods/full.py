@@ -1,7 +1,6 @@
 """Full: everything trains, the upper end that all methods are compared with."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -14,7 +13,7 @@ from .frozen import Frozen
 class Full(Frozen):
     """Train the target module itself; BatchNorm statistics follow."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='ends',
         formula='W',
         trains='the target itself',
@@ -23,4 +22,4 @@ class Full(Frozen):
         suits='The ceiling to compare with, and plenty of data.',
     )
 
-    trains_base: ClassVar[bool] = True
+    trains_base = True

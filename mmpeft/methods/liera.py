@@ -9,7 +9,6 @@ the paper's name for LoRA with it. The default of s follows the weights, see
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -28,7 +27,7 @@ class LieRA(LoRA):
             ``'lie_exact'``.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W ⊙ (1 + s · B A), or W ⊙ exp(s · B A); s ≈ 1 / rms(W)',
         trains='A (uniform), B (zero)',

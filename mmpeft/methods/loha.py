@@ -3,25 +3,22 @@
     dW = (B1 A1) * (B2 A2)                              FedPara, Prop. 1
     dW = (T1 x_1 B1 x_2 A1') * (T2 x_1 B2 x_2 A2')      FedPara, Prop. 3
 
-over the modes of the stored weight. FedPara shares such weights between
-clients; LyCORIS (arXiv:2309.14859) fine-tunes with them. The product of two
-matrices of rank r has rank up to r^2, hence r^2 for the parameters of a LoRA
-of rank 2 r. Two layouts treat a kernel:
+over the modes of the stored weight. The rank of the product is up to r^2, for
+the parameters of a LoRA of rank 2 r. Two layouts treat a kernel:
 
 ``channel``  The stored weight unfolded along its first mode, as LoRA's.
 ``tucker``   Keeps its axes, which the cores T of size (r, r, *kernel) hold. A
              kernel of one element is a matrix.
 
-The start is LyCORIS': B2 is zero, B1 and T Gaussian with standard deviation
-0.1, A1 and A2 with 1. A factor that is a single number, that of a depthwise
-kernel's second mode, starts at its standard deviation. Ranks are capped by the
-sizes of the modes. ``alpha / rank`` is applied once (LyCORIS squares it when it
-merges).
+The start is LyCORIS' (arXiv:2309.14859): B2 is zero, B1 and T Gaussian with
+standard deviation 0.1, A1 and A2 with 1; a factor that is a single number
+starts at its standard deviation. Ranks are capped by the sizes of the modes.
+``alpha / rank`` is applied once (LyCORIS squares it when it merges).
 """
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +71,7 @@ class LoHa(KernelRankMethod):
         layout: ``'channel'`` unfolds a kernel, ``'tucker'`` keeps its axes.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · (B₁A₁) ∗ (B₂A₂)',
         trains='B₁, A₁, A₂ and the cores of kernels (Gaussian), B₂ (zero)',

@@ -3,8 +3,8 @@
     dW = C kron (B A)
 
 Both channel modes of the stored weight are split in two, n = a b and m = c d
-with a <= b and c <= d. C is (a, c), the second block (b, d, *kernel), so that
-dW is a (a, c) grid of multiples of one block. Two layouts treat a kernel:
+with a <= b and c <= d. C is (a, c), the second block (b, d, *kernel). Two
+layouts treat a kernel:
 
 ``channel``  The block unfolded along its first mode: B is (b, r), A (r, the
              rest).
@@ -12,20 +12,17 @@ dW is a (a, c) grid of multiples of one block. Two layouts treat a kernel:
              (r, r, *kernel). A kernel of one element is a matrix.
 
 The block is low rank only where that takes fewer parameters than the whole of
-it, and so is C with ``decompose_both``. LyCORIS asks instead whether r is below
-half of the larger side, which is the same for square blocks and lets the
-factors of others have more parameters than the block.
+it, and so is C with ``decompose_both``; LyCORIS asks whether r is below half
+of the larger side, which is the same for square blocks.
 
-The start is LyCORIS': uniform as in linear layers, but for A or the whole
-block, which is zero. In the Tucker layout the core is zero instead of A, which
-of a depthwise kernel is a single number, and it starts at 1. So does C where it
-is one. ``alpha / rank`` is applied once and to blocks of every form (LyCORIS
-squares it when it merges, and leaves it out if C and the block are whole).
+The start is LyCORIS': uniform as in linear layers, but zero for A, the whole
+block, or the core. Factors that are a single number start at 1. ``alpha /
+rank`` is applied once and to blocks of every form (LyCORIS squares it when it
+merges, and leaves it out if C and the block are whole).
 """
 
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,7 +81,7 @@ class LoKr(KernelRankMethod):
         decompose_both: Take C low rank too where that takes fewer parameters.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · C ⊗ (B A)',
         trains='C, B (uniform), A or the core of a kernel (zero)',

@@ -10,7 +10,7 @@ is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Literal
 
 from mmpeft.registry import METHODS
 
@@ -34,7 +34,7 @@ class LoRA(ScaledRankMethod, MatrixMethod):
         mpc_weight: Of that term.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · reshape(B A)',
         trains='A (uniform), B (zero)',

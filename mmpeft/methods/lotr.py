@@ -2,24 +2,18 @@
 
     dW_l = G_l x_1 A x_2 B
 
-The weights of one shape are stacked to a tensor, whose Tucker-2 form has A and
-B in common and a small core for each weight l. A and B act on the two channel
-modes of the stored weight. The core of a kernel keeps the kernel's axes, which
-the paper does not treat.
+All weights l of equal shape and role share A and B, on the two channel modes
+of the stored weight, and have a small core each (in the paper, a chosen set of
+weights). The core of a kernel keeps the kernel's axes, which the paper does
+not treat.
 
 The core starts at zero, A and B Gaussian with standard deviation 1 / sqrt(r)
-of their own r columns, as FLoRA's factors here. At the start that is the
-published code, which divides by r what it multiplies with standard Gaussians:
-an Adam step on the core moves the entries of W by about ``scale`` times the
-learning rate whatever the rank. The factor of a mode of size 1 starts at 1.
-
-The paper stacks chosen weights (query and value of all blocks); here all those
-of equal shape and role share A and B, unless ``targets.overrides`` gives some
-of them other arguments.
+of their own r columns, which at the start is the published code: an Adam step
+on the core moves W by about ``scale`` times the learning rate whatever the
+rank. The factor of a mode of size 1 starts at 1.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +49,7 @@ class LoTR(RankMethod):
         init_std: Standard deviation of A and B; 1 / sqrt(rank) if None.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='Wₗ + s · Gₗ ×₁A ×₂B, A and B shared by all weights of a shape',
         trains='cores Gₗ (zero), shared A and B (Gaussian)',
@@ -64,7 +58,7 @@ class LoTR(RankMethod):
         suits='Deep networks of equal blocks: a further block adds its cores alone.',
     )
 
-    tied: ClassVar = ('lotr_A', 'lotr_B')
+    tied = ('lotr_A', 'lotr_B')
 
     init_std: float | None = None
 

@@ -2,18 +2,15 @@
 
     dW = reshape(B M A)
 
-LoRA with a trained mixer M between the factors, square in their inner size:
-(r, r), or (r k, r k) for a kernel in the ``loralib`` layout. B starts at zero,
-A and M as linear layers do (Kaiming uniform within 1 / sqrt(columns), as in
-the published code), or M as a random orthogonal matrix; the paper has both.
-
-``mpc`` is LoRA's. Here it restricts the factors alone and not what dW can be,
-since M can undo whatever is required of B and A.
+LoRA with a trained mixer M between the factors, square in their inner size. B
+starts at zero, A and M as linear layers do (as in the published code), or M as
+a random orthogonal matrix; the paper has both. ``mpc`` restricts the factors
+alone and not what dW can be, since M can undo what is required of B and A.
 """
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -32,7 +29,7 @@ class MoSLoRA(LoRA):
         mixer_init: Start of the mixer, ``'kaiming'`` or ``'orthogonal'``.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · reshape(B M A)',
         trains='A, mixer M (uniform, or M orthogonal), B (zero)',

@@ -7,7 +7,6 @@ choice is made over the entries of one weight, not of the whole network.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -20,7 +19,7 @@ from .sparse import SparseMethod
 class PaFi(SparseMethod):
     """A few small entries of each weight, trained themselves."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
         trains='values v (zero) of the entries of the smallest |W|',

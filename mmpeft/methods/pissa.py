@@ -6,23 +6,18 @@
     s B0 A0 = U_r S_r V_r^T,   B0 = U_r (S_r / s)^1/2,   A0 = (S_r / s)^1/2 V_r^T
 
 PiSSA takes the r largest singular values of the pretrained weight, MiLoRA the
-r smallest. The decomposition is taken once. The second form leaves the base
-as it is and starts at W to the last bit whatever the decomposition's error;
-with ``update='lie'`` it is the dW that LieRA applies.
+r smallest, once. The second form leaves the base as it is and starts at W to
+the last bit; with ``update='lie'`` it is the dW that LieRA applies.
 
-What is trained are the differences of A and B from A0 and B0, which start at
-zero. For an optimizer without weight decay, as in PiSSA's paper, this is the
-same; with it, A and B are drawn to the pretrained weight, where the papers'
-form would draw a part of W itself to zero.
+What is trained are the differences of A and B from A0 and B0. Without weight
+decay, as in PiSSA's paper, this is the same; with it, A and B are drawn to the
+pretrained weight, where the papers' form would draw a part of W to zero.
 
-The decomposition is one of a matrix. Layout ``channel`` unfolds the stored
-kernel along its first mode. ``loralib`` decomposes the matrix that
-:mod:`.matrix` reshapes a kernel to: it mixes the kernel's axes with the
-channels, so that its triplets mean little.
+In the ``loralib`` layout a kernel is the matrix that :mod:`.matrix` makes of
+it, whose singular triplets mean little.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +44,7 @@ class SingularLoRA(LoRA):
         scale_power: Of s, in an optimizer step: B0 and A0 are divided by its root.
     """
 
-    scale_power: ClassVar = 0.5
+    scale_power = 0.5
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,7 +99,7 @@ class PiSSA(SingularLoRA):
             weights; the paper's choices are 1 to 16. Exact if None.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · (B A − B₀ A₀)',
         trains='A, B as differences (zero) from the r largest singular triplets B₀ A₀',
@@ -129,7 +124,7 @@ class PiSSA(SingularLoRA):
 class MiLoRA(SingularLoRA):
     """LoRA from the smallest singular values."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · (B A − B₀ A₀)',
         trains='A, B as differences (zero) from the r smallest singular triplets B₀ A₀',

@@ -4,20 +4,18 @@ The number of triplets, over all weights, follows
 
     b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3     Eq. 12
 
-between the warmup of t_i steps and the last t_f steps, rounded down. The
-triplets of the highest importance over all weights keep their lambda,
+between the warmup of t_i steps and the last t_f steps, rounded down. Every
+``every`` steps, the triplets of the highest importance over all weights,
 
     S = s(lambda) + mean s(P column) + mean s(Q row)        Eq. 7
     s(w) = I~ U~,  I = |w dL/dw|                            Eq. 8 and 11
     I~ <- beta1 I~ + (1 - beta1) I                          Eq. 9
     U~ <- beta2 U~ + (1 - beta2) |I - I~|                   Eq. 10
 
-and the others' lambda is set to zero (Eq. 6) in every ``every``-th step. In
-between all are trained, so that a triplet may come back. From step T - t_f on
-the choice is final.
-
-Eq. 12 prints t - t_i - t_f, which would start above b_0; here b starts at b_0
-and ends at b_T, as in the published code.
+keep their lambda, and the others' is set to zero (Eq. 6). In between all are
+trained, so that a triplet may come back. From step T - t_f on the choice is
+final. Eq. 12 prints t - t_i - t_f, which would start above b_0; here b starts
+at b_0, as in the published code.
 """
 
 from collections.abc import Mapping

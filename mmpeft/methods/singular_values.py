@@ -5,18 +5,14 @@
     W' = U relu(S + s D) V^T                                     SVDiff
        = W + s U max(D, -S / s) V^T             Subspace tuning, Eq. 34 and 35
 
-for the thin SVD W = U S V^T of the pretrained weight, taken once; the papers
-have s = 1. The diagonal D starts at zero. Kernels are unfolded along the first
-mode of the stored weight, as SVDiff does.
-
-U and V are stored with the adapter: another machine's SVD may differ in signs
-and, where singular values coincide, in directions. For all singular values
-they hold more numbers than the weight; ``rank`` keeps the leading ones alone,
+for the thin SVD W = U S V^T of the pretrained weight, unfolded along its first
+mode; the papers have s = 1. The diagonal D starts at zero. U and V are stored
+with the adapter, since another machine's SVD may differ in signs and, where
+singular values coincide, in directions. ``rank`` keeps the leading ones alone,
 which the papers do not do.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +56,7 @@ class SAMPARSER(DeltaMethod):
             adapter file holds k (n + m) fixed numbers a weight.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='reconstruction',
         formula='U (Σ + s · D) Vᵀ',
         trains='shift D of each singular value (zero)',
@@ -99,7 +95,7 @@ class SVDiff(SAMPARSER):
         rank: As in :class:`SAMPARSER`.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='combination',
         formula='U relu(Σ + s · D) Vᵀ',
         trains='spectral shift D (zero)',

@@ -8,7 +8,6 @@ stored.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +61,7 @@ class SparseMethod(Method):
         density: Fraction of a weight's entries that are trained, at least one.
     """
 
-    renamed: ClassVar = {'share': 'density'}
+    renamed = {'share': 'density'}
 
     density: float = 0.005
 

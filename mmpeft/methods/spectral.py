@@ -3,14 +3,11 @@
     W' = [U_r + A, U_rest] S [V_r + B, V_rest]^T            Subspace tuning, Eq. 32
        = W + A S_r V_r^T + U_r S_r B^T + A S_r B^T          Eq. 33
 
-for the r largest singular triplets of the pretrained weight, taken once. A and
-B start at zero; both have a gradient from the first step. This is the paper's
-additive variant. Kernels are unfolded along the first mode of the stored
-weight. B is held transposed, (r, m), as LoRA's A.
+for the r largest singular triplets of the pretrained weight, unfolded along
+its first mode. A and B start at zero. This is the paper's additive variant.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -30,7 +27,7 @@ class SpectralAdapter(RankMethod):
         rank: r, capped by the smaller side of each weight's matrix.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='combination',
         formula='[Uᵣ + A, U₋ᵣ] Σ [Vᵣ + B, V₋ᵣ]ᵀ',
         trains='shifts A, B of the top r singular vectors (zero)',

@@ -2,21 +2,17 @@
 
     dW = reshape(B diag(lambda) A)         Subspace tuning, Sec. 4.1
 
-with LoRA's matrices and one lambda for each inner index: r of them, or r k on
-a kernel in the ``loralib`` layout. lambda starts at zero, A and B Gaussian, so
-that lambda has a gradient in the first step, A and B from the second step on.
-Nothing keeps B and A orthogonal, as the singular vectors of an SVD would be
-(Eq. 12-17); ``mpc='o'`` pulls them there. lambda may become negative.
+with LoRA's matrices and one lambda for each inner index. lambda starts at zero
+and trains in the first step, A and B from the second step on. Nothing keeps B
+and A orthogonal, as the singular vectors of an SVD would be (Eq. 12-17);
+``mpc='o'`` pulls them there. lambda may become negative.
 
-Subspace tuning's code draws A and B uniformly, within 1 / sqrt(columns) of
-each. Here both have AdaLoRA's standard deviation of 0.02, since they have
-equal parts in the product: at a width of a thousand, rows of A and columns of
-B then have a length of about 0.6, where Eq. 17 has 1, and lambda is on the
-scale of dW's singular values from the start.
+A and B start Gaussian with AdaLoRA's standard deviation of 0.02, so that at a
+width of a thousand their rows and columns have a length of about 0.6, where
+Eq. 17 has 1. Subspace tuning's code draws them within 1 / sqrt(columns).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mmpeft.registry import METHODS
 
@@ -35,7 +31,7 @@ class TriLoRA(LoRA):
         mpc: ``'o'`` (Eq. 20) or None.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · reshape(B diag(λ) A)',
         trains='A, B (Gaussian), λ (zero)',

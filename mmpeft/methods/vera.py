@@ -3,20 +3,14 @@
     dW = reshape(diag(b) B diag(d) A)
 
 B and A are random and frozen, the same for all weights that flatten to one
-shape; b and d are trained for each weight. b starts at zero and d at
-``d_initial``. B and A are Kaiming uniform, within sqrt(6 / columns) of each,
-which keeps the variance of dW independent of the rank. They are drawn from
-``seed`` whenever a model is adapted, and neither trained nor stored.
-
-Kernels are flattened as in LoRA. ``loralib`` multiplies the rank by the size
-of the kernel, and VeRA's ranks are large. The paper's matrices are shared by
-layers of one shape, as here; peft cuts one large pair to the shape of each
-layer instead.
+shape (peft cuts one large pair to each shape instead); b and d are trained for
+each weight. b starts at zero, d at ``d_initial``. B and A are Kaiming uniform,
+within sqrt(6 / columns) of each, which keeps the variance of dW independent of
+the rank. They are drawn from ``seed`` and not stored.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +60,7 @@ class VeRA(MatrixMethod):
         seed: Of the frozen matrices, from 0 to 2^32 - 1.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='extension',
         formula='W + s · reshape(diag(b) B diag(d) A)',
         trains='vectors b (zero), d (0.1); B, A frozen and random',
@@ -75,7 +69,7 @@ class VeRA(MatrixMethod):
         suits='The smallest adapter files: rows + rank numbers a weight.',
     )
 
-    tied: ClassVar = ('vera_A', 'vera_B')
+    tied = ('vera_A', 'vera_B')
 
     rank: int = 256
     d_initial: float = 0.1

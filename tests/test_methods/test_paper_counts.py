@@ -5,6 +5,7 @@ the models go by: 125, 184 and 355 million.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -122,9 +123,15 @@ CASES = [
 ]
 
 
+@cache
+def built(name):
+    """A model without adapters; each test removes its own."""
+    return MODELS[name].build()
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_the_models_have_their_size(name):
-    total = sum(p.numel() for p in MODELS[name].build().parameters())
+    total = sum(p.numel() for p in built(name).parameters())
     assert round(total / 1e6) == MODELS[name].millions
 
 
@@ -132,6 +139,8 @@ def test_the_models_have_their_size(name):
 def test_parameters_are_the_tables(name, method, figure):
     include = SCALED if method['type'] in ('IA3', 'SSL', 'SSB') else ()
     targets = dict(module='encoder', include=include)
-    adapters = mmpeft.inject(MODELS[name].build(), method, targets).adapters
+    model = built(name)
+    adapters = mmpeft.inject(model, method, targets).adapters
+    mmpeft.remove(model)
     tolerance = 0.005 if figure < 1 else 0.02
     assert adapters / MODELS[name].millions / 1e3 == pytest.approx(figure, abs=tolerance)
