@@ -16,6 +16,7 @@ from torch import nn
 import mmpeft
 from mmpeft.engine.config import compose
 from mmpeft.engine.packages import import_task
+from mmpeft.registry import HOOKS
 from tests.cases import randomize
 
 ROOT = Path(__file__).parents[1]
@@ -126,14 +127,14 @@ def build_detector():
     return nn.Sequential(OrderedDict(parts))
 
 
-@pytest.mark.parametrize('page', ['configs.md'])
+@pytest.mark.parametrize('page', ['configs.md', 'hook.md'])
 def test_hooks_of_the_pages_can_be_built(page):
     found = [block for block in blocks(page) if block.startswith('default_hooks')]
     assert found
     for block in found:
         names = {}
         exec(block, names)
-        mmpeft.registry.HOOKS.build(names['default_hooks']['peft'])
+        HOOKS.build(names['default_hooks']['peft'])
 
 
 @pytest.mark.usefixtures('scope')
