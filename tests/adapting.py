@@ -11,7 +11,7 @@ from mmpeft.injection.site import adapters_of
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods import Adapter, Method
 from mmpeft.methods.spec import WeightSpec
-from tests.cases import KINDS, randomize
+from tests.cases import KINDS, LAYERS, randomize
 
 # Layers with a weight of each role and proportion.
 WEIGHTS = dict(
@@ -62,6 +62,11 @@ def weights_in(model: nn.Module) -> list[tuple[Tensor, WeightSpec]]:
         for name, spec in weights_of(module)
         if not spec.is_bias and len(spec.shape) > 1
     ]
+
+
+def weights_of_all_layers() -> list[tuple[Tensor, WeightSpec]]:
+    """The same of the whole table of layers."""
+    return [pair for case in LAYERS.values() for pair in weights_in(case.make())]
 
 
 def adapted(layer: nn.Module, config: dict, std: float = 0.3) -> tuple:

@@ -9,8 +9,7 @@ import mmpeft
 from mmpeft.injection.site import adapters_of
 from mmpeft.methods.lora import LoRA
 from mmpeft.methods.trilora import TriLoRA
-from tests.adapting import LAYOUTS, adapted, close, spec_of, weights_in
-from tests.cases import LAYERS
+from tests.adapting import LAYOUTS, adapted, close, spec_of, weights_of_all_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
@@ -23,10 +22,9 @@ def test_trilora_is_b_diag_lambda_a(layer, layout):
     close(new, frozen + 3 * product.reshape(frozen.shape))
 
 
-@pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_trilora_has_one_lambda_for_each_inner_index_of_lora(name, layout):
-    for weight, spec in weights_in(LAYERS[name].make()):
+def test_trilora_has_one_lambda_for_each_inner_index_of_lora(layout):
+    for weight, spec in weights_of_all_layers():
         lora = LoRA(rank=3, layout=layout).init(weight, spec)
         factors = TriLoRA(rank=3, layout=layout).init(weight, spec)
         inner = len(lora['lora_A'])
