@@ -74,6 +74,10 @@ def _sample(scope, meta, size):
 
         labels = torch.arange(size * size).view(1, size, size) % 150
         return SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=labels))
+    if scope == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        return DataSample(metainfo=meta).set_gt_label(1)
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 

@@ -1,11 +1,13 @@
 """Evaluate a checkpoint of mmdet, mmseg or mmrotate by its config.
 
-    python tools/test.py configs/flora/convnext_coco.py work_dirs/convnext_coco/epoch_12.pth
+    python tools/test.py configs/flora/convnext_coco.py work_dirs/flora/convnext_coco/epoch_12.pth
 
-The checkpoint may hold adapters alone, everything, or merged weights.
+The checkpoint may hold adapters alone, everything, or merged weights. Logs go
+to the folder ``test`` of the work directory.
 """
 
 import argparse
+from pathlib import Path
 
 from mmpeft.engine.launch import add_arguments, build_runner, check_checkpoint, load_config, run
 from mmpeft.errors import UsageError
@@ -13,7 +15,7 @@ from mmpeft.errors import UsageError
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Test (and evaluate) a detector or segmentor')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or package::path such as mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco')
     parser.add_argument('checkpoint', help='checkpoint file')
     add_arguments(parser)
     parser.add_argument(
@@ -58,7 +60,9 @@ def dump_predictions(runner, cfg, out):
 def main():
     args = parse_args()
     cfg = load_config(args, ('test',))
-    check_checkpoint(args.checkpoint)
+    check_checkpoint(args.checkpoint, cfg)
+    if not args.work_dir and Path(cfg.work_dir).name != 'test':
+        cfg.work_dir = f'{cfg.work_dir}/test'  # training's own holds the config of training
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
         raise UsageError(f'--out {args.out}: name a .pkl or .pickle file.')

@@ -1,8 +1,11 @@
 """Train a model of mmdet, mmseg or mmrotate by its config.
 
     python tools/train.py configs/flora/convnext_coco.py
+    python tools/train.py configs/frozen/convnext_coco.py --method pissa
+    python tools/train.py mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py --method flora
 
-What is adapted, and how, is the config's ``default_hooks.peft``.
+What is adapted, and how, is the config's ``default_hooks.peft``, or ``--method``.
+The composed config is written into the work directory, work_dirs/<method>/<config>.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from mmpeft.engine.launch import (
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Train a detector or segmentor')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or package::path such as mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco')
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
@@ -49,7 +52,7 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
-        check_checkpoint(cfg.load_from)
+        check_checkpoint(cfg.load_from, cfg)
     build_runner(cfg).train()
 
 

@@ -51,7 +51,10 @@ def compose(
         _set_method(cfg, read_method(method))
     if options:
         before = [each.get('type') for each in methods_in(find_hook(cfg) or {})]
-        cfg.merge_from_dict(copy.deepcopy(dict(options)))
+        try:
+            cfg.merge_from_dict(copy.deepcopy(dict(options)))
+        except (TypeError, KeyError, IndexError) as error:
+            raise UsageError(f'--cfg-options do not fit the config: {error}') from error
         after = list(methods_in(find_hook(cfg) or {}))
         if [each.get('type') for each in after] != before:
             _check_arguments(after, before)

@@ -3,9 +3,10 @@
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import revert_sync_batchnorm
@@ -57,8 +58,8 @@ def init_model(
     """
     cfg = compose(config, method, options)
     source = None if checkpoint is None else _source(str(checkpoint))
-    model = revert_sync_batchnorm(build_model(cfg))
-    with _quiet():
+    with _quiet(), _seeded(cfg):
+        model = revert_sync_batchnorm(build_model(cfg))
         _fill(model, cfg, source)
     meta = (source.content.get('meta') or {}).get('dataset_meta') if source else None
     model.dataset_meta = _dataset_meta(cfg, meta or {})
@@ -149,14 +150,24 @@ def _shape(state, key):
 
 def _dataset_meta(cfg, saved):
     """Classes as a checkpoint has them, else those of the config; a palette."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
-    known = {}
-    if dataset is not None:
-        known = DATASETS.build(copy.deepcopy(dataset) | dict(lazy_init=True)).metainfo
+    dataset, known = (cfg.get('test_dataloader') or {}).get('dataset'), {}
+    with suppress(TypeError):  # a dataset that cannot be built without its data
+        if dataset is not None:
+            known = DATASETS.build(dict(copy.deepcopy(dataset), lazy_init=True)).metainfo
     saved = {key.lower(): value for key, value in saved.items()}
     classes = saved.get('classes') or known.get('classes') or ()
     palette = known.get('palette') or saved.get('palette') or 'random'
     return dict(classes=classes, palette=palette)
+
+
+@contextmanager
+def _seeded(cfg) -> Iterator[None]:
+    """With the config's seed, as a Runner has it: a base that is not from a file is drawn again."""
+    seed = (cfg.get('randomness') or {}).get('seed')
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmpeft.checkpoint.safe_load import read_checkpoint
 from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
-from .config import compose, dicts_in, read_config, run_name  # noqa: F401
+from .config import compose, dicts_in, find_hook, run_name
 from .data_check import describe, missing_data
+from .loading import manifest_of
 from .packages import import_task
 
 
@@ -93,12 +95,31 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Raise MissingFileError where a local checkpoint does not exist."""
-    if '://' not in str(path) and not Path(path).is_file():
+def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
+    """Refuse a local checkpoint that does not exist, or that a config cannot load.
+
+    Args:
+        path: Of the checkpoint; addresses are not checked.
+        cfg: Refuses adapters if it has no PEFTHook: mmengine would skip them.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UsageError: It has adapters, and the config has no place for them.
+    """
+    if '://' in str(path):
+        return
+    if not Path(path).is_file():
         raise MissingFileError(
             f'there is no checkpoint {str(path)!r} in {Path.cwd()}. Give a file that training '
             'saved, such as work_dirs/<config>/epoch_12.pth.'
+        )
+    manifest = manifest_of(read_checkpoint(path)) if cfg and find_hook(cfg) is None else None
+    if manifest is not None:
+        methods = ', '.join(each['method']['type'] for each in manifest['injections'])
+        raise UsageError(
+            f'{path} holds adapters ({methods}), and {cfg.filename} has no PEFTHook to load them. '
+            'Give the config that it was trained with, which is in its work directory, or its '
+            'method by --method.'
         )
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from mmengine.config import Config
 
@@ -31,8 +32,7 @@ def read_method(method: str | Mapping | list) -> dict:
     if isinstance(method, str):
         if not re.fullmatch(r'[\w-]+', method.strip()):
             return read_method(_literal(method))
-        folder = package_configs('mmpeft', '--method') / '_base_' / 'methods'
-        files = {path.stem: path for path in sorted(folder.glob('*.py'))}
+        files = method_files()
         if method.strip() not in files:
             raise UsageError(
                 f'There is no method {method!r}. {near(method, files)} A method of your own is '
@@ -45,6 +45,12 @@ def read_method(method: str | Mapping | list) -> dict:
     if not isinstance(method, list) and not (isinstance(method, Mapping) and 'type' in method):
         raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {method!r}.")
     return dict(method=method)
+
+
+def method_files() -> dict[str, Path]:
+    """The files of ``configs/_base_/methods`` by name."""
+    folder = package_configs('mmpeft', '--method') / '_base_' / 'methods'
+    return {path.stem: path for path in sorted(folder.glob('*.py'))}
 
 
 def method_name(method: str | Mapping | list) -> str:

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
-from mmpeft.engine import launch, packages
-from mmpeft.engine.config import read_config, run_name
-from mmpeft.engine.data_check import describe, missing_data
+from mmpeft.engine import launch
 from mmpeft.errors import MissingFileError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -203,39 +201,10 @@ def test_slurm_passes_arguments_on(tmp_path):
     assert words[-4:-1] == ['--launcher', 'slurm', '--amp']
 
 
-def test_config_that_does_not_exist(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(MissingFileError, match="Did you mean 'configs/flora/convnext_coco.py'"):
-        read_config('configs/flora/convnet_coco.py')
-
-
-def test_package_that_is_not_installed(tmp_path, monkeypatch):
-    config = tmp_path / 'c.py'
-    config.write_text("_base_ = 'mmrotate::_base_/datasets/dota.py'\n")
-    monkeypatch.setattr('mmengine.config.config.is_installed', lambda package: False)
-    with pytest.raises(UsageError, match=r"needs mmrotate.*pip install 'mmpeft\[rotate\]'"):
-        read_config(config)
-
-
-def test_task_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mmseg.utils', None)
-    cfg = Config(dict(default_scope='mmseg'))
-    with pytest.raises(UsageError, match='mmseg, which is installed but does not import: '):
-        packages.import_task(cfg)
-    monkeypatch.setattr(packages, 'find_spec', lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'mmpeft\[seg\]'"):
-        packages.import_task(cfg)
-
-
 def test_checkpoint_that_does_not_exist(tmp_path):
     with pytest.raises(MissingFileError, match='no checkpoint .*missing.pth'):
         launch.check_checkpoint(tmp_path / 'missing.pth')
     launch.check_checkpoint('https://example.com/remote.pth')
-
-
-def test_work_dirs_of_equal_names_differ():
-    assert run_name('configs/flora/convnext_coco.py') == 'flora/convnext_coco'
-    assert run_name('configs/mine.py') == run_name('/tmp/mine.py') == 'mine'
 
 
 def test_amp_needs_an_accelerator(monkeypatch):
@@ -287,74 +256,3 @@ def test_distribution_with_an_accelerator_is_left_alone(monkeypatch):
     cfg = Config(dict(launcher='pytorch', model=dict(norm_cfg=dict(type='SyncBN'))))
     launch.prepare_distribution(cfg)
     assert cfg.model.norm_cfg.type == 'SyncBN' and 'model_wrapper_cfg' not in cfg
-
-
-def test_data_paths_are_found_where_mmengine_looks(tmp_path):
-    (tmp_path / 'there').mkdir()
-    there = dict(data_root=str(tmp_path), data_prefix=dict(img='there'))
-    plain = dict(data_root='no/', ann_file='a.json', data_prefix=dict(img='b/', seg=None))
-    cfg = Config(
-        dict(
-            train_dataloader=dict(
-                dataset=dict(
-                    type='RepeatDataset', dataset=dict(type='Concat', datasets=[there, plain])
-                )
-            ),
-            val_dataloader=dict(dataset=dict(data_root='s3://bucket', ann_file='a.json')),
-            val_evaluator=[dict(type='A'), dict(type='B', ann_file='no/c.json')],
-            test_dataloader=dict(dataset=dict(ann_file='lost.json', backend_args=dict(backend=1))),
-            test_evaluator=dict(type='B', ann_file='no/d.json'),
-        )
-    )
-    prefix = 'train_dataloader.dataset.dataset.datasets.1'
-    assert missing_data(cfg, ('train', 'val', 'test')) == [
-        (f'{prefix}.ann_file', 'no/a.json'),
-        (f'{prefix}.data_prefix.img', 'no/b'),
-        ('val_evaluator.1.ann_file', 'no/c.json'),
-        ('test_evaluator.ann_file', 'no/d.json'),
-    ]
-    assert missing_data(cfg, ()) == []
-
-
-def test_missing_data_names_key_and_remedy():
-    text = describe([('train_dataloader.dataset.ann_file', 'data/coco/a.json')])
-    assert 'data/coco/a.json (train_dataloader.dataset.ann_file)' in text
-    assert 'ln -s /where/it/is data/coco' in text
-    assert 'train_dataloader.dataset.data_root' in text
-
-
-def test_flipped_views_come_back():
-    """A view that is the exact mirror of another adds nothing to it."""
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
-
-    from mmpeft.engine.tta import FlipTTA
-
-    mask = torch.zeros(1, 20, 30, dtype=torch.bool)
-    mask[0, 2:12, 4:10] = True
-    boxes = torch.tensor([[4.0, 2.0, 10.0, 12.0]])
-    views = []
-    for direction in (None, 'horizontal', 'vertical', 'diagonal'):
-        axes = dict(horizontal=[2], vertical=[1], diagonal=[1, 2]).get(direction, [])
-        x1, y1, x2, y2 = boxes[0].tolist()
-        if 2 in axes:
-            x1, x2 = 30 - x2, 30 - x1
-        if 1 in axes:
-            y1, y2 = 20 - y2, 20 - y1
-        found = InstanceData(
-            bboxes=torch.tensor([[x1, y1, x2, y2]]),
-            scores=torch.tensor([0.5]),
-            labels=torch.tensor([1]),
-            masks=torch.flip(mask, axes),
-        )
-        meta = dict(ori_shape=(20, 30), flip=direction is not None, flip_direction=direction)
-        views.append(DetDataSample(metainfo=meta, pred_instances=found))
-    model = FlipTTA(nms=ConfigDict(type='nms', iou_threshold=0.9), max_per_img=10, module=_Tested())
-    (merged,) = model.merge_preds([views])
-    assert torch.equal(merged.pred_instances.bboxes, boxes)
-    assert torch.equal(merged.pred_instances.masks, mask)
-
-
-class _Tested(torch.nn.Module):
-    def test_step(self, data):
-        raise NotImplementedError

@@ -13,7 +13,8 @@ from PIL import Image
 import mmpeft
 from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.checkpoint.manifest import describe
-from mmpeft.engine.launch import import_task, read_config
+from mmpeft.engine.config import read_config
+from mmpeft.engine.prediction import load_on_one_base, pictures_in
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
@@ -39,7 +40,7 @@ def serve(script):
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory, compose, serve):
+def folder(tmp_path_factory, compose):
     """Configs on one base, an adapter for each, and two pictures."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('serve')
@@ -53,7 +54,7 @@ def folder(tmp_path_factory, compose, serve):
         (folder / 'work_dirs/demo').mkdir(parents=True)
         torch.save(network.state_dict(), folder / 'work_dirs/demo/base.pth')
         for name, config in CONFIGS.items():
-            make_adapter(serve, name, f'{config}.py')
+            make_adapter(name, f'{config}.py')
         (folder / 'pictures').mkdir()
         for number in range(2):
             pixels = np.random.default_rng(number).integers(0, 255, (96, 128, 3), dtype=np.uint8)
@@ -61,12 +62,9 @@ def folder(tmp_path_factory, compose, serve):
     return folder
 
 
-def make_adapter(serve, name, config):
+def make_adapter(name, config):
     """As training would save it: a file of save_adapter for one, checkpoints for the others."""
-    cfg = read_config(config)
-    cfg.log_level = 'WARNING'
-    import_task(cfg)
-    model = serve.load_adapted(cfg, None)
+    model = mmpeft.init_model(config)
     randomize(model, 0.05)
     if name == 'digits':
         mmpeft.save_adapter(model, f'{name}.safetensors')
@@ -88,8 +86,8 @@ def call(serve, monkeypatch, *words):
 def test_four_models_on_one_backbone(serve, folder, monkeypatch):
     monkeypatch.chdir(folder)
     adapters = serve.adapters_of([a.split('=', 1)[1] for a in arguments(CONFIGS)])
-    loaded, shared = serve.load_all(adapters, 'cpu')
-    first, *others = [model for _, model in loaded.values()]
+    loaded, shared = load_on_one_base(adapters, 'cpu')
+    first, *others = loaded.values()
     state = {plain_key(k): v for k, v in first.state_dict().items()}
     sizes = 0
     for model in others:
@@ -104,9 +102,9 @@ def test_four_models_on_one_backbone(serve, folder, monkeypatch):
     assert others[0].roi_head.bbox_head.num_classes == 10
     x = torch.randn(1, 3, 64, 64)
     for name in ('digits', 'scenes'):
-        alone = serve.load(*adapters[name])[1]
+        alone = mmpeft.init_model(*adapters[name])
         with torch.no_grad():
-            pairs = zip(alone.extract_feat(x), loaded[name][1].extract_feat(x), strict=True)
+            pairs = zip(alone.extract_feat(x), loaded[name].extract_feat(x), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs), name
 
 
@@ -152,9 +150,7 @@ def test_another_base_is_refused(serve, folder, monkeypatch, tmp_path):
     (folder / 'elsewhere.py').write_text(
         f"_base_ = './lora_coco.py'\nmodel = dict(backbone=dict(checkpoint={checkpoint!r}))\n"
     )
-    cfg = read_config('elsewhere.py')
-    import_task(cfg)
-    mmpeft.save_adapter(serve.load_adapted(cfg, None), tmp_path / 'a.safetensors')
+    mmpeft.save_adapter(mmpeft.init_model('elsewhere.py'), tmp_path / 'a.safetensors')
     words = arguments(['eighty']) + [f'--adapter=other=elsewhere.py:{tmp_path / "a.safetensors"}']
     expected = r"'eighty' and 'other' have different .*stem_0\.bias is .*\(eighty\) and \w{16} "
     with pytest.raises(UsageError, match=expected):
@@ -171,7 +167,7 @@ def test_another_base_is_refused(serve, folder, monkeypatch, tmp_path):
         (['--adapter', 'coco=b.py:c', '--use', 'koko'], "no adapter 'koko'"),
         (['--adapter', 'a=none.py:c.pth'], "no config 'none.py'"),
         (['--adapter', 'a=flora_coco.py:none.pth'], "no checkpoint 'none.pth'"),
-        (['--adapter', 'a=plain.py:digits.safetensors'], 'no default_hooks.peft'),
+        (['--adapter', 'a=plain.py:digits.safetensors'], 'has no model'),
         (['--adapter', 'a=eighty.py:digits.safetensors'], 'differ in|does not fit'),
     ],
 )
@@ -183,16 +179,16 @@ def test_mistakes(serve, folder, monkeypatch, words, message):
     assert not (folder / 'none').exists()
 
 
-def test_pictures(serve, tmp_path):
+def test_pictures(tmp_path):
     for name in ('b.png', 'a.JPG', 'note.txt', 'more/a.png', 'empty/x.txt'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert serve.pictures_of([tmp_path]) == [str(tmp_path / 'a.JPG'), str(tmp_path / 'b.png')]
+    assert pictures_in([tmp_path]) == [str(tmp_path / 'a.JPG'), str(tmp_path / 'b.png')]
     with pytest.raises(UsageError, match='under one name'):
-        serve.pictures_of([tmp_path, tmp_path / 'more'])
+        pictures_in([tmp_path, tmp_path / 'more'])
     for missing in ('none', 'empty'):
         with pytest.raises(FileNotFoundError, match='no pictures'):
-            serve.pictures_of([tmp_path / missing])
+            pictures_in([tmp_path / missing])
 
 
 def test_what_only_some_freeze_is_not_shared():
