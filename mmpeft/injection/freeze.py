@@ -1,8 +1,7 @@
 """Freeze the target module of an injection, and release it again."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,7 +10,6 @@ from mmpeft.errors import UsageError, near
 from mmpeft.methods import Method
 
 from .site import adapter_parameters
-from .targets import Targets
 from .weights import is_below, layers, newly_initialized, plain_key
 
 STATISTICS = nn.modules.batchnorm._NormBase
@@ -38,16 +36,6 @@ class Injection:
     trained_before: tuple[str, ...] = ()
     frozen_before: tuple[str, ...] = ()
     execution: str = execution.AUTO
-    # Read by adapter files of version 0.3, until files list their sites.
-    targets: Targets | None = None
-    unfreeze: tuple[str, ...] = ()
-
-    def config(self) -> dict:
-        """Plain data from which an equal injection can be made."""
-        plain = dict(
-            method=self.method.config(), targets=asdict(self.targets), unfreeze=self.unfreeze
-        )
-        return json.loads(json.dumps(plain))
 
     @property
     def prefix(self) -> str:

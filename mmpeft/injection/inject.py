@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -71,8 +70,7 @@ def inject(
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     trained = _trained(target_module(model, targets.module), unfreeze)
     sites = make_adapters(sites, empty, execution)
-    record = freeze_target(model, method, targets.module, trained, execution)
-    model.peft[-1] = replace(record, targets=targets, unfreeze=unfreeze)
+    freeze_target(model, method, targets.module, trained, execution)
     for site in sites:
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
@@ -130,7 +128,7 @@ def _warn_oversized(summary):
             f'they adapt, and hold {part:.0%} of all adapter parameters. The largest ratio is at '
             f'{worst.name}: {worst.adapter:,} for {worst.weight:,}. Lower the rank there '
             '(targets.overrides), cap it (targets.max_share=1.0), exclude such layers '
-            "(targets.exclude_kinds=('depthwise',)) or choose a smaller layout "
-            "(layout='channel').",
+            "(targets.exclude_kinds=('depthwise',)) or choose the layout 'channel', where the "
+            'method has one.',
             stacklevel=3,
         )

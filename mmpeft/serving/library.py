@@ -8,6 +8,7 @@ from torch import nn
 
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
+from mmpeft.checkpoint.manifest import attach_adapters
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import attach, detach_all
 from mmpeft.injection.calls import watch
@@ -89,9 +90,8 @@ class AdapterLibrary:
             MissingFileError: There is no such file.
         """
         with self._adding(name) as tensors:
-            description, state = read_fitting(self.model, path, check_base)
-            for injection in description['injections']:
-                inject(self.model, **injection, empty=True)
+            manifest, state = read_fitting(self.model, path, check_base)
+            attach_adapters(self.model, manifest)
             state = fill_frozen(self.model, state)
             own = {key: state[key] for key in adapter_keys(self.model)}
             self.model.load_state_dict(own, strict=False)
