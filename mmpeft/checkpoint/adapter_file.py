@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
-from mmpeft.injection.calls import watch
 from mmpeft.injection.merge import remove
 
 from . import legacy
@@ -168,7 +167,6 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
     try:
         if plain:
             attach_adapters(model, manifest)
-            watch(model)
         model.load_state_dict(fill_frozen(model, state))
     except BaseException:
         if plain:

@@ -17,20 +17,29 @@ from mmpeft.injection.freeze import plain_parameters
 from mmpeft.injection.insertion_points import insertion_points
 from mmpeft.injection.points import point_at
 from mmpeft.injection.ranks import settle_ranks
-from mmpeft.injection.site import Site, attached
-from mmpeft.injection.targets import Targets, target_module
-from mmpeft.injection.weights import ADAPTERS, join, layers, weights_of
+from mmpeft.injection.site import attached
+from mmpeft.injection.targets import Targets, select, target_module
+from mmpeft.injection.weights import ADAPTERS, layers, weights_of
 from mmpeft.methods import ActivationMethod
 from mmpeft.registry import METHODS, modern_arguments
 
-from .manifest import MOST_INJECTIONS, list_adapters
-from .plain_data import built, check_arguments, check_fields, checked_method
+from .manifest import check_injections, list_adapters
+from .plain_data import check_fields, checked_method, refused
 from .safe_patterns import check_patterns
 
-MANIFEST = dict(version=str, torch=str, injections=list[dict], parameters=int, fingerprint=str)
 VERSION = '0.3'
+MANIFEST = dict(version=str, torch=str, injections=list[dict], parameters=int, fingerprint=str)
 SINCE_0_3 = ('torch', 'parameters')
 INJECTION = dict(method=dict, targets=dict, unfreeze=list[str])
+TARGETS = dict(
+    module=str,
+    kinds=list[str] | None,
+    exclude_kinds=list[str],
+    include=list[str],
+    exclude=list[str],
+    overrides=dict[str, dict],
+    max_share=float | None,
+)
 
 
 def is_former(manifest: Mapping) -> bool:
@@ -45,27 +54,23 @@ def check_former(manifest: Mapping) -> None:
         UsageError: The message says what is wrong.
     """
     check_fields(manifest, MANIFEST, 'The manifest', optional=SINCE_0_3)
-    injections = manifest['injections']
-    if not 1 <= len(injections) <= MOST_INJECTIONS:
-        raise UsageError(
-            f'The manifest has {len(injections)} injections, not 1 to {MOST_INJECTIONS}.'
-        )
-    for injection in injections:
-        check_fields(injection, INJECTION, 'An injection')
-        targets = injection['targets']
-        checked_method(injection['method'], VERSION)
-        check_arguments(targets, Targets)
-        built(Targets.of, targets)
+    check_injections(manifest['injections'], INJECTION)
+    for injection in manifest['injections']:
+        method, targets = injection['method'], injection['targets']
+        checked_method(method, VERSION)
+        check_fields(targets, TARGETS, 'The targets', optional=TARGETS)
+        with refused(targets):
+            Targets.of(targets)
         for changes in targets.get('overrides', {}).values():
-            checked_method(injection['method'] | changes, VERSION)
+            checked_method(method | changes, VERSION)
 
 
 def upgraded(model: nn.Module, manifest: Mapping, state: Mapping[str, Tensor]) -> dict:
     """The manifest in the present format.
 
     Args:
-        model: That the adapter is to be loaded into, adapted or not; is not
-            changed.
+        model: The model that the adapter is to be loaded into, with adapters
+            or without; is not changed.
         manifest: Checked by :func:`check_former`.
         state: The state dict beside it, whose keys say where activations are
             adapted.
@@ -76,18 +81,14 @@ def upgraded(model: nn.Module, manifest: Mapping, state: Mapping[str, Tensor]) -
     """
     numbered, injections = [], []
     for number, injection in enumerate(manifest['injections']):
-        targets, unfreeze = Targets.of(injection['targets']), injection['unfreeze']
-        method = METHODS.build(modern_arguments(injection['method'], VERSION))
-        root, trained = target_module(model, targets.module), []
+        method = _build(injection['method'])
+        targets, unfreeze = _targets(injection, method), injection['unfreeze']
         if _are_fast(model, targets, unfreeze):
-            sites = _sites(root, injection, method, targets, state)
-            names = list(plain_parameters(root))
-            _check_matches(unfreeze, names)
-            trained = [name for name in names if _matches(unfreeze, name)]
+            sites = _select(model, method, targets, state)
+            trained = _trained(target_module(model, targets.module), unfreeze)
         else:
-            sites = [
-                replace(s, method=method) for s in attached(model) if s.adapter.injection == number
-            ]
+            own = [site for site in attached(model) if site.adapter.injection == number]
+            sites, trained = [replace(site, method=method) for site in own], []
         method = settle_ranks(method, sites, targets.max_share)
         numbered += [(number, site) for site in sites]
         injections.append(dict(method=method.config(), module=targets.module, trained=trained))
@@ -96,29 +97,17 @@ def upgraded(model: nn.Module, manifest: Mapping, state: Mapping[str, Tensor]) -
     return dict(torch='', parameters=0) | dict(manifest) | found
 
 
-def former_method(config, manifest: Mapping | None):
-    """A method for a model into which a checkpoint is going to be loaded.
+def _build(config):
+    return METHODS.build(modern_arguments(config, VERSION))
 
-    Defaults of some arguments have changed since 0.3. So arguments that the
-    config does not give are taken from a checkpoint of these versions.
 
-    Args:
-        config: The config of a method, or a method.
-        manifest: What the checkpoint says, of any version; None if it has no adapters.
-
-    Returns:
-        The method, or ``config`` itself.
-
-    Raises:
-        UsageError: An argument is invalid.
-    """
-    if not isinstance(config, Mapping) or manifest is None or not is_former(manifest):
-        return config
-    check_former({key: value for key, value in manifest.items() if key in MANIFEST})
-    for injection in manifest['injections']:
-        if injection['method']['type'] == config.get('type'):
-            return METHODS.build(modern_arguments(injection['method'], VERSION) | dict(config))
-    return config
+def _targets(injection, method):
+    targets = Targets.of(injection['targets'])
+    overrides = {
+        pattern: {method.renamed.get(name, name): value for name, value in changes.items()}
+        for pattern, changes in targets.overrides.items()
+    }
+    return replace(targets, overrides=overrides)
 
 
 def _are_fast(model, targets, unfreeze):
@@ -135,32 +124,31 @@ def _are_fast(model, targets, unfreeze):
     return True
 
 
-def _check_matches(patterns, names):
+def _trained(root, patterns):
+    names, trained = list(plain_parameters(root)), {}
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise UsageError(f'Its pattern {pattern!r} matches nothing in the model.')
+        found = [name for name in names if re.search(pattern, name)]
+        if not found:
+            raise UsageError(f'Its pattern {pattern!r} matches no parameter of the model.')
+        trained |= dict.fromkeys(found)
+    return list(trained)
 
 
-def _sites(root, injection, method, targets, state):
+def _select(model, method, targets, state):
+    root = target_module(model, targets.module)
     if isinstance(method, ActivationMethod):
-        candidates = list(_points(root, method, targets, state))
-    else:
-        candidates = [
-            (path, layer, tensor, spec)
-            for path, layer in layers(root)
-            for tensor, spec in weights_of(layer)
-            if method.accepts(spec)
-        ]
-        patterns = *targets.include, *targets.exclude, *targets.overrides
-        _check_matches(patterns, [join(path, tensor) for path, _, tensor, _ in candidates])
-    return [
-        Site(join(targets.module, path), layer, tensor, spec, _overridden(injection, name))
-        for path, layer, tensor, spec in candidates
-        if _is_selected(name := join(path, tensor), spec, method, targets)
-    ]
+        targets = replace(targets, exclude=())  # what the keys have was not excluded
+        found = _points(root, method, targets, state)
+    else:  # new modules too, which now train by themselves
+        weights = (
+            (path, layer, *each) for path, layer in layers(root) for each in weights_of(layer)
+        )
+        found = [weight for weight in weights if method.accepts(weight[-1])]
+    sites = select(model, method, targets, found)
+    return [replace(site, method=_build(site.method.config())) for site in sites]
 
 
-def _points(root, method: ActivationMethod, targets, state):
+def _points(root, method, targets, state):
     """Insertion points at the modules that have adapters of activations in the state dict."""
     found = {path: point for path, _, point in insertion_points(root, method.kinds)}
     found = {p: point for p, point in found.items() if method.accepts(point) and not point.ends}
@@ -172,9 +160,7 @@ def _points(root, method: ActivationMethod, targets, state):
         holders = {key.partition(mark)[0] for key in state if mark in key}
         holders = [key.removeprefix(prefix) for key in holders if key.startswith(prefix)]
         points = dict(_point_of(holder, own, found, method) for holder in holders)
-    for path, layer in own.items():
-        if points.get(path):
-            yield path, layer, '', points[path]
+    return [(path, layer, '', points[path]) for path, layer in own.items() if points.get(path)]
 
 
 def _point_of(holder, own, found, method):
@@ -193,26 +179,3 @@ def _point_of(holder, own, found, method):
             if method.accepts(point):
                 return holder, point
     return holder, None
-
-
-def _is_selected(name, spec, method, targets):
-    kinds = method.kinds if targets.kinds is None else targets.kinds
-    return (
-        (kinds is None or bool(spec.kinds.intersection(kinds)))
-        and not spec.kinds.intersection(targets.exclude_kinds)
-        and (not targets.include or _matches(targets.include, name))
-        and not _matches(targets.exclude, name)
-    )
-
-
-def _overridden(injection, name):
-    arguments = dict(injection['method'])
-    for pattern, changes in injection['targets'].get('overrides', {}).items():
-        if re.search(pattern, name):
-            spent = dict(budget=None) if 'rank' in changes and 'budget' in arguments else {}
-            arguments |= spent | changes
-    return METHODS.build(modern_arguments(arguments, VERSION))
-
-
-def _matches(patterns, name):
-    return any(re.search(pattern, name) for pattern in patterns)

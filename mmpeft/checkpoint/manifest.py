@@ -1,8 +1,8 @@
 """The manifest of an adapter: for each adapted weight or module its path and its method.
 
 An adapter file has it in its metadata, a checkpoint in its ``meta``. It states
-the result of :func:`mmpeft.inject`, not the search that led to it, so that
-loading attaches by path and searches for nothing.
+the result of :func:`mmpeft.inject`, not the search that led to it: adapters are
+attached by path.
 """
 
 import json
@@ -13,6 +13,7 @@ from torch import nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.attach import attach_sites
+from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.points import restore_point
 from mmpeft.injection.ranks import check_ranks
@@ -27,7 +28,6 @@ from .fingerprint import fingerprint
 from .plain_data import check_fields, checked_method, shorten
 
 MOST_INJECTIONS = 32
-
 MANIFEST = dict(
     version=str,
     torch=str,
@@ -38,7 +38,7 @@ MANIFEST = dict(
     fingerprint=str,
 )
 INJECTION = dict(method=dict, module=str, trained=list[str])
-ADAPTER = dict(path=str, tensor=str, method=int, injection=int, point=dict)
+ADAPTER = dict(path=str, tensor=str, method=int, injection=int)
 POINT = dict(kinds=list[str], shape=list[int], axis=int, numel=int, first=bool, ends=list[str])
 
 
@@ -51,7 +51,7 @@ def describe(model: nn.Module) -> dict:
     Returns:
         Plain data:
 
-        - ``version`` and ``torch``: those that wrote it.
+        - ``version`` and ``torch``: the versions that wrote it.
         - ``injections``: for each its ``method`` as asked for, the target
           ``module``, and ``trained``, the names of the parameters below it
           that train themselves.
@@ -66,7 +66,7 @@ def describe(model: nn.Module) -> dict:
     Raises:
         UsageError: A combination of adapters cannot be described.
     """
-    methods, adapters = list_adapters((s.adapter.injection, s) for s in attached(model))
+    methods, adapters = list_adapters((site.adapter.injection, site) for site in attached(model))
     injections = [
         dict(method=record.method.config(), module=record.module, trained=record.trained)
         for record in getattr(model, 'peft', [])
@@ -104,102 +104,91 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
     """Adapt a plain model by a manifest; the adapters have no values yet.
 
     Args:
-        model: Without adapters. Where an error is raised it can have some
-            already: write ``mmpeft.remove(model)``.
-        manifest: From :func:`describe`, checked.
+        model: Without adapters. When an error is raised, it can have some:
+            call ``mmpeft.remove(model)``.
+        manifest: Checked by :func:`check_manifest`.
 
     Raises:
         UsageError: The model lacks a module or weight, or a method is not
             defined on it.
     """
-    version = manifest['version']
+    version, modules = manifest['version'], dict(model.named_modules())
     methods = [checked_method(config, version) for config in manifest['methods']]
     for number, injection in enumerate(manifest['injections']):
         target_module(model, injection['module'])
-        entries = [
-            (entry['path'], entry['tensor'], methods[entry['method']], _point(model, entry))
-            for entry in manifest['adapters']
-            if entry['injection'] == number
-        ]
+        entries = []
+        for entry in (entry for entry in manifest['adapters'] if entry['injection'] == number):
+            path, point = entry['path'], None
+            if not entry['tensor'] and path in modules:
+                point = restore_point(modules[path], entry['point'])
+            entries.append((path, entry['tensor'], methods[entry['method']], point))
         sites = sites_at(model, entries)
         check_ranks(sites)
         method = checked_method(injection['method'], version)
         freeze_target(model, method, injection['module'], injection['trained'])
         for site in attach_sites(sites, empty=True):
             site.adapter.injection = number
+    watch(model)
 
 
 def check_manifest(manifest: Mapping) -> None:
     """Refuse a manifest that is not as :func:`describe` gives it.
 
+    Methods are known with valid arguments, and indices in range. Whether a
+    model has the paths is for :func:`attach_adapters` to say.
+
     Args:
-        manifest: From JSON. Methods are known and their arguments of the types
-            that they declare, indices are in range; whether a model has the
-            paths is for :func:`attach_adapters` to say.
+        manifest: From JSON.
 
     Raises:
         UsageError: The message says what is wrong.
     """
     check_fields(manifest, MANIFEST, 'The manifest')
-    injections = manifest['injections']
+    version, injections = manifest['version'], manifest['injections']
+    check_injections(injections, INJECTION)
+    methods = [checked_method(method, version) for method in manifest['methods']]
+    if any(getattr(method, 'budget', None) is not None for method in methods):
+        raise UsageError('A method of the manifest has a budget in place of a rank.')
+    asked = [checked_method(injection['method'], version) for injection in injections]
+    places = set()
+    for entry in manifest['adapters']:
+        is_weight = entry.get('tensor') != ''
+        check_fields(entry, ADAPTER if is_weight else ADAPTER | dict(point=dict), 'An adapter')
+        _check_entry(entry, is_weight, methods, asked, injections)
+        places.add((entry['injection'], entry['path'], entry['tensor']))
+    if len(places) < len(manifest['adapters']):
+        raise UsageError('The manifest adapts a weight or module twice in one injection.')
+    adapting = {number for number, method in enumerate(asked) if method.adapts}
+    if adapting - {injection for injection, *_ in places}:
+        raise UsageError('An injection of the manifest has no adapters.')
+
+
+def check_injections(injections: list, types: Mapping) -> None:
+    """Refuse a list of injections that is empty or too long, or has other data in it."""
     if not 1 <= len(injections) <= MOST_INJECTIONS:
         raise UsageError(
             f'The manifest has {len(injections)} injections, not 1 to {MOST_INJECTIONS}.'
         )
-    version = manifest['version']
-    methods = [checked_method(method, version) for method in manifest['methods']]
-    if any(getattr(method, 'budget', None) is not None for method in methods):
-        raise UsageError('A method of the manifest has a budget in place of a rank.')
-    asked = []
     for injection in injections:
-        check_fields(injection, INJECTION, 'An injection')
-        asked.append(checked_method(injection['method'], version))
-    seen = set()
-    for entry in manifest['adapters']:
-        _check_entry(entry, methods, asked, injections)
-        place = entry['injection'], entry['path'], entry['tensor']
-        if place in seen:
-            raise UsageError(f'The manifest has {shorten(entry["path"])} twice in one injection.')
-        seen.add(place)
-    empty = {number for number, method in enumerate(asked) if method.adapts}
-    empty -= {entry['injection'] for entry in manifest['adapters']}
-    if empty:
-        raise UsageError(f'Injection {min(empty)} of the manifest has no adapters.')
+        check_fields(injection, types, 'An injection')
 
 
-def _check_entry(entry, methods, asked, injections):
-    is_weight = isinstance(entry, dict) and entry.get('tensor') != ''
-    check_fields(entry, ADAPTER, 'An adapter', optional=('point',))
+def _check_entry(entry, is_weight, methods, asked, injections):
     for key, values in (('method', methods), ('injection', asked)):
-        if type(entry[key]) is not int or not 0 <= entry[key] < len(values):
+        if not 0 <= entry[key] < len(values):
             raise UsageError(f'An adapter has {key}={shorten(entry[key])}, of {len(values)}.')
-    method, injection = methods[entry['method']], injections[entry['injection']]
+    method, number = methods[entry['method']], entry['injection']
     name = shorten(join(entry['path'], entry['tensor']))
-    if type(method) is not type(asked[entry['injection']]):
+    if type(method) is not type(asked[number]):
         raise UsageError(f'The adapter at {name} is of another method than its injection.')
-    if isinstance(method, ActivationMethod) is is_weight or ('point' in entry) is is_weight:
+    if isinstance(method, ActivationMethod) is is_weight:
         raise UsageError(f'{type(method).__name__} cannot adapt {name}.')
-    if not is_below(entry['path'], [injection['module']]):
-        raise UsageError(f'{name} is not below {shorten(injection["module"])}.')
+    if not is_below(entry['path'], [injections[number]['module']]):
+        raise UsageError(f'{name} is not below {shorten(injections[number]["module"])}.')
     if not is_weight:
-        _check_point(entry['point'])
-
-
-def _check_point(point):
-    check_fields(point, POINT, 'An insertion point')
-    whole = [*point['shape'], point['axis'], point['numel']]
-    if (
-        any(type(number) is not int for number in whole)
-        or len(point['shape']) != 2
-        or min(*point['shape'], point['numel']) < 0
-        or point['axis'] not in (-1, 1)
-        or type(point['first']) is not bool
-        or len(point['ends']) not in (0, 2)
-        or not set(point['kinds']) <= {*KINDS, *POINT_KINDS}
-    ):
-        raise UsageError(f'The insertion point is {shorten(point)}.')
-
-
-def _point(model, entry):
-    module = dict(model.named_modules()).get(entry['path'])
-    return restore_point(module, entry['point']) if module and not entry['tensor'] else None
+        point = entry['point']
+        check_fields(point, POINT, 'An insertion point')
+        valid = len(point['shape']) == 2 and min(*point['shape'], point['numel']) >= 0
+        known = set(point['kinds']) <= {*KINDS, *POINT_KINDS}
+        if not (valid and known and point['axis'] in (-1, 1)):
+            raise UsageError(f'An insertion point is {shorten(point)}.')

@@ -1,16 +1,11 @@
-"""Checking plain data from a file: types, known names, methods with their arguments.
-
-Nothing of a file reaches a model before it was checked here. A method is
-looked up in its registry by its bare name, so that no name imports a module.
-"""
+"""Plain data from a file, checked before it reaches a model: JSON, types, methods."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import Method
@@ -21,10 +16,10 @@ LONGEST = 2**22
 
 
 def parse(text: str) -> dict:
-    """A JSON object from its text.
+    """A JSON object from its text, with finite numbers.
 
     Raises:
-        UsageError: It is too long, or is none.
+        UsageError: It is too long, or not such an object.
     """
     if len(text) > LONGEST:
         raise UsageError(f'The manifest has {len(text):,} characters, more than {LONGEST:,}.')
@@ -64,35 +59,14 @@ def check_fields(
             raise UsageError(f'{what} has {key}={shorten(value)}.')
 
 
-def check_arguments(given: Any, kind: type, where: str = '') -> None:
-    """Refuse data that is not a dict of fields of a dataclass.
-
-    Args:
-        given: From JSON.
-        kind: The dataclass.
-        where: End of the sentence in errors, such as ``' in targets.overrides'``.
-
-    Raises:
-        UsageError: A name is unknown, or a value is of another type.
-    """
-    hints = _hints(kind)
-    if not isinstance(given, dict):
-        raise UsageError(f'The arguments of {kind.__name__}{where} are {shorten(given)}.')
-    for name, value in given.items():
-        if name not in hints:
-            raise UsageError(
-                f'{kind.__name__} has no argument {shorten(name)}{where}. {near(name, hints)}'
-            )
-        if not _fits(value, hints[name]):
-            raise UsageError(f'{kind.__name__} has {name}={shorten(value)}{where}.')
-
-
 def checked_method(given: Any, version: str) -> Method:
     """A method from its config.
 
+    The name is looked up as it is: no name imports a module.
+
     Args:
         given: From JSON.
-        version: Of mmpeft that wrote it.
+        version: The version of mmpeft that wrote it.
 
     Raises:
         UsageError: The method or an argument is unknown, or a value is invalid.
@@ -103,17 +77,15 @@ def checked_method(given: Any, version: str) -> Method:
     name = given['type']
     if name not in METHODS.module_dict:  # METHODS.get would import a dotted name
         raise UsageError(f'There is no method {shorten(name)}. {near(name, METHODS.module_dict)}')
-    return built(lambda config: METHODS.build(modern_arguments(config, version)), given)
+    with refused(given):
+        return METHODS.build(modern_arguments(given, version))
 
 
-def built(build, given: dict):
-    """What a function makes of checked data.
-
-    Raises:
-        UsageError: The function raised an error of any kind.
-    """
+@contextmanager
+def refused(given: dict) -> Iterator[None]:
+    """Raise a UsageError for whatever error data causes within the block."""
     try:
-        return build(given)
+        yield
     except UsageError:
         raise
     except Exception as error:  # its type depends on the data
@@ -126,27 +98,18 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:76]} ...'
 
 
-@cache
-def _hints(kind):
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
 def _fits(value, hint) -> bool:
-    """Whether a value from JSON is of a type; integers and other numbers pass for one another."""
+    """Whether a value from JSON is of a type; an integer passes as a number."""
     origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
+    if origin is UnionType:
         return any(_fits(value, choice) for choice in inner)
-    if origin is Literal:
-        return value in inner
-    if origin in (list, tuple):
+    if origin is list:
         return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
-    if origin in (dict, Mapping):
+    if origin is dict:
         return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
     if hint in (int, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        kinds = int if hint is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool)
     return isinstance(value, NoneType if hint is None else hint)
 
 

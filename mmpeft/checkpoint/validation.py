@@ -39,12 +39,15 @@ def check_fits(
     try:
         if legacy.is_former(manifest):
             manifest = legacy.upgraded(model, manifest, state)
-        pairs = list(_method_pairs(model, manifest))
+        pairs = list(_definitions(model, manifest))
     except UsageError as error:
         raise UsageError(f'{source} does not fit this model: {error}') from error
-    wrong = _wrong_shapes(model, state)
-    different = [_difference(*pair, ignored=() if wrong else ('layout',)) for pair in pairs]
-    different = [text for text in different if text]
+    stored = adapter_keys(model)
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if stored.get(k) == k}
+    repeated = stored.keys() - own.keys()
+    given = {k: tuple(v.shape) for k, v in state.items() if _is_adapters(k) and k not in repeated}
+    ignored = ('layout',) if given == own else ()  # it changes nothing but shapes
+    different = [text for pair in pairs if (text := _difference(*pair, ignored=ignored))]
     if different:
         more = f' ({len(different)} adapters differ)' if len(different) > 1 else ''
         raise UsageError(
@@ -52,13 +55,7 @@ def check_fits(
             "Adapt the model as the adapter was trained (in a config: default_hooks.peft's method "
             'and targets), or choose another file.'
         )
-    if wrong:
-        first, theirs, own = wrong[0]
-        raise UsageError(
-            f'{source} does not fit this model: {len(wrong)} adapter tensors are missing, '
-            f'unexpected or of another shape. The first is {first[:200]}: {theirs} in the file, '
-            f'{own} in the model. Use the backbone that it was trained with.'
-        )
+    _check_equal(given, own, source, 'Use the backbone that it was trained with.')
     if check_base:
         check_fingerprint(fingerprint(model), manifest, source)
 
@@ -107,17 +104,11 @@ def check_whole(
         return f'{tuple(value.shape)} {"floating point" if floating else value.dtype}'
 
     own = {key: kind(value) for key, value in adapter_state_dict(model).items()}
-    wrong = _unequal({key: kind(value) for key, value in state.items()}, own)
-    if wrong:
-        first, theirs, own = wrong[0]
-        raise UsageError(
-            f'{source} does not fit this model: {len(wrong)} tensors are missing, unexpected or '
-            f'of another shape or dtype. The first is {first[:200]!r}: {theirs} in the file, {own} '
-            'in the model. Use the model that it was trained with, heads included.'
-        )
+    given = {key: kind(value) for key, value in state.items()}
+    _check_equal(given, own, source, 'Use the model that it was trained with, heads included.')
 
 
-def _method_pairs(model, manifest) -> Iterator[tuple[str, dict, dict]]:
+def _definitions(model, manifest) -> Iterator[tuple[str, dict, dict]]:
     """For each adapter its place, and its definition in a manifest and in a model; {} for none."""
     methods = [checked_method(method, manifest['version']) for method in manifest['methods']]
     theirs, ours = {}, {}
@@ -141,18 +132,15 @@ def _difference(place, theirs, ours, ignored):
     return f'{given} at {place[:200]}, and the model {own}' if keys else ''
 
 
-def _wrong_shapes(model, state):
-    stored = adapter_keys(model)
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if stored.get(k) == k}
-    repeated = stored.keys() - own.keys()
-    given = {k: tuple(v.shape) for k, v in state.items() if _is_adapters(k) and k not in repeated}
-    return _unequal(given, own)
-
-
-def _unequal(given, own):
-    """Keys with different values, sorted, with both values; 'none' for a missing one."""
-    keys = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
-    return [(key, given.get(key, 'none'), own.get(key, 'none')) for key in keys]
+def _check_equal(given, own, source, remedy):
+    wrong = sorted(key for key in own.keys() | given.keys() if own.get(key) != given.get(key))
+    if wrong:
+        key = wrong[0]
+        raise UsageError(
+            f'{source} does not fit this model: {len(wrong)} tensors are missing, unexpected or of '
+            f'another shape or dtype. The first is {key[:200]!r}: {given.get(key, "none")} in the '
+            f'file, {own.get(key, "none")} in the model. {remedy}'
+        )
 
 
 def _is_adapters(key):

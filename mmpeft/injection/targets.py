@@ -1,7 +1,7 @@
 """Which weights and insertion points of a model a method adapts."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
@@ -98,8 +98,16 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
+def select(
+    model: nn.Module, method: Method, targets: Targets, found: Iterable | None = None
+) -> list[Site]:
     """What a method adapts under the given targets.
+
+    Args:
+        model: With adapters or without.
+        method: The method.
+        targets: What to select.
+        found: What to select from, as :func:`candidates` gives it; its result if None.
 
     Returns:
         Sites without adapters, in the model's order.
@@ -112,7 +120,8 @@ def select(model: nn.Module, method: Method, targets: Targets) -> list[Site]:
     root = target_module(model, targets.module)
     patterns = targets.include + targets.exclude + tuple(targets.overrides)
     sites, names, seen = [], [], set()
-    for path, layer, tensor, spec in candidates(root, method, targets):
+    found = candidates(root, method, targets) if found is None else found
+    for path, layer, tensor, spec in found:
         name = join(path, tensor)
         names.append(name)
         if kinds is not None and not spec.kinds.intersection(kinds):
