@@ -231,18 +231,22 @@ def _stored(value):
 
 
 def _readable(data):
-    """JSON with a line for each item of a list or dict."""
-    items = []
-    for key, value in data.items():
-        if value and isinstance(value, dict):
-            lines = [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()]
-            text = '{\n    ' + ',\n    '.join(lines) + '\n  }'
-        elif value and isinstance(value, list):
-            text = '[\n    ' + ',\n    '.join(map(json.dumps, value)) + '\n  ]'
-        else:
-            text = json.dumps(value)
-        items.append(f'{json.dumps(key)}: {text}')
-    return '{\n  ' + ',\n  '.join(items) + '\n}\n'
+    """JSON with one line for each item of its lists and dicts."""
+    lines = [f'  {json.dumps(key)}: {_lines(value)}' for key, value in data.items()]
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+def _lines(value):
+    items = (
+        [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()]
+        if isinstance(value, dict)
+        else []
+    )
+    if isinstance(value, list):
+        items = list(map(json.dumps, value))
+    text = ',\n    '.join(items)
+    first, *_, last = json.dumps(value)
+    return f'{first}\n    {text}\n  {last}' if items else json.dumps(value)
 
 
 def _short(error):

@@ -18,22 +18,23 @@ def checkpoint_instead(path: Path) -> str:
     """What to say where an adapter file was given and a checkpoint is needed."""
     return (
         f'{str(path)!r} is a safetensors file, not a checkpoint. Adapter files are loaded by '
-        f'mmpeft.load_adapter(model, path). {_beside(path, ".pth", "checkpoint")}'
-    ).rstrip()
+        'mmpeft.load_adapter(model, path) and mmpeft.init_model(config, path).'
+        + _beside(path, '.pth', 'checkpoint')
+    )
 
 
 def adapter_instead(path: Path) -> str:
     """What to say where a checkpoint was given and an adapter file is needed."""
     return (
         f'{str(path)!r} is a checkpoint (a file of torch.save), not an adapter file. Checkpoints '
-        "are loaded by a config's load_from, or by tools/test.py CONFIG CHECKPOINT. "
-        f'{_beside(path, ".safetensors", "adapter file")}'
-    ).rstrip()
+        "are loaded by a config's load_from, tools/test.py and mmpeft.init_model(config, path)."
+        + _beside(path, '.safetensors', 'adapter file')
+    )
 
 
 def _beside(path, suffix, kind):
     other = path.with_suffix(suffix)
-    return f'The {kind} beside it is {str(other)!r}.' if other.is_file() else ''
+    return f' The {kind} beside it is {str(other)!r}.' if other.is_file() else ''
 
 
 def _start(path, size):

@@ -104,7 +104,7 @@ def _mix(matrix, x):
 
 
 def _accumulate(y, matrix, x):
-    """y + the channels of x through a matrix; ``y`` is used up."""
+    """y + the channels of x through a matrix, in the memory of y."""
     layout = layout_of(y)
     layout.accumulate(flat(y, layout), flat(x, layout), matrix.to(y.dtype))
     return y

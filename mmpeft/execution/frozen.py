@@ -60,13 +60,13 @@ KINDS = {
 
 
 def kind_for(layer: nn.Module) -> type | None:
-    """The class above for a layer that runs the ``forward`` of a class named here, if it does."""
+    """Which of the classes above fits a layer, by the class that defines its ``forward``."""
     owner = next(c for c in type(layer).__mro__ if 'forward' in vars(c))
     return KINDS.get(f'{owner.__module__}.{owner.__qualname__}')
 
 
 def _is_passed_through(layer, x):
-    """Whether gradients flow through a layer, and none to anything in it."""
+    """Whether a gradient flows through a layer to its input, and none to its parameters."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return False
     own = layer.parameters(recurse=False)

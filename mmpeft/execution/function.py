@@ -1,4 +1,4 @@
-"""What all fast forms have in common: one autograd function around hand-written gradients."""
+"""The base of all fast forms: one autograd function around hand-written gradients."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -13,18 +13,20 @@ from .recompute import save_or_recompute
 
 
 class FastFunction:
-    """y = f(x, *tensors). Subclasses are dataclasses of what is not a tensor, and define
+    """y = f(x, *tensors), with its gradients.
 
-    ``forward(x, *tensors)``: y, and a tuple of tensors to save beside the arguments. y may be
-        the last of them, which is None in backward if later layers changed it in place.
-    ``gradients(needs, dy, x, *tensors, *saved)``: those of the arguments, in their order. ``needs``
-        says which are needed; those at the end that have none may be left out.
-    ``reference(x, *tensors)``: y by operations of torch, for gradients that are differentiated.
+    A subclass is a dataclass of the arguments that are no tensors. It defines three functions,
+    which run outside autocast:
 
-    None of them sees autocast; autograd records nothing in the first two.
+    ``forward(x, *tensors)`` returns y and a tuple of tensors to save besides the arguments. The
+        last of them may be y; it becomes None if later layers change y in place.
+    ``gradients(needs, dy, x, *tensors, *saved)`` returns the gradients of x and the tensors, where
+        ``needs`` says that they are needed. Trailing ones that do not exist may be omitted.
+    ``reference(x, *tensors)`` returns y, computed by torch. Its derivatives are taken where
+        gradients are differentiated again (``create_graph=True``).
 
     Attributes:
-        recomputes_input: Whether x may be computed again in backward instead of saved.
+        recomputes_input: Whether backward may recompute x instead of saving it.
     """
 
     recomputes_input: ClassVar[bool] = False
@@ -39,8 +41,8 @@ class _Recorded(Function):
     def forward(ctx, function, x, *tensors):
         with outside_autocast(x.device.type):
             y, saved = function.forward(x, *tensors)
-        # Not a view, which in-place activations refuse. Autograd does not see when they change
-        # what is saved of y, which has the same memory.
+        # No view, since in-place activations refuse views. If one changes the output, it changes
+        # the saved y too, whose memory is the same, and autograd does not notice.
         output = torch.ops.aten._unsafe_view(y, y.shape)
         ctx.function, ctx.changed = function, None
         if saved and saved[-1] is y:
@@ -67,7 +69,7 @@ class _Recorded(Function):
 
 
 def _of_reference(function, needs, dy, arguments):
-    # Views, since one argument may be computed from another.
+    # Views, since one argument may depend on another, and these are partial derivatives.
     pairs = zip(arguments, needs, strict=True)
     arguments = [tensor.view_as(tensor) if need else tensor for tensor, need in pairs]
     wanted = [tensor for tensor, need in zip(arguments, needs, strict=True) if need]
@@ -77,7 +79,7 @@ def _of_reference(function, needs, dy, arguments):
 
 
 def changes_of(y: Tensor) -> Callable[[], bool]:
-    """Tells later whether a tensor was changed in place since, without holding its memory."""
+    """A function that says whether a tensor was changed in place since; it holds no memory."""
     counter, before = y.detach(), y._version
     counter.data = y.new_empty(0)
     return lambda: counter._version != before

@@ -1,4 +1,4 @@
-"""Layers that compute the same faster.
+"""Layers that compute the same function faster.
 
 A layer changes its class, as a parametrized one does, so that copies and
 checkpoints keep working; ``layer.weight`` remains phi(W) to whoever reads it.
@@ -14,11 +14,11 @@ from .select import AUTO, PLAIN, has_one_adapter, select_kernel
 
 
 class _Fast:
-    """Marks the classes that layers are given here."""
+    """Marks the classes that are made here."""
 
 
 class _Adapted:
-    """A layer whose forward runs the fastest kernel that computes the same."""
+    """A layer whose forward runs the kernel selected for its input."""
 
     execution = AUTO
     geometry = None
@@ -55,7 +55,7 @@ def enable_frozen(root: nn.Module) -> None:
 
 
 def disable(layer: nn.Module) -> None:
-    """Undo the two above: the layer computes as its own class does."""
+    """Undo :func:`enable` or :func:`enable_frozen`."""
     if isinstance(layer, _Fast):
         layer.__class__ = type(layer).__bases__[2]
 

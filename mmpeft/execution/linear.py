@@ -1,4 +1,4 @@
-"""Products with an adapted matrix that keep nothing of it.
+"""Products with an adapted matrix W' that do not keep it.
 
 Autograd forms W' = W + s U V in forward, keeps it, and in backward forms the
 dense gradient dy^T x (O, I) only to multiply it with V and U. Here W' is built
@@ -61,14 +61,10 @@ class AdaptedLinear(FastFunction):
         rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
         thin = self.update == 'additive' and thin_pays(*weight.shape, len(down))
         dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
+        if self.update == 'lie_exact':
+            adapted = self._adapted(weight, up, down, ratio)
         if thin or (need_x and self.branch):
             inner = layout.matmul(dy, rows.to(dy.dtype).T)
-        if not self.branch and (need_x or self.update == 'lie_exact'):
-            adapted = self._adapted(weight, up, down, ratio)
-        if need_x and self.branch:
-            dx = matmul_add(layout, dy, weight.T, inner, down.T)
-        elif need_x:
-            dx = layout.matmul(dy, adapted.to(dy.dtype).T)
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
         if thin and (need_up or need_ratio):
@@ -89,6 +85,11 @@ class AdaptedLinear(FastFunction):
             d_ratio = d_ratio.to(dtype) / ratio
         if ratio is not None and d_up is not None:
             d_up = d_up * ratio[:, None]
+        if need_x and self.branch:
+            dx = matmul_add(layout, dy, weight.T, inner, down.T)
+        elif need_x:
+            adapted = self._adapted(weight, up, down, ratio) if adapted is None else adapted
+            dx = layout.matmul(dy, adapted.to(dy.dtype).T)
         return dx, None, d_bias if need_bias else None, d_up, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, down, ratio):

@@ -1,4 +1,4 @@
-"""Products of maps with matrices, in the layout in which a map comes.
+"""Products of maps with matrices, in the memory layout of the map.
 
 Shapes: a map has its channels last, (..., C) as in a linear layer, or first,
 (N, C, T) as in a contiguous feature map. T are the positions of an image,
@@ -34,7 +34,7 @@ class ChannelsLast:
 
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """y (..., O) + x (..., I) through (O, I); ``y`` is used up. The sum is rounded once."""
+        """y (..., O) + x (..., I) through (O, I), in the memory of y and rounded once."""
         return y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.T).view(y.shape)
 
     @staticmethod
@@ -62,7 +62,7 @@ class ChannelsFirst:
 
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """y (N, O, T) + x (N, I, T) through (O, I); ``y`` is used up. The sum is rounded once."""
+        """y (N, O, T) + x (N, I, T) through (O, I), in the memory of y and rounded once."""
         return y.baddbmm_(weight.expand(len(x), -1, -1), x)
 
     @staticmethod
@@ -88,7 +88,7 @@ def layout_of(x: Tensor) -> Layout:
 
 
 def flat(x: Tensor, layout: Layout) -> Tensor:
-    """A feature map (N, C, *size) in the shape of a layout, a view where it is the map's own."""
+    """A feature map (N, C, *size) in the shape of a layout; a view if it is the map's layout."""
     return x.flatten(2) if layout is ChannelsFirst else x.movedim(1, -1)
 
 

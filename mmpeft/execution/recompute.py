@@ -1,4 +1,4 @@
-"""Maps that are cheaper to compute again than to keep.
+"""Maps that are cheaper to recompute than to keep.
 
 A norm or an activation saves its input for backward, and the layer that
 follows saves its output: twice the same content. A tag on the output says how
@@ -14,9 +14,9 @@ NAME = '_mmpeft_recompute'
 
 
 def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Note on a tensor that it is ``function(*tensors)``, where a gradient flows through it.
+    """Note on a tensor that it is ``function(*tensors)``, if a gradient flows through it.
 
-    The tensors are saved by somebody in any case. The function is called outside autocast.
+    Other layers save the tensors anyway. The function is called outside autocast.
     """
     if y.requires_grad and not torch.compiler.is_compiling():
         setattr(y, NAME, (function, tensors, y._version))
@@ -24,7 +24,7 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
 
 
 def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
-    """A function that gives a tensor back in backward, and its arguments, to be saved."""
+    """A function that returns a tensor in backward, and its arguments, which are to be saved."""
     if allowed and hasattr(x, NAME):
         function, tensors, version = getattr(x, NAME)
         if x._version == version:

@@ -22,7 +22,7 @@ from .recompute import tag_for_recompute
 
 @dataclass(eq=False)
 class ResponseNorm(FastFunction):
-    """y by x and its norms.
+    """y from x and its norms.
 
     Shapes: ``x`` and y (N, H, W, C) or (N, C, H, W); ``weight`` w and ``bias`` b broadcastable
     to them, the norms n too, with N. Only x has a gradient, of its shape.
@@ -54,7 +54,7 @@ class ResponseNorm(FastFunction):
         return self.affine(x, weight, bias, norm)
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor) -> Tensor:
-        """y with the norms taken for constants."""
+        """y, with the norms as constants."""
         factor, _ = self._factor(weight, norm)
         return torch.addcmul(bias, x.to(norm.dtype), factor).to(x.dtype)
 

@@ -54,7 +54,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
             pays = depthwise.pays(layer, geometry, x)
             return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or original.requires_grad:
-        return None  # the others have no gradient for the original weight
+        return None  # the other kernels have no gradient for the original weight
     with outside_autocast(adapter.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if form is None or (form.magnitude is not None and form.update != 'additive'):
@@ -142,7 +142,7 @@ def _run_depthwise(layer, geometry, x):
 def _flat_at(x, stride):
     """What a kernel of one element sees of a map, in the shape of its layout, and its size.
 
-    It is picked again in backward: the whole map is saved by others.
+    Backward picks it again from the whole map, which other layers save.
     """
     if set(stride) == {1}:
         return flat(x, layout_of(x)), x.shape[2:]

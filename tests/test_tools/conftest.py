@@ -8,9 +8,9 @@ from mmengine.registry import MODELS
 
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.checkpoint.manifest import describe
+from mmpeft.engine.building import adapt, build_model
 from mmpeft.engine.config import compose as compose_config
 from mmpeft.engine.config import read_config
-from mmpeft.engine.building import adapt, build_model
 from tests.cases import randomize
 
 

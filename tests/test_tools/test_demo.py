@@ -148,7 +148,9 @@ def test_a_method_that_cannot_be_merged_has_no_merged_row(merges, script):
 
         return SimpleNamespace(method=method, merges=merges, scores=scores)
 
-    table = script('projects/demo', 'demo_report').score_table([made('frozen', 0.1), made('houlsby', 0.2)])
+    table = script('projects/demo', 'demo_report').score_table(
+        [made('frozen', 0.1), made('houlsby', 0.2)]
+    )
     names = list(table.columns[0].cells)
     assert names == ['frozen', 'houlsby', 'houlsby, merged'][: 2 + merges]
     assert list(table.columns[1].cells) == ['0.100', '0.200', '0.300'][: 2 + merges]

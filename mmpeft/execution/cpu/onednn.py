@@ -1,6 +1,6 @@
-"""Products in float32 by oneDNN, where torch has it.
+"""Products in float32 by oneDNN.
 
-torch's own go to MKL, which does not use all of the vector units of processors of other makers.
+torch itself uses MKL, which leaves some vector units of other makers' processors unused.
 Shapes are those of :mod:`mmpeft.execution.matmul`.
 """
 
