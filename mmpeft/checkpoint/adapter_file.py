@@ -126,7 +126,7 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f'{source} is a safetensors file without a manifest of adapters. Give one that '
             'mmpeft.save_adapter wrote.'
         )
-    if metadata:  # mmpeft 0.2 wrote no checksum
+    if metadata:
         _check_checksum(metadata, text, state, source)
     try:
         manifest = parse(text)
@@ -136,6 +136,8 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise UsageError(
             f'{source} is no adapter that this mmpeft can load. {_short(error)}'
         ) from error
+    if not former and not metadata:  # mmpeft 0.2 alone wrote none
+        raise DamagedFileError(f'{source} is damaged: it has no checksum. Give an intact copy.')
     if former:
         unchecked = '' if metadata else 'has no checksum, so that damage cannot be noticed, and '
         warnings.warn(
@@ -237,16 +239,13 @@ def _readable(data):
 
 
 def _lines(value):
-    items = (
-        [f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()]
-        if isinstance(value, dict)
-        else []
-    )
-    if isinstance(value, list):
-        items = list(map(json.dumps, value))
-    text = ',\n    '.join(items)
-    first, *_, last = json.dumps(value)
-    return f'{first}\n    {text}\n  {last}' if items else json.dumps(value)
+    if isinstance(value, dict) and value:
+        items, ends = (f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()), '{}'
+    elif isinstance(value, list) and value:
+        items, ends = map(json.dumps, value), '[]'
+    else:
+        return json.dumps(value)
+    return f'{ends[0]}\n    ' + ',\n    '.join(items) + f'\n  {ends[1]}'
 
 
 def _short(error):

@@ -137,6 +137,9 @@ def wrong_headers(content):
             yield packed(renamed, data)
         yield packed({key: value for key, value in header.items() if key != name}, data)
     yield from (packed(header | {'__metadata__': m}, data) for m in (None, [], 3, dict(mmpeft=1)))
+    manifest = header['__metadata__']['mmpeft']
+    for more in ({}, dict(sha256=''), dict(sha256='0' * 64), dict(other='')):
+        yield packed(header | {'__metadata__': dict(mmpeft=manifest) | more}, data)
     for size in (0, 1, 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1):
         yield struct.pack('<Q', size) + content[8:]
     for text in (b'', b'[]', b'null', b'{' * 10**5, b'[' * 10**6, b'{"a":NaN}', b'\xff\xfe{}'):
