@@ -23,7 +23,7 @@ from mmpeft import execution
 from mmpeft.engine.config import read_config
 from mmpeft.engine.merging import plain_config
 from mmpeft.engine.packages import import_task
-from mmpeft.errors import UsageError
+from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import plain_key
 from tests.tasks import adapt
@@ -425,7 +425,7 @@ def test_rates():
 def test_adapters_in_frozen_stages_stop_the_run(workplace):
     cfg = config('rtmdet_tiny_coco', **{'model.backbone.frozen_stages': 0})
     pretrain(cfg)
-    with pytest.raises(UsageError, match=r'3 of 33 adapters .*backbone\.stem\.0.*frozen_stages'):
+    with pytest.raises(TrainingError, match=r'3 of 33 adapters .*backbone\.stem\.0.*frozen_stages'):
         run(cfg, 'train')
 
 

@@ -7,8 +7,10 @@ checkpoints keep working; ``layer.weight`` remains phi(W) to whoever reads it.
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.methods.spec import ConvGeometry
+
 from .frozen import kind_for
-from .select import AUTO, PLAIN, geometry_of, has_one_adapter, kernel_kind, select_kernel
+from .select import AUTO, PLAIN, has_one_adapter, select_kernel
 
 
 class _Fast:
@@ -17,6 +19,9 @@ class _Fast:
 
 class _Adapted:
     """A layer whose forward runs the kernel selected for its input."""
+
+    execution = AUTO
+    geometry = None
 
     def forward(self, x):
         kernel = select_kernel(self, x)
@@ -27,17 +32,17 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
     """Let a layer with one adapter on its weight select a kernel in each forward.
 
     Args:
-        layer: Unchanged where there is no kernel for it and the adapter's method.
+        layer: Others are left unchanged.
         execution: One of :data:`mmpeft.execution.CHOICES`.
     """
     known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
     if execution == PLAIN or isinstance(layer, _Fast) or type(layer).forward not in known:
         return
     if parametrize.is_parametrized(layer, 'weight') and has_one_adapter(layer):
-        kind = kernel_kind(layer)
-        if kind is not None:
-            attributes = dict(kernel_kind=kind, geometry=geometry_of(layer))
-            _change_class(layer, _Adapted, execution=execution, **attributes)
+        spec, geometry = layer.parametrizations.weight[0].spec, None
+        if not isinstance(layer, nn.Linear):
+            geometry = ConvGeometry.of(layer, spec)
+        _change_class(layer, _Adapted, execution=execution, geometry=geometry)
 
 
 def enable_frozen(root: nn.Module) -> None:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmpeft.methods import Method, WeightAdapter
+from mmpeft.methods import WeightAdapter
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
-from mmpeft.methods.spec import ConvGeometry
 
 from .conv import TuckerConv
 from .cpu import depthwise
@@ -20,7 +19,6 @@ from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, tag_for_recompute
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
-MATRIX, CONVOLUTION, DEPTHWISE = KINDS = 'matrix', 'convolution', 'depthwise'
 WHERE = 'in the weight', 'as a branch'
 
 
@@ -36,65 +34,48 @@ class Kernel(NamedTuple):
     run: Callable[[Tensor], Tensor]
 
 
-def kernel_kind(layer: nn.Module) -> str | None:
-    """Which kernels a layer with one adapter may run, whatever its input: of KINDS, or None."""
-    adapter = layer.parametrizations.weight[0]
-    spec, geometry = adapter.spec, geometry_of(layer)
-    if 'depthwise' in spec.kinds:
-        return DEPTHWISE if depthwise.computes(layer, geometry) else None
-    if not spec.is_plain or type(adapter.method).normal_form is Method.normal_form:
-        return None
-    is_matrix = geometry is None or (spec.is_matrix and not any(map(any, geometry.padding)))
-    return MATRIX if is_matrix else CONVOLUTION
-
-
-def geometry_of(layer: nn.Module) -> ConvGeometry | None:
-    """That of a convolution with an adapter; None of a linear layer."""
-    if isinstance(layer, nn.Linear):
-        return None
-    return ConvGeometry.of(layer, layer.parametrizations.weight[0].spec)
-
-
 def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     """The fastest kernel for a layer and an input; None where torch builds the weight as usual.
 
     Args:
-        layer: Enabled.
+        layer: Enabled, and with one adapter on its weight.
         x: (..., in) of a linear layer, (N, in, *size) of a convolution.
     """
     if not torch.is_grad_enabled() or not has_one_adapter(layer):
         return None
     adapter, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-    geometry, shape, positions = layer.geometry, original.shape, x.numel() // x.shape[-1]
+    spec, geometry, positions = adapter.spec, layer.geometry, x.numel() // x.shape[-1]
     if geometry is not None:
-        if x.ndim != len(shape):
+        if x.ndim != len(spec.shape):
             return None
         positions = x.numel() // x.shape[1] // prod(geometry.stride)
-    if layer.kernel_kind == DEPTHWISE:
-        run = partial(_run_depthwise, layer)
-        return Kernel('kernel gradient as a convolution', run) if depthwise.pays(x) else None
-    if original.requires_grad:
+        if 'depthwise' in spec.kinds:
+            run = partial(_run_depthwise, layer, geometry)
+            pays = depthwise.pays(layer, geometry, x)
+            return Kernel('kernel gradient as a convolution', run) if pays else None
+    if not spec.is_plain or original.requires_grad:
         return None  # the other kernels have no gradient for the original weight
     with outside_autocast(adapter.device.type):
-        form = adapter.method.normal_form(adapter.factors, adapter.spec, adapter.training)
-    if form is None:
+        form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
+    if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
 
-    is_low_rank = form.update == 'additive' and form.magnitude is None
+    out, features, *kernel_size = spec.shape
     branch = layer.execution == BRANCH
     if layer.execution == AUTO:
-        branch = branch_pays(positions, *shape)
-    if layer.kernel_kind == MATRIX:
-        if form.magnitude is not None and form.update != 'additive':
-            return None
-        branch, thin = branch and is_low_rank, thin_pays(*shape[:2], form.rank)
-        is_thin = form.update == 'additive' and thin
-        name = f'thin products, {WHERE[branch]}' if is_thin else 'dense gradient, nothing kept'
-        return Kernel(name, partial(_run_linear, layer, form, branch))
-    if not is_low_rank or (layer.execution == AUTO and not tucker_pays(form, *shape)):
+        branch = branch_pays(positions, out, features, *kernel_size)
+    if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
+        branch = branch and form.update == 'additive' and form.magnitude is None
+        thin = form.update == 'additive' and thin_pays(out, features, form.rank)
+        name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
+        return Kernel(name, partial(_run_linear, layer, geometry, form, branch))
+    if form.update != 'additive' or form.magnitude is not None:
+        return None
+    if layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
     branch = branch and form.core is not None and form.down is not None
-    return Kernel(f'thin convolutions, {WHERE[branch]}', partial(_run_conv, layer, form, branch))
+    run = partial(_run_conv, layer, geometry, form, branch)
+    return Kernel(f'thin convolutions, {WHERE[branch]}', run)
 
 
 def has_one_adapter(layer: nn.Module) -> bool:
@@ -126,10 +107,10 @@ def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) ->
     return 2 * cost < taps * out * features
 
 
-def _run_linear(layer, form, branch, x):
+def _run_linear(layer, geometry, form, branch, x):
     layout = ChannelsLast
-    if layer.geometry is not None:
-        layout, (x, size) = layout_of(x), _flat_at(x, layer.geometry.stride)
+    if geometry is not None:
+        layout, (x, size) = layout_of(x), _flat_at(x, geometry.stride)
     original = layer.parametrizations.weight.original.flatten(1)
     x, weight, bias = _in_one_dtype(x, original, layer.bias)
     with outside_autocast(x.device.type):
@@ -140,21 +121,21 @@ def _run_linear(layer, form, branch, x):
         branch, up, down = branch or is_low(x), up.to(x.dtype), down.to(x.dtype)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     y = function(x, weight, bias, up, down, ratio)
-    return y if layer.geometry is None else unflat(y, layout, size)
+    return y if geometry is None else unflat(y, layout, size)
 
 
-def _run_conv(layer, form, branch, x):
+def _run_conv(layer, geometry, form, branch, x):
     x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
-    x, geometry = layer.geometry.padded(x)
+    x, geometry = geometry.padded(x)
     with outside_autocast(x.device.type):
         form = form.dropped(layer.parametrizations.weight[0].spec).with_core(layer.kernel_size)
     function = TuckerConv(geometry, form.scale, branch)
     return function(x, weight, bias, form.up, form.core, form.down)
 
 
-def _run_depthwise(layer, x):
+def _run_depthwise(layer, geometry, x):
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
-    x, geometry = layer.geometry.padded(x)
+    x, geometry = geometry.padded(x)
     return depthwise.DepthwiseConv(geometry)(x, weight, bias)
 
 

@@ -8,7 +8,7 @@ import mmpeft
 from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.injections import inject_all, injections
 from mmpeft.errors import UsageError
-from mmpeft.methods import LoRA
+from mmpeft.methods.lora import LoRA
 
 LORA = dict(type='LoRA', rank=2)
 

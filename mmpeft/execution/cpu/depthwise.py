@@ -48,15 +48,15 @@ class DepthwiseConv(FastFunction):
         return self.geometry.convolve(x, weight, bias, len(weight))
 
 
-def computes(layer: nn.Module, geometry: ConvGeometry) -> bool:
-    """Whether a depthwise layer is such a convolution."""
-    is_unstrided = set(geometry.stride) == set(geometry.dilation) == {1}
-    return isinstance(layer, nn.Conv2d) and is_unstrided and layer.out_channels == layer.groups
-
-
-def pays(x: Tensor) -> bool:
-    """Whether a map x (N, C, H, W) is on a CPU, and large enough."""
-    return x.device.type == 'cpu' and x.numel() >= SMALL_MAP
+def pays(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> bool:
+    """Whether a layer is such a convolution, on a map x (N, C, H, W) that is large enough."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and set(geometry.stride) == set(geometry.dilation) == {1}
+        and layer.in_channels == layer.out_channels == layer.groups
+        and x.device.type == 'cpu'
+        and x.numel() >= SMALL_MAP
+    )
 
 
 def kernel_gradient(x: Tensor, dy: Tensor, shape: torch.Size, padding: tuple[int, ...]) -> Tensor:
