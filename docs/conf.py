@@ -26,6 +26,7 @@ html_title = f'mmpeft {release}'
 html_theme_options = dict(sidebar_hide_name=False)
 html_copy_source = False
 
+viewcode_follow_imported_members = False
 myst_heading_anchors = 4
 autodoc_default_options = {'members': True, 'ignore-module-all': True, 'show-inheritance': True}
 autodoc_inherit_docstrings = False
