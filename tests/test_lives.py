@@ -696,8 +696,9 @@ class Life(RuleBasedStateMachine):
         return loaded
 
     def _adapt(self, model, account):
-        for injection in account.injections:
-            mmpeft.inject(model, **injection, empty=True)
+        """Inject as before, with scales that were resolved from the weights of then."""
+        for injection, record in zip(account.injections, self.model.peft, strict=True):
+            mmpeft.inject(model, **injection | dict(method=record.method, empty=True))
 
     def _in_modes(self, model):
         for path, module in model.named_modules():

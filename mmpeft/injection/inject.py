@@ -46,7 +46,10 @@ def inject(
             target module that train themselves. What the model marks as
             ``newly_initialized`` trains in any case.
         empty: Fill adapters with NaN instead of initial values, to be loaded;
-            spares the decompositions that some methods start from.
+            spares the decompositions that some methods start from. The
+            default scale of a Lie update follows from the present weights: to
+            load a state dict over other weights, pass ``model.peft[0].method``
+            of the model that it came from.
         execution: ``'auto'`` takes for each layer the fastest kernel that
             computes the same; ``'merged'`` and ``'branch'`` put thin updates
             into the weight, or beside the layer; ``'plain'`` builds weights
