@@ -95,7 +95,9 @@ def results(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, int]]:
                         continue
                     job.seconds = time.monotonic() - start
                     running.remove(entry)
-                    bars.update(bar, completed=job.total, visible=len(jobs) <= at_once)
+                    if process.returncode == 0:
+                        bars.update(bar, completed=job.total)
+                    bars.update(bar, visible=len(jobs) <= at_once)
                     bars.advance(whole)
                     yield job, process.returncode
     finally:
