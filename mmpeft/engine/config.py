@@ -197,7 +197,9 @@ def _check_arguments(methods, before):
             raise UsageError(
                 f'There is no method {method.type!r}. {near(method.type, METHODS.module_dict)}'
             )
-        wrong = sorted(set(method) - {'type'} - {field.name for field in fields(kind)})
+        wrong = sorted(
+            set(method) - {'type', *kind.renamed} - {field.name for field in fields(kind)}
+        )
         if wrong:
             raise UsageError(
                 f'--cfg-options sets the type of a method to {method.type}, and the config gives '
