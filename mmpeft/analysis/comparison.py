@@ -1,32 +1,26 @@
 """Whether two models compute the same: their maps and predictions on one batch, as numbers.
 
 Quantities are compared by the largest difference, relative to the largest
-value. Decisions (which boxes survive, which pixels a mask has) turn over where
-two numbers are equal to rounding, so that a small share of them may differ.
-Boxes are compared by their corners, in any order, because a rotated box has
-several descriptions.
+value. Decisions (which boxes survive, which pixels a mask has) change where
+two numbers are equal up to rounding, so a small share of them may differ.
 """
 
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 
-# Of decisions, how many may differ. Boxes are one where corners, relative to the box, and scores
-# differ by no more.
+from .instances import corners_of, masks_of, paired
+
 DECISIONS = 0.01
-BOUNDS = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
+"""The share of decisions that may differ."""
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -47,8 +41,11 @@ class Difference:
     of: str
 
     def exceeds(self, bound: float) -> bool:
-        """Whether it is more than a bound allows, or no number."""
-        return not self.relative <= (bound if self.absolute is not None else DECISIONS)
+        """Whether it is more than a bound allows, or NaN."""
+        return not self.relative <= self._allowed(bound)
+
+    def _allowed(self, bound):
+        return DECISIONS if self.absolute is None else bound
 
 
 def default_bound(module: nn.Module) -> float:
@@ -58,7 +55,7 @@ def default_bound(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batch) -> dict:
+def observe(model: nn.Module, batch: Any) -> dict:
     """What a model makes of a batch in evaluation.
 
     Args:
@@ -84,22 +81,25 @@ def differences(one: Mapping, other: Mapping) -> list[Difference]:
     """Compare two results of :func:`observe`.
 
     Raises:
-        UsageError: They are not alike: maps or predictions of another number
-            or shape.
+        UsageError: They have other numbers or shapes of maps or predictions.
     """
-    found = []
-    for kind, level in _by_shape(one['maps'], other['maps']).items():
-        found.append(quantity(f'backbone {"x".join(map(str, kind))}', *level))
+    if [m.shape for m in one['maps']] != [m.shape for m in other['maps']]:
+        raise UsageError('The backbones give maps of other numbers or shapes.')
     if len(one['predictions']) != len(other['predictions']):
         raise UsageError('The models give predictions for another number of images.')
+    levels = {}  # of equal channels and size, over all crops of a sliding window
+    for pair in zip(one['maps'], other['maps'], strict=True):
+        levels.setdefault(f'backbone {"x".join(map(str, pair[0].shape[1:]))}', []).append(pair)
+    found = [_quantity(name, pairs) for name, pairs in levels.items()]
     pairs = list(zip(one['predictions'], other['predictions'], strict=True))
     if pairs and 'pred_instances' in pairs[0][0]:
         found += _instances([(a.pred_instances, b.pred_instances) for a, b in pairs])
     if pairs and 'seg_logits' in pairs[0][0]:
-        found.append(_all('logits', [(a.seg_logits.data, b.seg_logits.data) for a, b in pairs]))
+        logits = [(a.seg_logits.data, b.seg_logits.data) for a, b in pairs]
+        found.append(_quantity('logits', logits))
     if pairs and 'pred_sem_seg' in pairs[0][0]:
         maps = [(a.pred_sem_seg.data, b.pred_sem_seg.data) for a, b in pairs]
-        found.append(_decisions('segmentation map', 'pixels', maps))
+        found.append(_pixels('segmentation map', maps))
     return found
 
 
@@ -117,8 +117,8 @@ def quantity(name: str, one: Iterable[Tensor], other: Iterable[Tensor]) -> Diffe
     zero = torch.zeros((), dtype=torch.float64)
     absolute = torch.stack([zero, *((a - b).abs().max().cpu() for a, b in pairs)]).max().item()
     size = torch.stack([zero, *(b.abs().max().cpu() for _, b in pairs)]).max().item()
-    relative = absolute / size if size else absolute
-    return Difference(name, relative, absolute, f'{sum(b.numel() for _, b in pairs):,} numbers')
+    of = f'{sum(b.numel() for _, b in pairs):,} numbers'
+    return Difference(name, absolute / size if size else absolute, absolute, of)
 
 
 def table(found: Iterable[Difference], bound: float) -> str:
@@ -126,31 +126,10 @@ def table(found: Iterable[Difference], bound: float) -> str:
     lines = [f'{"":24} {"largest":>10} {"relative":>10} {"bound":>8}']
     for row in found:
         absolute = '' if row.absolute is None else f'{row.absolute:.2e}'
-        allowed = bound if row.absolute is not None else DECISIONS
         mark = '  EXCEEDED' if row.exceeds(bound) else ''
-        lines.append(
-            f'{row.name:24} {absolute:>10} {row.relative:10.2e} {allowed:8.0e}  {row.of}{mark}'
-        )
+        numbers = f'{absolute:>10} {row.relative:10.2e} {row._allowed(bound):8.0e}'
+        lines.append(f'{row.name:24} {numbers}  {row.of}{mark}')
     return '\n'.join(lines)
-
-
-def corners(boxes: Tensor) -> Tensor:
-    """The four corners of boxes.
-
-    Args:
-        boxes: (N, 4) as x1, y1, x2, y2, or (N, 5) as x, y, w, h and an angle
-            in radians.
-
-    Returns:
-        (N, 4, 2)
-    """
-    signs = boxes.new_tensor([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-    if boxes.shape[-1] == 4:
-        centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        return centre[:, None] + signs * size[:, None]
-    across, up = (signs * boxes[:, None, 2:4]).unbind(-1)
-    cos, sin = boxes[:, 4:].cos(), boxes[:, 4:].sin()
-    return boxes[:, None, :2] + torch.stack([across * cos - up * sin, across * sin + up * cos], -1)
 
 
 def _tensors(output):
@@ -160,75 +139,31 @@ def _tensors(output):
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _by_shape(one, other):
-    """Maps of equal channels and size together: levels, over all crops of a sliding window."""
-    if [m.shape for m in one] != [m.shape for m in other]:
-        raise UsageError('The backbones give maps of other numbers or shapes.')
-    levels = {}
-    for a, b in zip(one, other, strict=True):
-        level = levels.setdefault(tuple(a.shape[1:]), ([], []))
-        level[0].append(a)
-        level[1].append(b)
-    return levels
-
-
-def _all(name, pairs):
+def _quantity(name, pairs):
     return quantity(name, *map(list, zip(*pairs, strict=True)))
 
 
-def _decisions(name, unit, pairs):
+def _pixels(name, pairs):
     total = sum(b.numel() for _, b in pairs)
     differing = sum((a != b).sum().item() for a, b in pairs)
-    of = f'{differing:,} of {total:,} {unit}'
+    of = f'{differing:,} of {total:,} pixels'
     return Difference(name, differing / max(total, 1), None, of)
 
 
 def _instances(images):
+    """Of instances that are in both: corners, scores and masks; and how many are in one alone."""
     boxes, scores, masks, unpaired, total = [], [], [], 0, 0
     for a, b in images:
-        rows, columns = _paired(a, b)
+        rows, columns = paired(a, b)
         total += max(len(a), len(b))
         unpaired += max(len(a), len(b)) - len(rows)
-        ours, theirs = _corners(a)[rows], _corners(b)[columns]
+        ours, theirs = corners_of(a)[rows], corners_of(b)[columns]
         nearest = torch.cdist(ours, theirs).argmin(-1, keepdim=True).expand(-1, -1, 2)
         boxes.append((ours, theirs.gather(1, nearest)))
         scores.append((a.scores[rows], b.scores[columns]))
         if 'masks' in a:
-            masks.append((_masks(a)[rows], _masks(b)[columns]))
+            masks.append((masks_of(a)[rows], masks_of(b)[columns]))
     of = f'{unpaired} of {total} instances'
     found = [Difference('instances without pair', unpaired / max(total, 1), None, of)]
-    found += [_all('corners of boxes', boxes), _all('scores', scores)]
-    return found + ([_decisions('masks', 'pixels', masks)] if masks else [])
-
-
-def _paired(a, b):
-    """Indices of the instances of two sets that are one: of equal label, near in place and score.
-
-    As many pairs as possible, those of the least distance.
-    """
-    ours, theirs = _corners(a), _corners(b)
-    size = (
-        torch.cdist(theirs, theirs).amax((1, 2)).clamp_min(1e-6) if len(b) else theirs.sum((1, 2))
-    )
-    rows, columns = [], []
-    for label in a.labels.unique().tolist():
-        i, j = (a.labels == label).nonzero()[:, 0], (b.labels == label).nonzero()[:, 0]
-        apart = torch.cdist(ours[i, None], theirs[None, j]).amin(-1).amax(-1) / size[j]
-        apart = torch.maximum(apart, (a.scores[i, None] - b.scores[None, j]).abs())
-        # Far ones all cost the same, so that none is paired at the expense of a near one.
-        cost = apart.nan_to_num(nan=1.0, posinf=1.0).clamp_max(2 * DECISIONS).cpu().numpy()
-        first, second = linear_sum_assignment(cost)
-        near = cost[first, second] <= DECISIONS
-        rows.append(i[first[near]])
-        columns.append(j[second[near]])
-    none = torch.zeros(0, dtype=torch.long, device=a.labels.device)
-    return torch.cat([none, *rows]), torch.cat([none, *columns])
-
-
-def _corners(instances):
-    return corners(getattr(instances.bboxes, 'tensor', instances.bboxes).double())
-
-
-def _masks(instances):
-    masks = instances.masks
-    return masks if isinstance(masks, Tensor) else torch.from_numpy(np.asarray(masks))
+    found += [_quantity('corners of boxes', boxes), _quantity('scores', scores)]
+    return found + ([_pixels('masks', masks)] if masks else [])

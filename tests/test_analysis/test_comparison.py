@@ -6,7 +6,8 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
-from mmpeft.analysis.comparison import corners, differences, quantity, table
+from mmpeft.analysis.comparison import differences, quantity, table
+from mmpeft.analysis.instances import corners
 from mmpeft.errors import UsageError
 
 
