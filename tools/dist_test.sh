@@ -1,24 +1,10 @@
 #!/usr/bin/env bash
-# Test in several processes on one or more nodes: one a GPU, or on CPUs as many as asked for.
+# Test in several processes, as dist_train.sh trains.
 #
 #     tools/dist_test.sh CONFIG CHECKPOINT GPUS [ARGUMENTS OF test.py]
-#
-# Environment: PORT, MASTER_ADDR; with several nodes NNODES and NODE_RANK.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-config=$1
-checkpoint=$2
-gpus=$3
-shift 3
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-
-PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$gpus" \
-    "$here/test.py" "$config" "$checkpoint" --launcher pytorch "$@"
+TOOL=test exec "$(dirname "${BASH_SOURCE[0]}")/dist_train.sh" "$1" "$3" "$2" "${@:4}"

@@ -20,4 +20,4 @@ PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m tor
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \
     --master_port="${PORT:-29500}" \
     --nproc_per_node="$gpus" \
-    "$here/train.py" "$config" --launcher pytorch "$@"
+    "$here/${TOOL:-train}.py" "$config" "$@" --launcher pytorch

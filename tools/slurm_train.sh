@@ -12,20 +12,20 @@ fi
 partition=$1
 job_name=$2
 config=$3
-work_dir=$4
+last=$4
 shift 4
-gpus=${GPUS:-8}
-gpus_per_node=${GPUS_PER_NODE:-8}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+tool=${TOOL:-train}
+[ "$tool" = test ] || last=--work-dir=$last
 
 # SRUN_ARGS is split into words on purpose
 # shellcheck disable=SC2086
 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec srun -p "$partition" \
     --job-name="$job_name" \
-    --gres=gpu:"$gpus_per_node" \
-    --ntasks="$gpus" \
-    --ntasks-per-node="$gpus_per_node" \
+    --gres=gpu:"${GPUS_PER_NODE:-8}" \
+    --ntasks="${GPUS:-8}" \
+    --ntasks-per-node="${GPUS_PER_NODE:-8}" \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
     ${SRUN_ARGS:-} \
-    "${PYTHON:-python}" -u "$here/train.py" "$config" --work-dir="$work_dir" --launcher slurm "$@"
+    "${PYTHON:-python}" -u "$here/$tool.py" "$config" "$last" "$@" --launcher slurm

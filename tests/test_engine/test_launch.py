@@ -20,7 +20,7 @@ from mmpeft.errors import MissingFileError, UsageError
 ROOT = Path(__file__).parents[2]
 
 TINY = """
-_base_ = '{root}/configs/lora/convnext_coco.py'
+_base_ = '{root}/configs/frozen/convnext_coco.py'
 
 data_root = '{data}/'
 metainfo = dict(classes=('bright', 'dark'))
@@ -56,8 +56,8 @@ model = dict(
         rpn_proposal=dict(nms_pre=50, max_per_img=20), rcnn=dict(sampler=dict(num=16))),
     test_cfg=dict(
         rpn=dict(nms_pre=50, max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=5)))
-default_hooks = dict(peft=dict(method=dict(rank=2, layout='channel')))
 """
+METHOD = "dict(type='LoRA', rank=2)"
 
 
 def write_coco(root, images=4, size=64):
@@ -125,10 +125,11 @@ def call(*command, cwd):
 
 @pytest.fixture(scope='module')
 def trained(tiny):
-    """What `dist_train.sh CONFIG 2` leaves on a machine without an accelerator."""
-    done = call(ROOT / 'tools/dist_train.sh', 'tiny.py', 2, '--auto-scale-lr', cwd=tiny)
+    """What `dist_train.sh CONFIG 2 --method ...` leaves on a machine without an accelerator."""
+    words = ['tiny.py', 2, '--auto-scale-lr', '--method', METHOD]
+    done = call(ROOT / 'tools/dist_train.sh', *words, cwd=tiny)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return tiny / 'work_dirs/tiny', done.stdout + done.stderr
+    return tiny / 'work_dirs/lora_rank-2/tiny', done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -147,8 +148,11 @@ def test_two_processes_train_without_a_gpu(trained):
 
 @pytest.mark.slow
 def test_two_processes_test_with_flips_and_pictures(tiny, trained):
+    """By the composed config in the work directory, which knows the method."""
+    composed = trained[0] / 'tiny.py'
+    before = composed.read_text()
     done = call(
-        *(ROOT / 'tools/dist_test.sh', 'tiny.py', trained[0] / 'epoch_1.pth', 2),
+        *(ROOT / 'tools/dist_test.sh', composed, trained[0] / 'epoch_1.pth', 2),
         *('--tta', '--out', 'found.pkl', '--show-dir', 'drawn', '--work-dir', 'tested'),
         cwd=tiny,
     )
@@ -159,6 +163,7 @@ def test_two_processes_test_with_flips_and_pictures(tiny, trained):
     assert all(len(each['pred_instances']['masks']) == 5 for each in found)
     # upstream's visualizers draw in the first process alone, which has half of the images
     assert len(list(tiny.glob('tested/*/drawn/*.png'))) == 2
+    assert composed.read_text() == before and "type='LoRA'" in before
 
 
 def test_missing_data_is_one_paragraph(tiny, tmp_path):
@@ -198,7 +203,7 @@ def test_slurm_passes_arguments_on(tmp_path):
     words = done.stdout.split('\n')
     assert ['-p', 'part'] == words[:2]
     assert {'--ntasks=16', '--gres=gpu:8', '-x', 'n1', 'a config.py', '--work-dir=out'} <= {*words}
-    assert words[-4:-1] == ['--launcher', 'slurm', '--amp']
+    assert words[-4:-1] == ['--amp', '--launcher', 'slurm']
 
 
 def test_checkpoint_that_does_not_exist(tmp_path):
