@@ -39,14 +39,6 @@ def config_of(task: str) -> str:
     return f'mmpeft::demo/_base_/{task}.py'
 
 
-def fingerprint(text: str, *files: Path) -> str:
-    """Equal where a config's text, the data and the files that it depends on are the same."""
-    digest = hashlib.sha256(text.encode())
-    for path in (DATA / 'made_with.json', *files):
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
-
-
 def make_data_and_base(task: str) -> None:
     """Compose the scenes and train the base of a task, unless they exist.
 
@@ -105,7 +97,10 @@ class Experiment:
     def prepare(self) -> None:
         """Start anew where config, data or base are no longer what they were."""
         record = self.folder / 'made_from.txt'
-        made_from = fingerprint(self.cfg.pretty_text, self.cfg.model.backbone.checkpoint)
+        digest = hashlib.sha256(self.cfg.pretty_text.encode())
+        for path in (DATA / 'made_with.json', self.cfg.model.backbone.checkpoint):
+            digest.update(Path(path).read_bytes())
+        made_from = digest.hexdigest()
         if self.folder.exists() and not (record.exists() and record.read_text() == made_from):
             print(f'{self.folder} was made from another config, data or base: starting anew.')
             shutil.rmtree(self.folder)

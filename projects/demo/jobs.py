@@ -4,9 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,6 @@ class Job:
         log: File that takes its output.
         total: Steps that it takes; 1 if they are not known.
         state: Returns the step that it has reached and a remark for the bar.
-        seconds: That it took, once it has ended.
     """
 
     name: str
@@ -31,7 +28,6 @@ class Job:
     log: Path
     total: int = 1
     state: Callable[[], tuple[int, str]] = lambda: (0, '')
-    seconds: float = 0.0
 
     def start(self, threads: int) -> subprocess.Popen:
         """Start the program, on the CPU whatever the machine has, so that figures compare."""
@@ -41,9 +37,14 @@ class Job:
         with self.log.open('w') as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
-    def output_end(self) -> str:
-        """The last lines of its output."""
-        return ''.join(self.log.read_text(errors='replace').splitlines(keepends=True)[-25:])
+    def check(self, status: int) -> None:
+        """Raise SystemExit with the end of the output unless the program succeeded."""
+        if status:
+            end = self.log.read_text(errors='replace').splitlines(keepends=True)[-25:]
+            raise SystemExit(
+                f'{"".join(end)}\n{self.name} ended with status {status}. '
+                f'The whole of its output is in {self.log}.'
+            )
 
 
 def run_jobs(jobs: list[Job]) -> None:
@@ -53,55 +54,27 @@ def run_jobs(jobs: list[Job]) -> None:
         SystemExit: One failed; the others are stopped. Names the log and shows
             its end.
     """
-    with closing(results(jobs, len(jobs))) as ended:
-        for job, code in ended:
-            if code:
-                raise SystemExit(
-                    f'{job.output_end()}\n{job.name} ended with status {code}. '
-                    f'The whole of its output is in {job.log}.'
-                )
-
-
-def results(jobs: list[Job], at_once: int) -> Iterator[tuple[Job, int]]:
-    """Run jobs, some at a time, the cores divided among those.
-
-    Closing the generator stops those that run.
-
-    Args:
-        jobs: In the order in which they start.
-        at_once: How many run side by side.
-
-    Yields:
-        A job that has ended, and its status.
-    """
-    threads = max((os.cpu_count() or 1) // max(at_once, 1), 1)
-    waiting, running = deque(jobs), []
+    threads = max((os.cpu_count() or 1) // max(len(jobs), 1), 1)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     texts = TextColumn('{task.description:<28}'), TextColumn('{task.fields[remark]}')
+    running = []
     try:
         with Progress(texts[0], *columns, texts[1]) as bars:
-            whole = bars.add_task('all', total=len(jobs), remark='', visible=len(jobs) > at_once)
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    job = waiting.popleft()
-                    bar = bars.add_task(job.name, total=job.total, remark='')
-                    running.append((job, job.start(threads), bar, time.monotonic()))
+            for job in jobs:
+                bar = bars.add_task(job.name, total=job.total, remark='')
+                running.append((job, job.start(threads), bar))
+            while running:
                 time.sleep(0.5)
                 for entry in list(running):
-                    job, process, bar, start = entry
+                    job, process, bar = entry
                     step, remark = job.state()
                     bars.update(bar, completed=step, remark=remark)
-                    if process.poll() is None:
-                        continue
-                    job.seconds = time.monotonic() - start
-                    running.remove(entry)
-                    if process.returncode == 0:
+                    if process.poll() is not None:
+                        running.remove(entry)
+                        job.check(process.returncode)
                         bars.update(bar, completed=job.total)
-                    bars.update(bar, visible=len(jobs) <= at_once)
-                    bars.advance(whole)
-                    yield job, process.returncode
     finally:
-        for _, process, _, _ in running:
+        for _, process, _ in running:
             process.terminate()
-        for _, process, _, _ in running:
+        for _, process, _ in running:
             process.wait()

@@ -30,8 +30,7 @@ def main():
     for experiment in experiments:
         experiment.prepare()
     run_jobs([e.training() for e in experiments if not e.is_trained()])
-    if adapted.merges and not adapted.merged.exists():
-        run_jobs([adapted.merging()])
+    run_jobs([e.merging() for e in experiments if e.merges and not e.merged.exists()])
     tests = [(e, False) for e in experiments] + [(adapted, True)] * adapted.merges
     run_jobs([e.testing(merged) for e, merged in tests if not e.scores(merged)])
     show_report(experiments)

@@ -109,22 +109,20 @@ def write_job(jobs, folder, name, code):
     return jobs.Job(name, [path], folder / f'{name}.log')
 
 
-def test_jobs_run_some_at_a_time_and_one_failure_stops_no_other(jobs, tmp_path):
+def test_jobs_run_side_by_side(jobs, tmp_path):
+    """Each waits for the mark of the other."""
     code = (
-        'import pathlib, time\n'
-        f'mark = pathlib.Path({str(tmp_path)!r}, "running-" + pathlib.Path(__file__).stem)\n'
-        'mark.touch()\n'
-        f'print(len(list(mark.parent.glob("running-*"))))\n'
-        'time.sleep(0.3)\n'
-        'mark.unlink()\n'
+        'import pathlib, sys, time\n'
+        f'folder = pathlib.Path({str(tmp_path)!r})\n'
+        '(folder / (pathlib.Path(__file__).stem + ".mark")).touch()\n'
+        'while len(list(folder.glob("*.mark"))) < 2:\n'
+        '    time.sleep(0.05)\n'
+        'print("both")\n'
     )
-    todo = [write_job(jobs, tmp_path, f'job{n}', code) for n in range(4)]
-    todo.insert(1, write_job(jobs, tmp_path, 'fails', 'raise SystemExit("no such thing")'))
-    ended = {job.name: code for job, code in jobs.results(todo, 2)}
-    assert ended == dict(job0=0, job1=0, job2=0, job3=0, fails=1)
-    for job in todo:
-        assert job.seconds > 0
-        assert job.output_end().strip() in ('1', '2', 'no such thing')
+    todo = [write_job(jobs, tmp_path, name, code) for name in ('one', 'other')]
+    jobs.run_jobs(todo)
+    assert [job.log.read_text() for job in todo] == ['both\n'] * 2
+    jobs.run_jobs([])
 
 
 def test_run_jobs_stops_at_a_failure(jobs, tmp_path):
