@@ -11,22 +11,19 @@ those of ``rank`` are left on average. Their P and Q stay in the adapter.
 Eq. 4 is taken as printed; the published code averages norms, not squares.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
-
-from mmpeft.registry import METHODS
 
 from .allocator import check_span
 from .arguments import require
-from .base import Card, Factors, gaussian
+from .base import Card, Factors, gaussian, register
 from .matrix import MatrixMethod, matrix_shape
 from .mpc import mpc_o
 from .rank_allocator import RankAllocator
 from .spec import WeightSpec
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class AdaLoRA(MatrixMethod):
     """Low-rank update in the form of an SVD whose ranks are allocated in training.
 

@@ -1,6 +1,7 @@
 """Deciding during training which parameters to keep."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from math import inf
 
 import torch
@@ -25,7 +26,11 @@ class Allocator:
 
     Attributes:
         step: Steps made so far.
+        stored: Names of the attributes that a resumed run needs: tensors, or
+            dicts of tensors, by the path of their adapter.
     """
+
+    stored: tuple[str, ...] = ()
 
     def __init__(self, adapters: Mapping[str, Adapter], steps: int):
         self.adapters = dict(adapters)
@@ -39,15 +44,26 @@ class Allocator:
         """Called after the optimizer's step, which :attr:`step` counts already."""
 
     def state_dict(self) -> dict:
-        """Plain data and tensors that a resumed run needs."""
-        return dict(step=self.step)
+        """Plain data and copies of tensors that a resumed run needs."""
+        return deepcopy({name: getattr(self, name) for name in ('step', *self.stored)})
 
     def load_state_dict(self, state: Mapping) -> None:
-        """The reverse of :meth:`state_dict`."""
+        """The reverse of :meth:`state_dict`; tensors go to their adapters' devices."""
         self.step = state['step']
+        for name in self.stored:
+            values = {
+                path: _copied(value, self.adapters[path]) for path, value in state[name].items()
+            }
+            setattr(self, name, values)
 
     def close(self) -> None:
         """Remove all hooks from the adapters."""
+
+
+def _copied(value, adapter):
+    if isinstance(value, Mapping):
+        return {name: _copied(tensor, adapter) for name, tensor in value.items()}
+    return value.to(adapter.device, copy=True)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

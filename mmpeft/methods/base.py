@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmpeft.registry import METHODS
+
 from .arguments import check_types
 from .normal_form import NormalForm
 from .spec import WeightSpec
@@ -51,8 +53,8 @@ class Card:
 class Method:
     """Hyper-parameters of a method and the functions that define it.
 
-    Subclasses are frozen dataclasses whose fields are the arguments in a
-    config. They define :attr:`card`, :meth:`init` and :meth:`apply`.
+    Subclasses are frozen dataclasses (:func:`register`) whose fields are the
+    arguments in a config. They define :attr:`card`, :meth:`init` and :meth:`apply`.
 
     Attributes:
         card: A short description.
@@ -169,6 +171,11 @@ class Method:
             if (value := getattr(self, f.name)) != f.default
         ]
         return f'{type(self).__name__}({", ".join(changed)})'
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a class a frozen dataclass with keyword arguments, and register it as a method."""
+    return METHODS.register_module(module=dataclass(frozen=True, kw_only=True)(method))
 
 
 def gaussian(weight: Tensor, *shape: int, std: float = 1.0) -> Tensor:

@@ -7,16 +7,11 @@ that the adapter can be stored, merged and removed as any other. Layers without
 a bias get none.
 """
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
-from .base import Card
+from .base import Card, register
 from .delta import DeltaMethod
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class BitFit(DeltaMethod):
     """A trained shift of each bias, in layers of every kind."""
 

@@ -15,9 +15,7 @@ A bias, which the paper's models do not have, is not scaled.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors, Method
+from .base import Card, Factors, Method, register
 from .channels import per_input, per_output
 
 
@@ -42,8 +40,7 @@ class ChannelScaling(Method):
         return weight
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class IA3(ChannelScaling):
     """A trained scale of each output channel."""
 
@@ -59,8 +56,7 @@ class IA3(ChannelScaling):
     sides = ('out',)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class SSL(ChannelScaling):
     """A trained scale of each input channel."""
 
@@ -76,8 +72,7 @@ class SSL(ChannelScaling):
     sides = ('in',)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class SSB(ChannelScaling):
     """A trained scale of each output and of each input channel."""
 

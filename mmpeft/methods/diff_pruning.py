@@ -26,19 +26,17 @@ and in its file: it is sparse in what it changes, not in what it takes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import log
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.registry import METHODS
 
 from .adapter import Adapter
 from .allocator import Allocator, best_of_all, check_span, common_method, span
 from .arguments import require
-from .base import Card, Factors, Method
+from .base import Card, Factors, Method, register
 from .sparse import check_density
 
 LOW, HIGH = -1.5, 1.5
@@ -67,25 +65,20 @@ def open_probability(log_alpha: Tensor, low: float = LOW, high: float = HIGH) ->
     return torch.sigmoid(log_alpha - log(-low / high))
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class DiffPruning(Method):
     """A gated difference of each weight element, projected onto a fraction of them.
 
     Attributes:
-        density: Fraction of the elements of all weights that are changed in
-            the end, at most.
+        density: Fraction of the elements of all weights that change in the end, at most.
         project_at: The step after which the others are closed (int), or its
             fraction of the run (float below 1).
-        l0_weight: Of the expected number of open gates in the loss; 0 for
-            none.
+        l0_weight: Of the expected number of open gates in the loss; 0 for none.
         structured: One gate more for each weight.
         start: log_alpha at the start.
         gate_speed: Learning rate of log_alpha as a multiple of that of delta
-            under optimizers like Adam; under plain SGD the multiple is its
-            square.
-        sample: Draw the gates in training; if False they are as in
-            evaluation, functions of log_alpha alone.
+            under Adam and its kin; under plain SGD the multiple is its square.
+        sample: Draw the gates in training; if False they are as in evaluation.
     """
 
     card = Card(
@@ -93,10 +86,7 @@ class DiffPruning(Method):
         formula='W + z ⊙ Δ, hard-concrete gates z',
         trains='Δ (zero), gates (open) of each element',
         paper='Diff pruning (arXiv:2012.07463); gates: arXiv:1712.01312',
-        cost=(
-            'Two dense copies of each weight while training, with gradients and averages; a file '
-            'holds both.'
-        ),
+        cost='Two dense copies of each weight, with gradients and averages, and in the file.',
         suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
     )
 

@@ -7,20 +7,16 @@ before they multiply, so that the start is W to the last bit, and a channel
 whose weights are all zero stays zero instead of becoming NaN.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 
-from mmpeft.registry import METHODS
-
-from .base import Card
+from .base import Card, register
 from .channels import output_norm, per_output
 from .lora import LoRA
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class DoRA(LoRA):
     """LoRA on the direction of the weight, with its magnitude trained apart.
 
@@ -29,7 +25,7 @@ class DoRA(LoRA):
             4.3, as peft does): cheaper, and no longer the exact gradient.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='combination',
         formula='m · V / ‖V‖ by output channel, V = W + s · B A',
         trains='A (uniform), B (zero), magnitude m (‖W‖)',

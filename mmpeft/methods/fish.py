@@ -14,22 +14,18 @@ have no mask.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import distributed
 
-from mmpeft.registry import METHODS
-
 from .adapter import Adapter
 from .allocator import Allocator, common_method
 from .arguments import require
-from .base import Card
+from .base import Card, register
 from .sparse import SparseMethod, largest
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class FISH(SparseMethod):
     """A few entries of each weight, trained themselves.
 
@@ -76,6 +72,8 @@ class FisherMask(Allocator):
             empty once the choice is made.
     """
 
+    stored = ('scores',)
+
     def __init__(self, adapters: Mapping[str, Adapter], steps: int):
         super().__init__(adapters, steps)
         self.samples = min(common_method(adapters, 'samples').samples, steps // 2)
@@ -121,15 +119,9 @@ class FisherMask(Allocator):
                 adapter.index.copy_(largest(score, len(adapter.index)))
         self.close()
 
-    def state_dict(self):
-        scores = {path: score.clone() for path, score in self.scores.items()}
-        return super().state_dict() | dict(scores=scores)
-
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        for path, score in state['scores'].items():
-            self.scores[path].copy_(score)
-        if not state['scores']:
+        if not self.scores:
             self.close()
 
     def close(self):

@@ -9,16 +9,13 @@ step on the core moves W by about ``scale`` times the learning rate whatever
 the rank. The factor of a mode of size 1 starts at 1.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.registry import METHODS
 
 from .arguments import require
-from .base import Card, Factors, gaussian
+from .base import Card, Factors, gaussian, register
 from .ranked import RankMethod
 from .spec import WeightSpec
 
@@ -38,8 +35,7 @@ def tucker(core: Tensor, factors: list[Tensor]) -> Tensor:
     return core
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class FLoRA(RankMethod):
     """Tucker update over the modes of the stored weight.
 
@@ -59,10 +55,7 @@ class FLoRA(RankMethod):
         trains='core G (zero), one factor Aₙ a mode (Gaussian)',
         paper='FLoRA, Eq. 5-7 (arXiv:2405.14739)',
         cost='N small products to build the update.',
-        suits=(
-            'Convolutional and mixed backbones: a kernel keeps its axes, so that depthwise '
-            'kernels take few parameters.'
-        ),
+        suits='Convolutional and mixed backbones: kernels keep their axes and take few parameters.',
     )
 
     default_scale = 4.0

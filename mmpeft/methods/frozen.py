@@ -1,14 +1,9 @@
 """Frozen: nothing trains, the lower end that all methods are compared with."""
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
-from .base import Card, Method
+from .base import Card, Method, register
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class Frozen(Method):
     """Freeze the target module and adapt nothing."""
 

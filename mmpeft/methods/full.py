@@ -1,15 +1,10 @@
 """Full: everything trains, the upper end that all methods are compared with."""
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
-from .base import Card
+from .base import Card, register
 from .frozen import Frozen
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class Full(Frozen):
     """Train the target module itself; BatchNorm statistics follow."""
 

@@ -8,24 +8,14 @@ the paper's name for LoRA with it. The default of s follows the weights, see
 :class:`~.delta.DeltaMethod`. The paper has s = 1.
 """
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
-from .base import Card
+from .base import Card, register
 from .lora import LoRA
 from .updates import Update
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class LieRA(LoRA):
-    """LoRA's update, applied by the first-order exponential map.
-
-    Attributes:
-        update: ``'lie'`` (first order, as in the paper's experiments) or
-            ``'lie_exact'``.
-    """
+    """LoRA's update, applied by the exponential map: of first order, as in the paper's runs."""
 
     card = Card(
         family='extension',
@@ -33,10 +23,7 @@ class LieRA(LoRA):
         trains='A (uniform), B (zero)',
         paper='LieRA, Eq. 5-8 (arXiv:2504.00851)',
         cost='One product, and the dense gradient of W.',
-        suits=(
-            'Updates in proportion to the pretrained weights: zeros stay zero, and small '
-            'weights move little.'
-        ),
+        suits='Updates in proportion to the weights: zeros stay zero, and small ones move little.',
     )
 
     update: Update = 'lie'

@@ -23,9 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors, gaussian
+from .base import Card, Factors, gaussian, register
 from .ranked import ScaledRankMethod
 from .spec import WeightSpec
 
@@ -61,14 +59,12 @@ def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
     return torch.einsum('ir,rs...,sj->ij...', up, core, down)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class LoHa(KernelRankMethod):
     """Hadamard product of two low-rank updates.
 
     Attributes:
         rank: r, of each of the two.
-        layout: ``'channel'`` unfolds a kernel, ``'tucker'`` keeps its axes.
     """
 
     card = Card(

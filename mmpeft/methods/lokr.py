@@ -21,16 +21,13 @@ rank`` is applied once and to blocks of every form (LyCORIS squares it when it
 merges, and leaves it out if C and the block are whole).
 """
 
-from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
 from torch import Tensor
 
-from mmpeft.registry import METHODS
-
 from .arguments import require
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .loha import KernelRankMethod, low_rank
 from .spec import WeightSpec
 
@@ -68,14 +65,12 @@ def kron(first: Tensor, second: Tensor) -> Tensor:
     return torch.kron(first.view(*first.shape, *ones), second.contiguous())
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class LoKr(KernelRankMethod):
     """Kronecker product of a small matrix and a low-rank block.
 
     Attributes:
         rank: r, of the block.
-        layout: ``'channel'`` unfolds a kernel, ``'tucker'`` keeps its axes.
         factor: Size of C's modes, by :func:`split`; -1 for C and the block as
             alike in size as the modes allow.
         decompose_both: Take C low rank too where that takes fewer parameters.

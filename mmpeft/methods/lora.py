@@ -8,27 +8,20 @@ is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
 (r, in/groups k k) and B (out, r).
 """
 
-from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .matrix import MatrixMethod
 from .mpc import MPC
 from .ranked import ScaledRankMethod
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class LoRA(ScaledRankMethod, MatrixMethod):
     """Low-rank update of the weight as a matrix.
 
     Attributes:
-        rank: r.
-        alpha: In place of ``scale``: dW is multiplied by alpha / rank.
-        layout: How kernels become matrices, ``'channel'`` or ``'loralib'``.
         mpc: Pattern constraint on the factors as a term of the loss, ``'o'``
             or ``'d'`` (:mod:`.mpc`); None for none.
         mpc_weight: Of that term.

@@ -13,14 +13,10 @@ on the core moves W by about ``scale`` times the learning rate whatever the
 rank. The factor of a mode of size 1 starts at 1.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors, gaussian
+from .base import Card, Factors, gaussian, register
 from .ranked import RankMethod
 
 
@@ -39,8 +35,7 @@ def tucker2(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.tensordot(left, half, dims=([1], [1]))
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class LoTR(RankMethod):
     """A small core for each weight between factors that equal weights share.
 

@@ -8,20 +8,16 @@ a random orthogonal matrix; the paper has both. ``mpc`` restricts the factors
 alone and not what dW can be, since M can undo what is required of B and A.
 """
 
-from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
 from torch import Tensor, nn
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .lora import LoRA
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class MoSLoRA(LoRA):
     """LoRA with a trained mixer between its factors.
 

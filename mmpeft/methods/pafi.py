@@ -6,16 +6,11 @@ A mask that needs no data and is the same for every task. As in the paper the
 choice is made over the entries of one weight, not of the whole network.
 """
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
-from .base import Card
+from .base import Card, register
 from .sparse import SparseMethod
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class PaFi(SparseMethod):
     """A few small entries of each weight, trained themselves."""
 

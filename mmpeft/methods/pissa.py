@@ -22,10 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpeft.registry import METHODS
-
 from .arguments import require
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .decomposition import Triplets, leading, trailing
 from .lora import LoRA
 from .matrix import matrix_shape
@@ -89,8 +87,7 @@ class SingularLoRA(LoRA):
         return up, down
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class PiSSA(SingularLoRA):
     """LoRA from the largest singular values.
 
@@ -119,8 +116,7 @@ class PiSSA(SingularLoRA):
         return leading(matrix, rank, self.niter)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class MiLoRA(SingularLoRA):
     """LoRA from the smallest singular values."""
 

@@ -19,7 +19,6 @@ at b_0, as in the published code.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -28,11 +27,6 @@ from mmpeft.errors import UsageError
 
 from .adapter import Adapter
 from .allocator import Allocator, best_of_all, common_method, span
-
-
-def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
-    """I = |w dL/dw| of each entry (Eq. 8); all of one shape."""
-    return (weight * gradient).abs()
 
 
 def smoothed(
@@ -104,6 +98,8 @@ class RankAllocator(Allocator):
         UsageError: ``warmup`` and ``settle`` exceed the run.
     """
 
+    stored = ('averages', 'kept')
+
     def __init__(self, adapters: Mapping[str, Adapter], steps: int):
         super().__init__(adapters, steps)
         self.method = common_method(adapters, 'warmup', 'settle', 'every', 'beta1', 'beta2')
@@ -128,7 +124,7 @@ class RankAllocator(Allocator):
         for path, averages in self.averages.items():
             for name, parameter in _parameters(self.adapters[path]):
                 if parameter.grad is not None:
-                    value = sensitivity(parameter, parameter.grad)
+                    value = (parameter * parameter.grad).abs()  # Eq. 8
                     averages[name] = torch.stack(smoothed(*averages[name], value, *betas))
 
     @torch.no_grad()
@@ -149,20 +145,6 @@ class RankAllocator(Allocator):
             s = {name: mean * uncertainty for name, (mean, uncertainty) in averages.items()}
             scores[path] = importance(s['lora_B'], s['lora_E'], s['lora_A'])
         return best_of_all(scores, count)
-
-    def state_dict(self):
-        return super().state_dict() | deepcopy(dict(averages=self.averages, kept=self.kept))
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.averages = {
-            path: {n: v.to(getattr(self.adapters[path], n), copy=True) for n, v in values.items()}
-            for path, values in state['averages'].items()
-        }
-        self.kept = {
-            path: mask.to(self.adapters[path].lora_E.device, copy=True)
-            for path, mask in state['kept'].items()
-        }
 
 
 def _parameters(adapter):

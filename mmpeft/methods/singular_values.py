@@ -12,15 +12,11 @@ singular values coincide, in directions. ``rank`` keeps the leading ones alone,
 which the papers do not do.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from mmpeft.registry import METHODS
-
 from .arguments import require
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .decomposition import channel_matrix, leading
 from .delta import DeltaMethod
 
@@ -45,8 +41,7 @@ def stored_triplets(weight: Tensor, spec, rank: int) -> Factors:
     return dict(zip(('left', 'values', 'right'), map(nn.Buffer, triplets), strict=True))
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class SAMPARSER(DeltaMethod):
     """A trained shift of each singular value.
 
@@ -86,14 +81,9 @@ class SAMPARSER(DeltaMethod):
         return torch.mm(scaled, factors['right']).view(spec.shape)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class SVDiff(SAMPARSER):
-    """A trained shift of each singular value, which stays at zero or above.
-
-    Attributes:
-        rank: As in :class:`SAMPARSER`.
-    """
+    """A trained shift of each singular value, which stays at zero or above."""
 
     card = Card(
         family='combination',

@@ -18,20 +18,6 @@ from .base import Factors, Method
 from .spec import WeightSpec
 
 
-def add_at(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """A weight with values added to some of its entries.
-
-    Args:
-        weight: Of any shape.
-        index: (k,) int64, places in the flattened weight.
-        values: (k,)
-
-    Returns:
-        A new tensor of the weight's shape.
-    """
-    return weight.flatten().index_add(0, index, values).view(weight.shape)
-
-
 def largest(scores: Tensor, count: int) -> Tensor:
     """Places of the largest scores, ascending; of equal ones the first.
 
@@ -83,4 +69,5 @@ class SparseMethod(Method):
         return {'values': weight.new_zeros(count), 'index': index}
 
     def apply(self, weight, factors, spec, training=False):
-        return add_at(weight, factors['index'], factors['values'])
+        changed = weight.flatten().index_add(0, factors['index'], factors['values'])
+        return changed.view(weight.shape)

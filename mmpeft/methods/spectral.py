@@ -7,19 +7,14 @@ for the r largest singular triplets of the pretrained weight, unfolded along
 its first mode. A and B start at zero. This is the paper's additive variant.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from mmpeft.registry import METHODS
-
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .ranked import RankMethod
 from .singular_values import stored_triplets
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class SpectralAdapter(RankMethod):
     """Trained shifts of the top left and right singular vectors.
 

@@ -12,17 +12,12 @@ width of a thousand their rows and columns have a length of about 0.6, where
 Eq. 17 has 1. Subspace tuning's code draws them within 1 / sqrt(columns).
 """
 
-from dataclasses import dataclass
-
-from mmpeft.registry import METHODS
-
 from .arguments import require
-from .base import Card, Factors, gaussian
+from .base import Card, Factors, gaussian, register
 from .lora import LoRA
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class TriLoRA(LoRA):
     """LoRA with a trained diagonal between its factors.
 

@@ -9,17 +9,14 @@ within sqrt(6 / columns) of each, which keeps the variance of dW independent of
 the rank. They are drawn from ``seed`` and not stored.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmpeft.registry import METHODS
-
 from .arguments import require
-from .base import Card, Factors
+from .base import Card, Factors, register
 from .matrix import MatrixMethod
 
 
@@ -49,8 +46,7 @@ def random_pair(rows: int, inner: int, columns: int, seed: int) -> tuple[Tensor,
     return kaiming(rows, inner), kaiming(inner, columns)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class VeRA(MatrixMethod):
     """Two trained vectors around frozen random matrices.
 

@@ -15,17 +15,15 @@ residual branch is a chain of convolutions, as in ResNet, one adapter at its end
 takes the place of both. On maps the bottleneck is a pair of 1x1 convolutions.
 """
 
-from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.methods.base import Card, Factors
+from mmpeft.methods.base import Card, Factors, register
 from mmpeft.methods.ranked import Ranked
 from mmpeft.methods.spec import CONVOLUTIONS
-from mmpeft.registry import METHODS
 
 from .base import BranchMethod
 
@@ -57,8 +55,7 @@ def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -
     return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), bias)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class HoulsbyAdapter(Ranked, BranchMethod):
     """A bottleneck after attention and MLP.
 
@@ -67,7 +64,7 @@ class HoulsbyAdapter(Ranked, BranchMethod):
         activation: h: ``'gelu'``, ``'relu'``, ``'swish'`` or ``'identity'``.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after attention and MLP',
         trains='A (uniform), B (zero), biases a, b (zero)',
@@ -76,7 +73,7 @@ class HoulsbyAdapter(Ranked, BranchMethod):
         suits='Transformers and ConvNeXt, where inference may cost a little; the classic baseline.',
     )
 
-    kinds: ClassVar = ('attention', 'mixer', 'mlp', 'branch')
+    kinds = ('attention', 'mixer', 'mlp', 'branch')
     activation: Activation = 'gelu'
 
     def init(self, weight, point) -> Factors:
@@ -95,12 +92,11 @@ class HoulsbyAdapter(Ranked, BranchMethod):
         return across_channels(inner, factors['up'], factors['up_bias'], point.axis)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class PfeifferAdapter(HoulsbyAdapter):
     """A bottleneck after the MLP alone."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after the MLP',
         trains='A (uniform), B (zero), biases a, b (zero)',
@@ -109,5 +105,5 @@ class PfeifferAdapter(HoulsbyAdapter):
         suits="Half of Houlsby's parameters and time at about its accuracy.",
     )
 
-    kinds: ClassVar = ('mlp', 'branch')
+    kinds = ('mlp', 'branch')
     activation: Activation = 'relu'

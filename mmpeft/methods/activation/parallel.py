@@ -17,18 +17,15 @@ paper's MAM adapter. The authors' program has biases there; the paper's formula
 and this method do not.
 """
 
-from dataclasses import dataclass
 from math import prod, sqrt
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.methods.base import Card, Factors
+from mmpeft.methods.base import Card, Factors, register
 from mmpeft.methods.ranked import Ranked
 from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry, InsertionPoint
-from mmpeft.registry import METHODS
 
 from .base import BranchMethod
 from .bottleneck import ACTIVATIONS, Activation, across_channels
@@ -110,8 +107,7 @@ def across_groups(x: Tensor, weight: Tensor, groups: int, axes: int) -> Tensor:
     return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), groups=groups)
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class ParallelAdapter(Ranked, BranchMethod):
     """A bottleneck beside each linear layer and convolution.
 
@@ -122,7 +118,7 @@ class ParallelAdapter(Ranked, BranchMethod):
         scale: s.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='activations',
         formula='x W + s · h(x A) B',
         trains='A (uniform), B (zero)',
@@ -131,7 +127,7 @@ class ParallelAdapter(Ranked, BranchMethod):
         suits='LoRA with a non-linearity between its factors, at as many parameters.',
     )
 
-    kinds: ClassVar = ('layer',)
+    kinds = ('layer',)
     activation: Activation = 'relu'
     scale: float = 1.0
 
@@ -167,12 +163,11 @@ class ParallelAdapter(Ranked, BranchMethod):
         return self.scale * added
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class ScaledParallelAdapter(ParallelAdapter):
     """A scaled bottleneck beside each MLP."""
 
-    card: ClassVar = Card(
+    card = Card(
         family='activations',
         formula='MLP(x) + s · h(x A) B',
         trains='A (uniform), B (zero)',
@@ -181,5 +176,5 @@ class ScaledParallelAdapter(ParallelAdapter):
         suits='Transformers and ConvNeXt with room for a rank of 64 and more.',
     )
 
-    kinds: ClassVar = ('mlp',)
+    kinds = ('mlp',)
     scale: float = 4.0

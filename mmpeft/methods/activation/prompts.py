@@ -17,9 +17,7 @@ channel and ring, in the convolutions of stride 1 of every block (deep) or in
 the first (shallow).
 """
 
-from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +25,7 @@ from torch import Tensor
 
 from mmpeft.errors import UsageError
 from mmpeft.methods.arguments import require
-from mmpeft.methods.base import Card, Factors
-from mmpeft.registry import METHODS
+from mmpeft.methods.base import Card, Factors, register
 
 from .base import ActivationMethod
 
@@ -79,8 +76,7 @@ def cropped(y: Tensor, padding: tuple[int, ...]) -> Tensor:
     return y[(..., *middle)]
 
 
-@METHODS.register_module()
-@dataclass(frozen=True, kw_only=True)
+@register
 class VPT(ActivationMethod):
     """Learned tokens beside an image's own, or learned padding of convolutions.
 
@@ -90,7 +86,7 @@ class VPT(ActivationMethod):
         patch_size: s, for the initial values.
     """
 
-    card: ClassVar = Card(
+    card = Card(
         family='activations',
         formula='block([x, P]); in convolutional networks the zero padding is P',
         trains='prompts P (uniform; zero as padding)',
@@ -99,7 +95,7 @@ class VPT(ActivationMethod):
         suits='Plain vision transformers; convolutional networks get only a few numbers.',
     )
 
-    kinds: ClassVar = ('tokens', 'border')
+    kinds = ('tokens', 'border')
     tokens: int = 10
     deep: bool = False
     patch_size: int = 16
