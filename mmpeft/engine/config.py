@@ -148,7 +148,8 @@ def _fitting(targets, before, after):
     """A hook's targets without what only its former methods can have."""
     if [tuple(targets.get('kinds') or ())] == [kind.kinds for kind in before]:
         del targets['kinds']  # the default of the former method, not a choice
-    known = {k for kind in after for k in (POINT_KINDS if _acts(kind) else KINDS)}
+    acts = [issubclass(kind, ActivationMethod) for kind in after]
+    known = (POINT_KINDS if any(acts) else ()) + (() if all(acts) else KINDS)
     for key in ('kinds', 'exclude_kinds'):
         value = targets.get(key) or ()
         kinds = (value,) if isinstance(value, str) else tuple(value)
@@ -158,16 +159,12 @@ def _fitting(targets, before, after):
             if not targets[key]:
                 del targets[key]
             say(f'targets.{key}: {", ".join(lost)} dropped, which the new method cannot have.')
-    arguments = {field.name for kind in after for field in fields(kind)}
+    arguments = set().union(*map(_arguments, after))
     for pattern, changed in dict(targets.get('overrides') or {}).items():
         if not arguments.issuperset(changed):
             targets['overrides'] = {k: v for k, v in targets['overrides'].items() if k != pattern}
             say(f'targets.overrides[{pattern!r}] dropped: arguments of the former method.')
     return targets
-
-
-def _acts(kind):
-    return issubclass(kind, ActivationMethod)
 
 
 def _suit_adapters(cfg):
@@ -197,9 +194,7 @@ def _check_arguments(methods, before):
             raise UsageError(
                 f'There is no method {method.type!r}. {near(method.type, METHODS.module_dict)}'
             )
-        wrong = sorted(
-            set(method) - {'type', *kind.renamed} - {field.name for field in fields(kind)}
-        )
+        wrong = sorted(set(method) - {'type'} - _arguments(kind))
         if wrong:
             raise UsageError(
                 f'--cfg-options sets the type of a method to {method.type}, and the config gives '
@@ -207,6 +202,10 @@ def _check_arguments(methods, before):
                 f'{", ".join(map(str, before))}). Replace the whole method by --method, or add '
                 'default_hooks.peft.method._delete_=True to --cfg-options.'
             )
+
+
+def _arguments(kind):
+    return {field.name for field in fields(kind)} | set(kind.renamed)
 
 
 def say(text: str) -> None:

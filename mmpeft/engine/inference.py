@@ -63,6 +63,9 @@ def init_model(
         _fill(model, cfg, source)
     meta = (source.content.get('meta') or {}).get('dataset_meta') if source else None
     model.dataset_meta = _dataset_meta(cfg, meta or {})
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    if 'pipeline' in dataset:
+        cfg.setdefault('test_pipeline', dataset.pipeline)  # which mmseg's inference_model reads
     model.cfg = model._config = cfg
     model._dataset_meta = model.dataset_meta  # as mmpretrain calls it
     return model.to(device).eval()

@@ -16,17 +16,17 @@ from mmpeft.errors import MissingFileError, UsageError
 from .data_check import missing_data
 
 
-def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2):
+def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2) -> tuple[dict, str]:
     """Images through the test pipeline of a config.
 
     Args:
         cfg: With ``test_dataloader``; its package is imported and registered.
-        images: Files to take. Without any, the first of the test data; where
-            that is not there, noise of the size that the pipeline resizes to.
-        count: How many, unless given.
+        images: Files. Without any, the first images of the test data; if that
+            does not exist, noise of the size that the pipeline resizes to.
+        count: How many images, unless given.
 
     Returns:
-        tuple[dict, str]: As a dataloader gives it, and what it is, in words.
+        A batch as a dataloader gives it, and what it is in words.
 
     Raises:
         UsageError: The config has no test data, or an image is missing.
@@ -34,7 +34,7 @@ def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2):
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     if dataset is None:
-        raise UsageError(f'{cfg.filename} has no test_dataloader, and so no images to try.')
+        raise UsageError(f'{cfg.filename} has no test_dataloader, so there are no images to try.')
     for path in images:
         if not Path(path).is_file():
             raise MissingFileError(f'There is no image {str(path)!r}.')
@@ -57,7 +57,7 @@ def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2):
 def _pipeline(dataset, scope):
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset['dataset']
-    # mmdet's takes images without annotations, mmseg's does not.
+    # mmdet's accepts images without annotations, mmseg's does not.
     needless = 'LoadAnnotations' if scope == 'mmseg' else ''
     return [step for step in dataset['pipeline'] if step['type'].split('.')[-1] != needless]
 
@@ -76,7 +76,7 @@ def _noise(folder, size, count):
     random = np.random.default_rng(0)
     paths = [folder / f'{index}.png' for index in range(count)]
     for path in paths:
-        # Blocks and grain: as noise of single pixels alone, most maps would be near zero.
+        # Blocks and grain: on noise of single pixels most maps would be near zero.
         blocks = random.integers(0, 192, (size[1] // 16 + 1, size[0] // 16 + 1, 3))
         picture = np.kron(blocks, np.ones((16, 16, 1)))[: size[1], : size[0]]
         grain = random.integers(0, 64, picture.shape)

@@ -1,5 +1,7 @@
 """Flipped views at test time, for boxes, rotated boxes, masks and segmentations."""
 
+from collections.abc import Mapping
+
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel
@@ -13,32 +15,31 @@ class FlipTTA(BaseTTAModel):
     """Merge the instances that a detector finds in flipped views of an image.
 
     All views' boxes, flipped back, go through one non-maximum suppression; a
-    box that stays keeps the mask of its own view. mmdet's model of this kind
-    knows neither masks nor rotated boxes.
+    box that remains keeps the mask of its own view. mmdet's own model for
+    test-time augmentation has neither masks nor rotated boxes.
 
     Args:
-        nms (dict): As in the detector's ``test_cfg``, e.g.
-            ``dict(type='nms', iou_threshold=0.5)``, ``nms_rotated`` for
-            rotated boxes.
-        max_per_img (int): The most instances to keep.
+        nms: As in the detector's ``test_cfg``, e.g. ``dict(type='nms',
+            iou_threshold=0.5)``; ``nms_rotated`` for rotated boxes.
+        max_per_img: The most instances to keep.
         **kwargs: ``module``, the detector; see
             :class:`mmengine.model.BaseTTAModel`.
     """
 
-    def __init__(self, nms, max_per_img, **kwargs):
+    def __init__(self, nms: Mapping, max_per_img: int, **kwargs):
         super().__init__(**kwargs)
         self.nms = nms
         self.max_per_img = max_per_img
 
-    def merge_preds(self, data_samples_list):
+    def merge_preds(self, data_samples_list: list[list]) -> list:
         """Merge each image's views.
 
         Args:
-            data_samples_list (list[list[DetDataSample]]): Images, each with
-                its views, in the original image's scale.
+            data_samples_list: For each image its views, ``DetDataSample`` in
+                the original image's scale.
 
         Returns:
-            list[DetDataSample]: One an image.
+            One ``DetDataSample`` an image.
         """
         return [self._merge(views) for views in data_samples_list]
 
@@ -73,16 +74,16 @@ def _unflipped(view):
     return found
 
 
-def enable_tta(cfg: Config):
-    """Let a config's test see each image as it is and flipped.
+def enable_tta(cfg: Config) -> None:
+    """Test each image as it is and flipped.
 
-    A ``tta_model`` and a ``tta_pipeline`` of the config are used as they are.
-    Where there is none, the model is mmseg's or :class:`FlipTTA` with the
-    detector's own suppression, and the pipeline is the test pipeline with
-    flips after its last resize.
+    The config's ``tta_model`` and ``tta_pipeline`` are used if it has them.
+    Otherwise the model is mmseg's, or :class:`FlipTTA` with the detector's own
+    suppression, and the pipeline is the test pipeline with flips after its
+    last resize.
 
     Args:
-        cfg (Config): Changed in place.
+        cfg: Changed in place.
     """
     scope = 'mmdet' if cfg.default_scope == 'mmrotate' else cfg.default_scope
     dataset = cfg.test_dataloader.dataset
@@ -103,7 +104,7 @@ def enable_tta(cfg: Config):
 
 def _flip_pipeline(pipeline, scope):
     names = [step['type'].rpartition('.')[2] for step in pipeline]
-    # Annotations stay as they are in the original image, so they are read after the flip.
+    # Annotations are those of the original image, so they are read after the flip.
     cut = next(i for i, n in enumerate(names) if n.startswith(('LoadAnnotations', 'Pack')))
     tail = [dict(step) for step in pipeline[cut:]]
     if 'meta_keys' in tail[-1]:

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, each with its adapter file beside it.
+"""Checkpoints that are complete or absent, each with its adapter file beside it.
 
-mmengine writes a checkpoint under its final name, and takes an older one away
+mmengine writes a checkpoint under its final name, and removes an older one
 before that. Here it is written under a temporary name and renamed, and older
-ones go after that. It is done in a file backend, mmengine's own way to say
-where and how a :class:`CheckpointHook` stores.
+ones are removed afterwards. This is a file backend, by which a
+:class:`CheckpointHook` stores.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,15 @@ from mmpeft.checkpoint.atomic import replacing
 
 NAME = 'mmpeft.checkpoints'
 RUNS = WeakValueDictionary()
-"""The files of each run by a name, for a backend's arguments are plain data."""
+"""The files of each run by a name, because a backend's arguments are plain data."""
 
 
 class CheckpointFiles:
     """A run's checkpoints on the disk.
 
     ``iter_40.pth`` has ``iter_40.safetensors`` and ``iter_40.safetensors.json``
-    beside it.
-    The adapter is written before the checkpoint and goes after it, so that a
-    checkpoint is never without.
+    beside it. The adapter is written before the checkpoint and removed after
+    it, so that no checkpoint is without.
     """
 
     def __init__(self):
@@ -39,16 +38,16 @@ class CheckpointFiles:
         self._adapter = None
         self._outdated = []
 
-    def announce(self, state: Mapping[str, Tensor], description: Mapping) -> None:
-        """Tell what the adapter of the next checkpoint is; see :func:`write_adapter`."""
-        self._adapter = state, description
+    def announce(self, state: Mapping[str, Tensor], manifest: Mapping) -> None:
+        """Set the adapter of the next checkpoint; see :func:`write_adapter`."""
+        self._adapter = state, manifest
 
     def write(self, content: bytes, path: Path) -> None:
         """Store a checkpoint with its adapter, then remove what is outdated.
 
         Raises:
-            UsageError: The disk is full, or may not be written to. Checkpoints
-                before are there still.
+            UnwrittenFileError: The disk is full or cannot be written to. The
+                checkpoints before still exist.
         """
         if self._adapter is not None:
             write_adapter(adapter_beside(path), *self._adapter)
@@ -63,13 +62,13 @@ class CheckpointFiles:
                     file.unlink(missing_ok=True)
 
     def outdate(self, path: Path) -> None:
-        """Mark a checkpoint and its adapter to be removed when the next one is whole."""
+        """Mark a checkpoint and its adapter to be removed when the next one is written."""
         self._outdated.append(path)
 
 
 @register_backend(NAME, force=True)
 class CheckpointBackend(LocalBackend):
-    """mmengine's way to a run's :class:`CheckpointFiles`."""
+    """The :class:`CheckpointFiles` of a run as a backend of mmengine."""
 
     def __init__(self, run: str):
         self.run = run
@@ -91,8 +90,8 @@ def adapter_beside(checkpoint: Path) -> Path:
 def keep_whole(runner: Runner) -> CheckpointFiles:
     """Let a run's checkpoint hooks store through :class:`CheckpointFiles`.
 
-    A hook that was given a backend of its own, or that stores elsewhere than
-    on a local disk, keeps its way.
+    A hook with a backend of its own, or that does not store on a local disk,
+    is not changed.
 
     Args:
         runner: Before its ``before_train``.
@@ -102,8 +101,8 @@ def keep_whole(runner: Runner) -> CheckpointFiles:
         if isinstance(hook, CheckpointHook):
             if hook.backend_args or hook.file_client_args or '://' in str(hook.out_dir):
                 runner.logger.warning(
-                    "Checkpoints go through the config's own file backend: adapter files are not "
-                    'written beside them, and a crash while one is written can leave half of it.'
+                    "Checkpoints are written by the config's own file backend: without adapter "
+                    'files beside them, and a crash while one is written can leave half of it.'
                 )
             else:
                 hook.backend_args = dict(backend=NAME, run=files.name)

@@ -14,15 +14,15 @@ from mmpeft.registry import HOOKS
 class SeedHook(Hook):
     """Seed the generators anew at each iteration.
 
-    mmengine keeps no random states in its checkpoints, so that drop path,
-    dropout and augmentation go another way after a resume. Here the states
-    follow from the Runner's seed, the rank and the iteration: a run that was
-    stopped at a checkpoint and resumed equals one that ran through, bit by
-    bit, on as many processes as it had. That holds for data that is loaded in
-    the main process (``num_workers=0``) and, in epoch-based runs, for workers
-    that start anew at each epoch (``persistent_workers=False``). The random
-    states of workers that live on cannot be had, so that their augmentation
-    after a resume is another draw.
+    mmengine keeps no random states in its checkpoints, so drop path, dropout
+    and augmentation differ after a resume. Here the states follow from the
+    Runner's seed, the rank and the iteration: a run that was stopped at a
+    checkpoint and resumed equals one without a stop, bit by bit, on the same
+    number of processes. That holds for data that is loaded in the main process
+    (``num_workers=0``) and, in epoch-based runs, for workers that are started
+    at each epoch (``persistent_workers=False``). The random states of
+    persistent workers cannot be restored, so their augmentation after a resume
+    is another draw.
     """
 
     priority = 'HIGHEST'
@@ -58,7 +58,7 @@ class _SeededFetches:
         return self
 
     def __next__(self):
-        # A loader that is opened at its first fetch takes a random number to do so.
+        # A loader that is opened at its first fetch draws a random number for that.
         getattr(self.iterator, '_ensure_iterator', lambda: None)()
         self.seed(self.fetched)
         self.fetched += 1
