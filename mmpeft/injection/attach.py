@@ -86,7 +86,7 @@ def attach(sites: Iterable[Site]) -> None:
 
 
 def detach(sites: Iterable[Site]) -> None:
-    """Detach the adapters of sites: all those of a weight, which :func:`detachable` checks."""
+    """Detach the adapters of sites, and of a weight all of them; see :func:`detachable`."""
     for site in sites:
         if site.tensor:
             if parametrize.is_parametrized(site.layer, site.tensor):

@@ -37,9 +37,6 @@ def remove(model: nn.Module) -> nn.Module:
     Args:
         model: With adapters, without, or merged reversibly.
 
-    Returns:
-        The same model.
-
     Raises:
         UsageError: A weight has a parametrization of another library beside its
             adapter; the model is unchanged.
@@ -110,9 +107,6 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Args:
         model: After ``merge(model, reversible=True)``.
-
-    Returns:
-        The same model.
 
     Raises:
         UsageError: It was not merged so, or was adapted or parametrized since.

@@ -91,11 +91,9 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        paths = [name for name, _ in model.named_modules() if name]
-        raise UsageError(
-            f'targets.module={path!r} is not a module of {type(model).__name__}. '
-            f'{near(path, paths)}'
-        ) from error
+        hint = near(path, [name for name, _ in model.named_modules() if name])
+        message = f'targets.module={path!r} is not a module of {type(model).__name__}. {hint}'
+        raise UsageError(message) from error
 
 
 def select(
@@ -107,7 +105,7 @@ def select(
         model: With adapters or without.
         method: The method.
         targets: What to select.
-        found: What to select from, as :func:`candidates` gives it; its result if None.
+        found: From what, as :func:`candidates` gives it; its result if None.
 
     Returns:
         Sites without adapters, in the model's order.
@@ -117,10 +115,11 @@ def select(
             method is defined on, or an override is not an argument of the method.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
-    root = target_module(model, targets.module)
+    below = targets.module or 'the model'
     patterns = targets.include + targets.exclude + tuple(targets.overrides)
     sites, names, seen = [], [], set()
-    found = candidates(root, method, targets) if found is None else found
+    if found is None:
+        found = candidates(target_module(model, targets.module), method, targets)
     for path, layer, tensor, spec in found:
         name = join(path, tensor)
         names.append(name)
@@ -138,15 +137,14 @@ def select(
         if pattern not in seen:
             raise UsageError(
                 f'targets: the pattern {pattern!r} matches no weight or insertion point of kind '
-                f'{_listed(kinds)} below {targets.module or "the model"!r}. {near(pattern, names)}'
+                f'{_listed(kinds)} below {below!r}. {near(pattern, names)}'
             )
     if not sites and method.adapts:
         raise UsageError(
-            f'targets: nothing below {targets.module or "the model"!r} is left for '
-            f'{type(method).__name__} to adapt. It has {len(names)} weights or insertion points '
-            f'that the method is defined on, all of them excluded by kinds={_listed(kinds)}, '
-            f'exclude_kinds={targets.exclude_kinds}, include={targets.include}, '
-            f'exclude={targets.exclude}.'
+            f'targets: nothing below {below!r} is left for {type(method).__name__} to adapt. It '
+            f'has {len(names)} weights or insertion points that the method is defined on, all of '
+            f'them excluded by kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
+            f'include={targets.include}, exclude={targets.exclude}.'
         )
     return sites
 

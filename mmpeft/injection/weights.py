@@ -13,6 +13,10 @@ PARAMETRIZATIONS, ADAPTERS = 'parametrizations', 'peft_adapters'
 ORIGINAL = '.original'
 MARK = f'{PARAMETRIZATIONS}.'
 
+CONVOLUTIONS = nn.modules.conv._ConvNd
+CONVOLUTION = 'in_channels', 'out_channels', 'groups', 'kernel_size'
+NORMS = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase
+
 
 def plain_key(key: str) -> str:
     """The name that a stored parameter has in the model without adapters."""
@@ -73,16 +77,13 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
     Yields:
         The parameter's name in the module and its :class:`WeightSpec`.
     """
-    for name in _own_names(module):
+    names = list(module._parameters)
+    names += [n for n in getattr(module, PARAMETRIZATIONS, ()) if n not in names]
+    for name in names:
         tensor = getattr(module, name)
-        if tensor is None:
-            continue
-        if name == 'bias' or name.endswith('_bias'):
-            yield name, _vector(tensor, _kinds(module), is_bias=True)
-        elif name == 'weight' or isinstance(module, nn.MultiheadAttention):
-            spec = _weight(module, name, tensor)
-            if spec is not None:
-                yield name, spec
+        spec = None if tensor is None else _spec(module, name, tensor)
+        if spec is not None:
+            yield name, spec
 
 
 def original_of(module: nn.Module, name: str) -> Tensor:
@@ -93,69 +94,35 @@ def original_of(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name)
 
 
-def _own_names(module):
-    names = list(module._parameters)
-    if parametrize.is_parametrized(module):
-        names += [name for name in module.parametrizations if name not in names]
-    return names
-
-
-def _kinds(module) -> frozenset[str]:
-    if _is_conv(module):
-        kinds = {'conv'}
-        if module.groups == module.in_channels > 1:
-            kinds.add('depthwise')
-        if all(size == 1 for size in _kernel_size(module)):
-            kinds.add('pointwise')
-    elif isinstance(module, nn.Linear | nn.MultiheadAttention):
-        kinds = {'linear'}
-    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        kinds = {'embedding'}
-    elif _is_norm(module):
-        kinds = {'norm'}
-    else:
-        kinds = set()
-    return frozenset(kinds)
-
-
-def _is_conv(module):
-    return isinstance(module, nn.modules.conv._ConvNd) or all(
-        hasattr(module, name) for name in ('in_channels', 'out_channels', 'groups', 'kernel_size')
-    )
-
-
-def _is_norm(module):
-    known = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase
-    return isinstance(module, known) or 'norm' in type(module).__name__.lower()
-
-
-def _kernel_size(module):
-    return tuple(original_of(module, 'weight').shape[2:])
-
-
-def _vector(tensor, kinds, is_bias=False):
-    size = tensor.numel()
-    return WeightSpec(tensor.shape, kinds, size, size, is_bias=is_bias)
-
-
-def _weight(module, name, tensor) -> WeightSpec | None:
-    kinds = _kinds(module)
-    shape = tensor.shape
+def _spec(module, name, tensor) -> WeightSpec | None:
+    kinds, shape, size = _kinds(module), tensor.shape, tensor.numel()
+    is_bias = name == 'bias' or name.endswith('_bias')
+    if is_bias or (name == 'weight' and 'norm' in kinds):
+        return WeightSpec(shape, kinds, size, size, is_bias=is_bias)
+    if name != 'weight' and not isinstance(module, nn.MultiheadAttention):
+        return None
     if 'conv' in kinds and tensor.ndim > 2:
-        return WeightSpec(
-            shape,
-            kinds,
-            module.in_channels,
-            module.out_channels,
-            tuple(shape[2:]),
-            module.groups,
-            getattr(module, 'transposed', False),
-        )
+        widths, groups = (module.in_channels, module.out_channels), module.groups
+        transposed = getattr(module, 'transposed', False)
+        return WeightSpec(shape, kinds, *widths, tuple(shape[2:]), groups, transposed)
     if 'linear' in kinds and tensor.ndim == 2:
         return WeightSpec(shape, kinds, shape[1], shape[0])
     if 'embedding' in kinds:
-        padding = module.padding_idx
-        return WeightSpec(shape, kinds, shape[0], shape[1], padding_idx=padding)
-    if 'norm' in kinds and name == 'weight':
-        return _vector(tensor, kinds)
+        return WeightSpec(shape, kinds, shape[0], shape[1], padding_idx=module.padding_idx)
     return None
+
+
+def _kinds(module) -> frozenset[str]:
+    if isinstance(module, CONVOLUTIONS) or all(hasattr(module, name) for name in CONVOLUTION):
+        kinds = {'conv'}
+        if module.groups == module.in_channels > 1:
+            kinds.add('depthwise')
+        if all(size == 1 for size in original_of(module, 'weight').shape[2:]):
+            kinds.add('pointwise')
+        return frozenset(kinds)
+    if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        return frozenset({'linear'})
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return frozenset({'embedding'})
+    is_norm = isinstance(module, NORMS) or 'norm' in type(module).__name__.lower()
+    return frozenset({'norm'} if is_norm else ())

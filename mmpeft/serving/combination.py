@@ -43,7 +43,7 @@ class Combination(Method):
         return all(method.merges for chain in self.chains for method in chain)
 
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
-        """No factors: those of the parts are registered under :func:`_prefix`."""
+        """None; those of the parts are registered under :func:`_prefix`."""
         return {}
 
     def apply(self, weight, factors, spec, training=False):
@@ -58,11 +58,7 @@ class Combination(Method):
         return result
 
     def config(self):
-        """Refused.
-
-        Raises:
-            UsageError: Always.
-        """
+        """Refused: a UsageError."""
         raise UsageError(
             'A combination of adapters has no file of its own. Save the adapters that it is made '
             'of and combine them again after loading, or merge it and save the model.'
@@ -85,10 +81,10 @@ def combine(
         parts: By name, none of them in use.
         weights: By the same names.
         base: Tensors of the plain base by name.
-        heads: The part whose tensors outside all targets are taken; None to mix them.
+        heads: As in :meth:`AdapterLibrary.combine`.
 
     Raises:
-        UsageError: Adapters that act on activations are not alone with the weight 1.
+        UsageError: As :meth:`AdapterLibrary.combine`.
     """
     sites = _combined_sites(parts, weights)
     records = [_record(record) for part in parts.values() for record in part.records]
@@ -103,9 +99,7 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-            raise UsageError(
-                f'The weight of {name!r} in a combination is {weight!r}, not a number.'
-            )
+            raise UsageError(f'The weight of {name!r} to add it by is {weight!r}, not a number.')
     if not weights:
         raise UsageError("A combination needs adapters, such as {'coco': 0.7, 'dota': 0.3}.")
     return {name: float(weight) for name, weight in weights.items()}

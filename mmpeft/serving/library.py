@@ -77,12 +77,7 @@ class AdapterLibrary:
         return name in self._states
 
     def load(self, name: str, path: str | Path, check_base: bool = True) -> None:
-        """Read an adapter file; the adapter in use stays in use.
-
-        Args:
-            name: Name of the new adapter.
-            path: From :func:`mmpeft.save_adapter`.
-            check_base: Refuse an adapter of another frozen base, and other dtypes.
+        """Read an adapter file; see :func:`mmpeft.load_adapter`.
 
         Raises:
             UsageError: The name is taken, or the file does not fit this base.
@@ -102,9 +97,6 @@ class AdapterLibrary:
 
         Its heads start as copies of the base's.
 
-        Returns:
-            The summary of the adapted model.
-
         Raises:
             UsageError: As :func:`mmpeft.inject`, or the name is taken.
         """
@@ -114,10 +106,7 @@ class AdapterLibrary:
         return summary
 
     def use(self, name: str | None) -> nn.Module:
-        """Switch to an adapter.
-
-        Args:
-            name: The adapter; None for the base.
+        """Switch to an adapter, or to the base if ``name`` is None.
 
         Returns:
             The model.
@@ -178,11 +167,7 @@ class AdapterLibrary:
             return save_adapter(self.model, path)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; if it is in use, the base is used from then on.
-
-        Raises:
-            UsageError: There is no such adapter.
-        """
+        """Forget an adapter; if it is in use, the base is used from then on."""
         self._state(name)
         if name == self.current:
             self.use(None)
