@@ -3,8 +3,8 @@
     dW = reshape(P diag(lambda) Q)                               Eq. 3
     loss + orthogonality * (||P^T P - I||^2 + ||Q Q^T - I||^2)   Eq. 4, MPC_o of :mod:`.mpc`
 
-A triplet is one lambda (``lora_E``) with its column of P (``lora_B``) and its
-row of Q (``lora_A``). Each weight starts with those of ``init_rank``;
+A triplet is one lambda (``lora_E``, zero at the start) with its column of P (``lora_B``,
+Gaussian) and its row of Q (``lora_A``, Gaussian). Each weight starts with those of ``init_rank``;
 :mod:`.rank_allocator` zeroes the lambda of the least important ones until
 those of ``rank`` are left on average. Their P and Q stay in the adapter.
 
@@ -47,9 +47,6 @@ class AdaLoRA(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(P diag(λ) Q), the least important λ zeroed',
-        trains='P, Q (Gaussian), λ (zero)',
-        paper='AdaLoRA, Eq. 3-12 (arXiv:2303.10512); Subspace tuning, Eq. 20',
-        cost='One product; two moving averages of each trained value until the ranks are final.',
         suits='Where it is not known which layers need rank; takes a schedule to be set.',
     )
 

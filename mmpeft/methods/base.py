@@ -20,33 +20,21 @@ from .spec import WeightSpec
 
 Factors = dict[str, Tensor]
 
-FAMILIES = ('ends', 'reconstruction', 'extension', 'combination', 'activations')
-
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A short description of a method; docs/methods.md is generated from these.
+    """What docs/methods.md says of a method.
 
     Attributes:
-        family: One of ``FAMILIES``, the branches of subspace tuning.
+        family: One of ``ends``, ``reconstruction``, ``extension``, ``combination`` and
+            ``activations``, of which the inner three are the branches of subspace tuning.
         formula: phi(W) in one line.
-        trains: What is trained, and its initial values.
-        paper: Title, equation and arXiv number.
-        cost: Cost of a training step beyond building W' and multiplying with
-            it, and what an adapter file holds besides the trained values.
         suits: When to choose it.
     """
 
     family: str
     formula: str
-    trains: str
-    paper: str
-    cost: str
     suits: str
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f'family={self.family!r} is none of {FAMILIES}')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """BitFit: train the biases alone (arXiv:2106.10199).
 
-    b' = b + db
+    b' = b + db            Subspace tuning, Eq. 8 and 9
 
 with db starting at zero. The frozen bias and its change are held apart, so
 that the adapter can be stored, merged and removed as any other. Layers without
@@ -18,9 +18,6 @@ class BitFit(DeltaMethod):
     card = Card(
         family='reconstruction',
         formula='b + Δb',
-        trains='shift Δb of each bias (zero)',
-        paper='BitFit (arXiv:2106.10199); Subspace tuning, Eq. 8 and 9',
-        cost='Nothing: no weight is built.',
         suits='The smallest budgets, and a first baseline.',
     )
 

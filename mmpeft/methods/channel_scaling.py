@@ -47,9 +47,6 @@ class IA3(ChannelScaling):
     card = Card(
         family='reconstruction',
         formula='D₁ W, D₁ = 1 + diag(d₁)',
-        trains='difference d₁ from a scale of one of each output channel (zero)',
-        paper='(IA)³ (arXiv:2205.05638); Subspace tuning, Eq. 7 (arXiv:2407.05417)',
-        cost='One elementwise product.',
         suits='Budgets below a thousandth of the model.',
     )
 
@@ -63,9 +60,6 @@ class SSL(ChannelScaling):
     card = Card(
         family='reconstruction',
         formula='W D₂, D₂ = 1 + diag(d₂)',
-        trains='difference d₂ from a scale of one of each input channel (zero)',
-        paper='Subspace tuning, Eq. 7 (arXiv:2407.05417)',
-        cost='One elementwise product.',
         suits='The smallest budgets on layers that widen; half of IA3 where it was published.',
     )
 
@@ -79,9 +73,6 @@ class SSB(ChannelScaling):
     card = Card(
         family='reconstruction',
         formula='D₁ W D₂, D = 1 + diag(d)',
-        trains='differences d₁, d₂ from scales of one of output and input channels (zero)',
-        paper='Subspace tuning, Eq. 7 (arXiv:2407.05417)',
-        cost='Two elementwise products.',
         suits='Budgets below a thousandth of the model; the strongest of IA3, SSL and SSB.',
     )
 

@@ -84,9 +84,6 @@ class DiffPruning(Method):
     card = Card(
         family='reconstruction',
         formula='W + z ⊙ Δ, hard-concrete gates z',
-        trains='Δ (zero), gates (open) of each element',
-        paper='Diff pruning (arXiv:2012.07463); gates: arXiv:1712.01312',
-        cost='Two dense copies of each weight, with gradients and averages, and in the file.',
         suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
     )
 

@@ -1,7 +1,8 @@
 """DoRA: weight-decomposed low-rank adaptation (arXiv:2402.09353).
 
-    W' = m * V / ||V||,   V = update(W, dW),   m starts at ||W||       Eq. 5
+    W' = m * V / ||V||,   V = update(W, dW),   m starts at ||W||
 
+(Eq. 5; Subspace tuning, Eq. 27)
 with one magnitude and one norm for each output channel. The norms divide
 before they multiply, so that the start is W to the last bit, and a channel
 whose weights are all zero stays zero instead of becoming NaN.
@@ -28,9 +29,6 @@ class DoRA(LoRA):
     card = Card(
         family='combination',
         formula='m · V / ‖V‖ by output channel, V = W + s · B A',
-        trains='A (uniform), B (zero), magnitude m (‖W‖)',
-        paper='DoRA, Eq. 5 (arXiv:2402.09353); Subspace tuning, Eq. 27',
-        cost='One product and a norm of the whole weight.',
         suits='Low ranks, where LoRA falls short; takes more time a step.',
     )
 

@@ -37,9 +37,6 @@ class FISH(SparseMethod):
     card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
-        trains='values v (zero) of the entries of the largest Fisher information',
-        paper='FISH mask, Eq. 3 (arXiv:2111.09839)',
-        cost='The dense gradient of W; a file holds an integer for each value.',
         suits='Exact control of how many weights change; the first steps choose and do not train.',
     )
 

@@ -52,9 +52,6 @@ class FLoRA(RankMethod):
     card = Card(
         family='extension',
         formula='W + s · G ×₁A₁ ×₂A₂ … ×ₙAₙ',
-        trains='core G (zero), one factor Aₙ a mode (Gaussian)',
-        paper='FLoRA, Eq. 5-7 (arXiv:2405.14739)',
-        cost='N small products to build the update.',
         suits='Convolutional and mixed backbones: kernels keep their axes and take few parameters.',
     )
 

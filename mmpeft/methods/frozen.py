@@ -10,9 +10,6 @@ class Frozen(Method):
     card = Card(
         family='ends',
         formula='W',
-        trains='nothing in the target',
-        paper='The lower end',
-        cost='Nothing: the floor of time and memory.',
         suits='The floor to compare with: neck and heads alone train.',
     )
 

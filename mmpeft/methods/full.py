@@ -11,9 +11,6 @@ class Full(Frozen):
     card = Card(
         family='ends',
         formula='W',
-        trains='the target itself',
-        paper='The upper end',
-        cost='Gradients and optimizer state of every weight.',
         suits='The ceiling to compare with, and plenty of data.',
     )
 

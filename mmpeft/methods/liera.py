@@ -20,9 +20,6 @@ class LieRA(LoRA):
     card = Card(
         family='extension',
         formula='W ⊙ (1 + s · B A), or W ⊙ exp(s · B A); s ≈ 1 / rms(W)',
-        trains='A (uniform), B (zero)',
-        paper='LieRA, Eq. 5-8 (arXiv:2504.00851)',
-        cost='One product, and the dense gradient of W.',
         suits='Updates in proportion to the weights: zeros stay zero, and small ones move little.',
     )
 

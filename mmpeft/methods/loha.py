@@ -70,9 +70,6 @@ class LoHa(KernelRankMethod):
     card = Card(
         family='extension',
         formula='W + s · (B₁A₁) ∗ (B₂A₂)',
-        trains='B₁, A₁, A₂ and the cores of kernels (Gaussian), B₂ (zero)',
-        paper='FedPara, Prop. 1 and 3 (arXiv:2108.06098); LyCORIS (arXiv:2309.14859)',
-        cost='Two products to build the update, both of the size of the weight.',
         suits='Updates of high rank from few parameters: rank r² for those of a LoRA of 2 r.',
     )
 

@@ -79,9 +79,6 @@ class LoKr(KernelRankMethod):
     card = Card(
         family='extension',
         formula='W + s · C ⊗ (B A)',
-        trains='C, B (uniform), A or the core of a kernel (zero)',
-        paper='LyCORIS (arXiv:2309.14859)',
-        cost='One small product and a Kronecker product to build the update.',
         suits='Small adapter files: on wide layers a tenth of what LoRA of the same rank takes.',
     )
 

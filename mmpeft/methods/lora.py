@@ -30,9 +30,6 @@ class LoRA(ScaledRankMethod, MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(B A)',
-        trains='A (uniform), B (zero)',
-        paper='LoRA (arXiv:2106.09685); FLoRA, Eq. 2 and 3',
-        cost='One product to build the update.',
         suits='Linear layers, and comparison with the literature. Flattens kernels.',
     )
 

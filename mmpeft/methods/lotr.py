@@ -47,9 +47,6 @@ class LoTR(RankMethod):
     card = Card(
         family='extension',
         formula='Wₗ + s · Gₗ ×₁A ×₂B, A and B shared by all weights of a shape',
-        trains='cores Gₗ (zero), shared A and B (Gaussian)',
-        paper='LoTR (arXiv:2402.01376)',
-        cost='Two small products to build the update.',
         suits='Deep networks of equal blocks: a further block adds its cores alone.',
     )
 

@@ -28,9 +28,6 @@ class MoSLoRA(LoRA):
     card = Card(
         family='extension',
         formula='W + s · reshape(B M A)',
-        trains='A, mixer M (uniform, or M orthogonal), B (zero)',
-        paper='MoSLoRA (arXiv:2406.11909)',
-        cost='Two products to build the update.',
         suits='As LoRA, with every direction of A free to reach every direction of B.',
     )
 

@@ -1,6 +1,6 @@
 """PaFi: the entries of the smallest magnitude (arXiv:2305.16742).
 
-    W' = W, with values added to the k entries of the smallest |W|
+    W' = W, with values added to the k entries of the smallest |W|     Subspace tuning, Sec. 3.3.3
 
 A mask that needs no data and is the same for every task. As in the paper the
 choice is made over the entries of one weight, not of the whole network.
@@ -17,9 +17,6 @@ class PaFi(SparseMethod):
     card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
-        trains='values v (zero) of the entries of the smallest |W|',
-        paper='PaFi (arXiv:2305.16742); Subspace tuning, Sec. 3.3.3',
-        cost='The dense gradient of W. A file holds an integer for each value.',
         suits='A sparse change without a look at the data, with one mask for all tasks.',
     )
 

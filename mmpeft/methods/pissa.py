@@ -11,7 +11,8 @@ the last bit; with ``update='lie'`` it is the dW that LieRA applies.
 
 What is trained are the differences of A and B from A0 and B0. Without weight
 decay, as in PiSSA's paper, this is the same; with it, A and B are drawn to the
-pretrained weight, where the papers' form would draw a part of W to zero.
+pretrained weight, where the papers' form would draw a part of W to zero. A
+file holds A0 and B0 beside them.
 
 In the ``loralib`` layout a kernel is the matrix that :mod:`.matrix` makes of
 it, whose singular triplets mean little.
@@ -27,8 +28,6 @@ from .base import Card, Factors, register
 from .decomposition import Triplets, leading, trailing
 from .lora import LoRA
 from .matrix import matrix_shape
-
-COST = 'Two products to build the update. The file holds A₀ and B₀ beside what was trained.'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +98,6 @@ class PiSSA(SingularLoRA):
     card = Card(
         family='extension',
         formula='W + s · (B A − B₀ A₀)',
-        trains='A, B as differences (zero) from the r largest singular triplets B₀ A₀',
-        paper='PiSSA (arXiv:2404.02948)',
-        cost=COST,
         suits='Fast fitting: the strongest directions of the weight train.',
     )
 
@@ -123,9 +119,6 @@ class MiLoRA(SingularLoRA):
     card = Card(
         family='extension',
         formula='W + s · (B A − B₀ A₀)',
-        trains='A, B as differences (zero) from the r smallest singular triplets B₀ A₀',
-        paper='MiLoRA (arXiv:2406.09044)',
-        cost=COST,
         suits='Keeping what was learnt: the directions that the weight uses least train.',
     )
 

@@ -15,7 +15,8 @@ between the warmup of t_i steps and the last t_f steps, rounded down. Every
 keep their lambda, and the others' is set to zero (Eq. 6). In between all are
 trained, so that a triplet may come back. From step T - t_f on the choice is
 final. Eq. 12 prints t - t_i - t_f, which would start above b_0; here b starts
-at b_0, as in the published code.
+at b_0, as in the published code. Each trained value has two averages until the
+choice is final.
 """
 
 from collections.abc import Mapping

@@ -20,11 +20,6 @@ from .base import Card, Factors, register
 from .decomposition import channel_matrix, leading
 from .delta import DeltaMethod
 
-COST = (
-    'One product with min(n, m) columns. The file holds min(n, m) · (n + m) fixed numbers for a '
-    'weight of n · m; with rank k, k · (n + m).'
-)
-
 
 def stored_triplets(weight: Tensor, spec, rank: int) -> Factors:
     """The leading singular triplets of an unfolded weight, fixed and stored.
@@ -54,9 +49,6 @@ class SAMPARSER(DeltaMethod):
     card = Card(
         family='reconstruction',
         formula='U (Σ + s · D) Vᵀ',
-        trains='shift D of each singular value (zero)',
-        paper='SAM-PARSER (arXiv:2308.14604); Subspace tuning, Eq. 4',
-        cost=COST,
         suits='Comparison: the weakest published, as its directions stay the pretrained ones.',
     )
 
@@ -88,9 +80,6 @@ class SVDiff(SAMPARSER):
     card = Card(
         family='combination',
         formula='U relu(Σ + s · D) Vᵀ',
-        trains='spectral shift D (zero)',
-        paper='SVDiff (arXiv:2303.11305); Subspace tuning, Eq. 34 and 35',
-        cost=COST,
         suits='Few examples: the directions of the pretrained weight are kept.',
     )
 

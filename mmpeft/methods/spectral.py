@@ -4,7 +4,8 @@
        = W + A S_r V_r^T + U_r S_r B^T + A S_r B^T          Eq. 33
 
 for the r largest singular triplets of the pretrained weight, unfolded along
-its first mode. A and B start at zero. This is the paper's additive variant.
+its first mode. A and B start at zero; a file holds the triplets too. This is
+the paper's additive variant.
 """
 
 import torch
@@ -25,9 +26,6 @@ class SpectralAdapter(RankMethod):
     card = Card(
         family='combination',
         formula='[Uᵣ + A, U₋ᵣ] Σ [Vᵣ + B, V₋ᵣ]ᵀ',
-        trains='shifts A, B of the top r singular vectors (zero)',
-        paper='Spectral Adapter (arXiv:2405.13952); Subspace tuning, Eq. 32 and 33',
-        cost='Two products to build the update. The file holds the r triplets beside A and B.',
         suits='Adapters that stay close to the pretrained spectrum.',
     )
 

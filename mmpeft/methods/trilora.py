@@ -29,9 +29,6 @@ class TriLoRA(LoRA):
     card = Card(
         family='extension',
         formula='W + s · reshape(B diag(λ) A)',
-        trains='A, B (Gaussian), λ (zero)',
-        paper='TriLoRA (arXiv:2405.11236); Subspace tuning, Eq. 12-17 and 20',
-        cost='One product to build the update.',
         suits="As LoRA; with mpc='o' the update stays near its SVD, and λ tells which ranks count.",
     )
 

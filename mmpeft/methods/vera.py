@@ -1,6 +1,6 @@
 """VeRA: vector-based random matrix adaptation (arXiv:2310.11454).
 
-    dW = reshape(diag(b) B diag(d) A)
+    dW = reshape(diag(b) B diag(d) A)           Eq. 2
 
 B and A are random and frozen, the same for all weights that flatten to one
 shape (peft cuts one large pair to each shape instead); b and d are trained for
@@ -59,9 +59,6 @@ class VeRA(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(diag(b) B diag(d) A)',
-        trains='vectors b (zero), d (0.1); B, A frozen and random',
-        paper='VeRA, Eq. 2 (arXiv:2310.11454)',
-        cost='One product of a large rank to build the update; B and A take memory.',
         suits='The smallest adapter files: rows + rank numbers a weight.',
     )
 

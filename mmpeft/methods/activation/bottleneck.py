@@ -67,9 +67,6 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after attention and MLP',
-        trains='A (uniform), B (zero), biases a, b (zero)',
-        paper='Houlsby et al. (arXiv:1902.00751); Subspace tuning, Eq. 22',
-        cost='Two small products in series with each branch, in inference too.',
         suits='Transformers and ConvNeXt, where inference may cost a little; the classic baseline.',
     )
 
@@ -99,9 +96,6 @@ class PfeifferAdapter(HoulsbyAdapter):
     card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after the MLP',
-        trains='A (uniform), B (zero), biases a, b (zero)',
-        paper='Pfeiffer et al. (arXiv:2005.00052, arXiv:2005.00247); Subspace tuning, Eq. 22',
-        cost='Two small products in series with each MLP, in inference too.',
         suits="Half of Houlsby's parameters and time at about its accuracy.",
     )
 

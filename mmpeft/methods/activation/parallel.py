@@ -121,9 +121,6 @@ class ParallelAdapter(Ranked, BranchMethod):
     card = Card(
         family='activations',
         formula='x W + s · h(x A) B',
-        trains='A (uniform), B (zero)',
-        paper='He et al. (arXiv:2110.04366); Subspace tuning, Eq. 25, and LoRA + MPC_n, Sec. 4.2',
-        cost='A thin layer beside each layer, in inference too; r times the map if depthwise.',
         suits='LoRA with a non-linearity between its factors, at as many parameters.',
     )
 
@@ -170,9 +167,6 @@ class ScaledParallelAdapter(ParallelAdapter):
     card = Card(
         family='activations',
         formula='MLP(x) + s · h(x A) B',
-        trains='A (uniform), B (zero)',
-        paper='He et al., scaled PA (arXiv:2110.04366); Subspace tuning, Eq. 25',
-        cost='Two small products beside each MLP, in inference too.',
         suits='Transformers and ConvNeXt with room for a rank of 64 and more.',
     )
 

@@ -89,9 +89,6 @@ class VPT(ActivationMethod):
     card = Card(
         family='activations',
         formula='block([x, P]); in convolutional networks the zero padding is P',
-        trains='prompts P (uniform; zero as padding)',
-        paper='VPT (arXiv:2203.12119); Subspace tuning, Eq. 10 and 11',
-        cost='Longer sequences, in inference too; in convolutional networks a wider map.',
         suits='Plain vision transformers; convolutional networks get only a few numbers.',
     )
 
