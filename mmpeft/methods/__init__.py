@@ -12,7 +12,7 @@ from .adapter import Adapter, WeightAdapter
 from .allocator import Allocator
 from .base import Card, Method
 from .delta import DeltaMethod
-from .ranked import Ranked, RankMethod
+from .ranked import Ranked
 
 for _module in iter_modules(__path__):
     import_module(f'{__name__}.{_module.name}')
@@ -25,7 +25,6 @@ __all__ = [
     'Card',
     'DeltaMethod',
     'Method',
-    'RankMethod',
     'Ranked',
     'WeightAdapter',
 ]

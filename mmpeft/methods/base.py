@@ -7,6 +7,7 @@ be written as a function of a weight act on activations: see :mod:`.activation`.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from math import prod, sqrt
 from typing import Any, ClassVar
 
 import torch
@@ -166,6 +167,12 @@ def register(method: type[Method]) -> type[Method]:
     return METHODS.register_module(module=dataclass(frozen=True, kw_only=True)(method))
 
 
+def uniform(weight: Tensor, *shape: int) -> Tensor:
+    """A new factor as linear layers start, within 1 / sqrt(n) where an output sums n numbers."""
+    bound = 1 / sqrt(prod(shape[1:]))
+    return weight.new_empty(shape).uniform_(-bound, bound)
+
+
 def gaussian(weight: Tensor, *shape: int, std: float = 1.0) -> Tensor:
-    """A new Gaussian factor of a given shape, of the weight's dtype and device."""
+    """A new Gaussian factor, of the weight's dtype and device."""
     return torch.randn(shape, dtype=weight.dtype, device=weight.device) * std

@@ -16,27 +16,36 @@ from mmpeft.errors import UsageError
 
 from .arguments import require
 from .base import Card, Factors, gaussian, register
-from .ranked import RankMethod
+from .delta import DeltaMethod
+from .ranked import Ranked
 from .spec import WeightSpec
 
 
 def tucker(core: Tensor, factors: list[Tensor]) -> Tensor:
-    """G x_1 A1 x_2 A2 ... (FLoRA, Eq. 4).
+    """G x_1 A1 x_2 A2 ... (FLoRA, Eq. 4), which leaves the modes after the factors' as they are.
 
     Args:
-        core: (J_1, ..., J_N).
+        core: (J_1, ..., J_N, ...).
         factors: N matrices (I_n, J_n).
 
     Returns:
-        (I_1, ..., I_N).
+        (I_1, ..., I_N, ...).
     """
     for factor in reversed(factors):
-        core = torch.tensordot(factor, core, dims=([1], [-1]))
+        core = torch.tensordot(factor, core, dims=([1], [len(factors) - 1]))
     return core
 
 
+def mode_factor(weight: Tensor, size: int, rank: int, std: float | None) -> Tensor:
+    """A new factor of a mode, (size, rank), the rank capped; ``std`` is 1 / sqrt(rank) if None."""
+    if size == 1:
+        return weight.new_ones(1, 1)
+    rank = min(rank, size)
+    return gaussian(weight, size, rank, std=std or rank**-0.5)
+
+
 @register
-class FLoRA(RankMethod):
+class FLoRA(Ranked, DeltaMethod):
     """Tucker update over the modes of the stored weight.
 
     Attributes:
@@ -81,17 +90,11 @@ class FLoRA(RankMethod):
             )
         return tuple(min(r, size) for r, size in zip(rank, spec.shape, strict=True))
 
-    def max_rank(self, spec):
-        return max(spec.shape[:2])
-
     def init(self, weight, spec) -> Factors:
         ranks = self.ranks(spec)
         factors = {'core': weight.new_zeros(ranks)}
         for mode, (size, rank) in enumerate(zip(spec.shape, ranks, strict=True)):
-            std = self.init_std or rank**-0.5
-            factors[f'factor{mode}'] = (
-                weight.new_ones(1, 1) if size == 1 else gaussian(weight, size, rank, std=std)
-            )
+            factors[f'factor{mode}'] = mode_factor(weight, size, rank, self.init_std)
         return factors
 
     def delta(self, factors, spec):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .base import Card, Factors, gaussian, register
+from .flora import tucker
 from .ranked import ScaledRankMethod
 from .spec import WeightSpec
 
@@ -44,7 +45,7 @@ class KernelRankMethod(ScaledRankMethod):
 
 
 def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
-    """B A, or T x_1 B x_2 A' (FedPara, Eq. 1 and Prop. 3).
+    """B A (FedPara, Eq. 1), or T x_1 B x_2 A' (Prop. 3).
 
     Args:
         up: B (n, r).
@@ -54,9 +55,7 @@ def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
     Returns:
         (n, m, *kernel).
     """
-    if core is None:
-        return torch.mm(up, down)
-    return torch.einsum('ir,rs...,sj->ij...', up, core, down)
+    return torch.mm(up, down) if core is None else tucker(core, [up, down.T])
 
 
 @register
@@ -82,7 +81,7 @@ class LoHa(KernelRankMethod):
 
     def max_rank(self, spec):
         if self.keeps_axes(spec):
-            return max(spec.shape[:2])
+            return super().max_rank(spec)
         return min(spec.shape[0], spec.numel // spec.shape[0])
 
     def init(self, weight, spec) -> Factors:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .arguments import require
-from .base import Card, Factors, register
+from .base import Card, Factors, register, uniform
 from .loha import KernelRankMethod, low_rank
 from .spec import WeightSpec
 
@@ -113,7 +113,10 @@ class LoKr(KernelRankMethod):
             low = {'lokr_B': (b, self.rank), 'lokr_A': (self.rank, d * prod(kernel))}
         second = smaller(second, low)
 
-        factors = {name: uniform(weight, shape) for name, shape in (first | second).items()}
+        factors = {
+            name: uniform(weight, *shape) if prod(shape) > 1 else weight.new_ones(shape)
+            for name, shape in (first | second).items()
+        }
         zero = list(second)[-1]  # the block, A, or T
         return factors | {zero: torch.zeros_like(factors[zero])}
 
@@ -132,11 +135,3 @@ def smaller(whole: dict[str, tuple], low: dict[str, tuple]) -> dict[str, tuple]:
     """Of two forms of a block, each as shapes by name, the low-rank one if it has fewer numbers."""
     size, low_size = (sum(map(prod, shapes.values())) for shapes in (whole, low))
     return low if low_size < size else whole
-
-
-def uniform(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new factor as linear layers start, of the weight's dtype and device; a single one at 1."""
-    if prod(shape) == 1:
-        return weight.new_ones(shape)
-    bound = prod(shape[1:]) ** -0.5
-    return weight.new_empty(shape).uniform_(-bound, bound)

@@ -8,10 +8,9 @@ is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
 (r, in/groups k k) and B (out, r).
 """
 
-from math import sqrt
 from typing import Literal
 
-from .base import Card, Factors, register
+from .base import Card, Factors, register, uniform
 from .matrix import MatrixMethod
 from .mpc import MPC
 from .ranked import ScaledRankMethod
@@ -38,9 +37,8 @@ class LoRA(ScaledRankMethod, MatrixMethod):
 
     def init(self, weight, spec) -> Factors:
         rows, inner, columns = self.matrix_shape(spec)
-        bound = 1 / sqrt(columns)
         return {
-            'lora_A': weight.new_empty(inner, columns).uniform_(-bound, bound),
+            'lora_A': uniform(weight, inner, columns),
             'lora_B': weight.new_zeros(rows, inner),
         }
 

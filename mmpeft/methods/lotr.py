@@ -13,30 +13,16 @@ on the core moves W by about ``scale`` times the learning rate whatever the
 rank. The factor of a mode of size 1 starts at 1.
 """
 
-import torch
 from torch import Tensor
 
-from .base import Card, Factors, gaussian, register
-from .ranked import RankMethod
-
-
-def tucker2(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """G x_1 A x_2 B (LoTR).
-
-    Args:
-        core: G (r, s, *kernel).
-        left: A (n, r).
-        right: B (m, s).
-
-    Returns:
-        (n, m, *kernel).
-    """
-    half = torch.tensordot(right, core, dims=([1], [1]))
-    return torch.tensordot(left, half, dims=([1], [1]))
+from .base import Card, Factors, register
+from .delta import DeltaMethod
+from .flora import mode_factor, tucker
+from .ranked import Ranked
 
 
 @register
-class LoTR(RankMethod):
+class LoTR(Ranked, DeltaMethod):
     """A small core for each weight between factors that equal weights share.
 
     Attributes:
@@ -54,25 +40,16 @@ class LoTR(RankMethod):
 
     init_std: float | None = None
 
-    def max_rank(self, spec):
-        return max(spec.shape[:2])
-
     def tie_key(self, spec):
         return tuple(spec.shape), spec.input_first, spec.groups
 
     def init(self, weight, spec) -> Factors:
-        def factor(size):
-            if size == 1:
-                return weight.new_ones(1, 1)
-            rank = min(self.rank, size)
-            return gaussian(weight, size, rank, std=self.init_std or rank**-0.5)
-
-        left, right = map(factor, spec.shape[:2])
+        left, right = (mode_factor(weight, n, self.rank, self.init_std) for n in spec.shape[:2])
         core = weight.new_zeros(left.shape[1], right.shape[1], *spec.kernel_size)
         return {'lotr_A': left, 'lotr_B': right, 'core': core}
 
     def delta(self, factors, spec) -> Tensor:
-        return tucker2(factors['core'], factors['lotr_A'], factors['lotr_B'])
+        return tucker(factors['core'], [factors['lotr_A'], factors['lotr_B']])
 
     def low_rank(self, factors, spec):
         if not spec.is_plain:

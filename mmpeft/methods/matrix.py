@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .base import Factors
-from .ranked import RankMethod
+from .delta import DeltaMethod
+from .ranked import Ranked
 from .spec import WeightSpec
 
 
@@ -44,7 +45,7 @@ def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, in
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixMethod(RankMethod):
+class MatrixMethod(Ranked, DeltaMethod):
     """dW = reshape(up @ down). Subclasses define :meth:`matrices`.
 
     Attributes:

@@ -8,12 +8,11 @@ a random orthogonal matrix; the paper has both. ``mpc`` restricts the factors
 alone and not what dW can be, since M can undo what is required of B and A.
 """
 
-from math import sqrt
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from .base import Card, Factors, register
+from .base import Card, Factors, register, uniform
 from .lora import LoRA
 
 
@@ -35,14 +34,11 @@ class MoSLoRA(LoRA):
 
     def init(self, weight, spec) -> Factors:
         factors = super().init(weight, spec)
-        return factors | {'mixer': self.mixer(weight, len(factors['lora_A']))}
-
-    def mixer(self, weight: Tensor, size: int) -> Tensor:
-        """The start of M (size, size), of the weight's dtype and device."""
-        mixer = weight.new_empty(size, size)
+        size = len(factors['lora_A'])
+        mixer = uniform(weight, size, size)
         if self.mixer_init == 'orthogonal':
-            return nn.init.orthogonal_(mixer)
-        return mixer.uniform_(-1 / sqrt(size), 1 / sqrt(size))
+            nn.init.orthogonal_(mixer)
+        return factors | {'mixer': mixer}
 
     def matrices(self, factors):
         return factors['lora_B'] @ factors['mixer'], factors['lora_A']

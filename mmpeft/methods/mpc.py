@@ -16,24 +16,19 @@ import torch
 from torch import Tensor
 
 
-def orthogonality(gram: Tensor) -> Tensor:
-    """||G - I||_F^2 of a Gram matrix (r, r) (Eq. 20)."""
-    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum()
-
-
-def correlation(gram: Tensor) -> Tensor:
-    """||G - diag(G)||_F^2 of a Gram matrix (r, r) (Eq. 21)."""
-    return (gram - gram.diagonal().diag()).square().sum()
-
-
 def mpc_o(up: Tensor, down: Tensor) -> Tensor:
     """Eq. 20 for an update ``up @ down``; shapes (n, r) and (r, m)."""
-    return orthogonality(up.T @ up) + orthogonality(down @ down.T)
+    return _orthogonality(up.T @ up) + _orthogonality(down @ down.T)
 
 
 def mpc_d(up: Tensor, down: Tensor) -> Tensor:
     """Eq. 21 for an update ``up @ down``; shapes (n, r) and (r, m)."""
-    return orthogonality(down @ down.T) + correlation(up.T @ up)
+    gram = up.T @ up
+    return _orthogonality(down @ down.T) + (gram - gram.diagonal().diag()).square().sum()
+
+
+def _orthogonality(gram):
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum()
 
 
 MPC = {'o': mpc_o, 'd': mpc_d}

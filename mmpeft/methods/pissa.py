@@ -50,7 +50,7 @@ class SingularLoRA(LoRA):
         require(self, name, self.scaling > 0, rule)
 
     def triplets(self, matrix: Tensor, rank: int) -> Triplets:
-        """U (n, rank), S (rank,) and V^T (rank, m) of a matrix (n, m)."""
+        """U (n, k), S (k,) and V^T (k, m) of a matrix (n, m); k is the rank, capped."""
         raise NotImplementedError
 
     def max_rank(self, spec):
@@ -59,8 +59,7 @@ class SingularLoRA(LoRA):
 
     def init(self, weight, spec) -> Factors:
         rows, inner, columns = self.matrix_shape(spec)
-        matrix = weight.reshape(rows, columns)
-        left, values, right = self.triplets(matrix, min(inner, rows, columns))
+        left, values, right = self.triplets(weight.reshape(rows, columns), inner)
         root = (values / self.scaling).sqrt()
         return {
             'lora_A': torch.zeros_like(right),
@@ -72,13 +71,6 @@ class SingularLoRA(LoRA):
     def penalty(self, factors, spec):
         moved = {f'lora_{x}': factors[f'start_{x}'] + factors[f'lora_{x}'] for x in 'AB'}
         return super().penalty(moved, spec)
-
-    def delta(self, factors, spec):
-        moved = factors['start_A'] + factors['lora_A']
-        delta = torch.mm(factors['lora_B'], moved)
-        return delta.addmm(factors['start_B'], factors['lora_A']).view(spec.shape)
-
-    low_rank = LoRA.low_rank
 
     def matrices(self, factors):
         up = torch.cat([factors['lora_B'], factors['start_B']], 1)

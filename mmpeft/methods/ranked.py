@@ -30,8 +30,8 @@ class Ranked(Method):
         require(self, 'rank', min(ranks, default=0) > 0, 'must be a positive integer.')
 
     def max_rank(self, spec: WeightSpec) -> int:
-        """The largest rank that makes sense for a weight: the size of its largest channel mode."""
-        return max(spec.in_features, spec.out_features)
+        """The largest rank that makes sense for a weight: the size of its larger channel mode."""
+        return max(spec.shape[:2])
 
     def with_rank(self, rank: int) -> 'Ranked':
         """The same method at another rank, its budget spent."""
@@ -39,12 +39,7 @@ class Ranked(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankMethod(Ranked, DeltaMethod):
-    """A method that gives an update dW of a rank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaledRankMethod(RankMethod):
+class ScaledRankMethod(Ranked, DeltaMethod):
     """A method whose update is multiplied by ``scale`` or by alpha / rank.
 
     Attributes:

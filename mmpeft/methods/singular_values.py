@@ -13,27 +13,12 @@ which the papers do not do.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import require
 from .base import Card, Factors, register
-from .decomposition import channel_matrix, leading
+from .decomposition import stored_triplets
 from .delta import DeltaMethod
-
-
-def stored_triplets(weight: Tensor, spec, rank: int) -> Factors:
-    """The leading singular triplets of an unfolded weight, fixed and stored.
-
-    Args:
-        weight: Of ``spec.shape``.
-        spec: The weight's role.
-        rank: Number of triplets k.
-
-    Returns:
-        ``left`` U (n, k), ``values`` S (k,) and ``right`` V^T (k, m).
-    """
-    triplets = leading(channel_matrix(weight, spec), rank)
-    return dict(zip(('left', 'values', 'right'), map(nn.Buffer, triplets), strict=True))
 
 
 @register
@@ -60,8 +45,7 @@ class SAMPARSER(DeltaMethod):
         require(self, 'rank', self.rank is None or self.rank > 0, rule)
 
     def init(self, weight, spec) -> Factors:
-        rows = spec.shape[0]
-        triplets = stored_triplets(weight, spec, min(self.rank or rows, rows, spec.numel // rows))
+        triplets = stored_triplets(weight, self.rank)
         return {'shift': torch.zeros_like(triplets['values'])} | triplets
 
     def diagonal(self, factors: Factors) -> Tensor:

@@ -1,10 +1,15 @@
-"""Methods that train a few entries of each weight.
+"""PaFi, and what it shares with other methods that train a few entries of each weight.
 
     W' = W, with ``values`` added to k entries of it
 
 k is a fraction (``density``) of the weight's entries, in the order in which it
 is stored. The values start at zero; their places (``index``) are fixed and
-stored.
+stored as integers.
+
+PaFi (arXiv:2305.16742; Subspace tuning, Sec. 3.3.3) takes the entries of the
+smallest |W|: a mask that needs no data and is the same for every task. As in
+the paper the choice is made over the entries of one weight, not of the whole
+network.
 """
 
 from dataclasses import dataclass
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 
 from .allocator import best
 from .arguments import require
-from .base import Factors, Method
+from .base import Card, Factors, Method, register
 from .spec import WeightSpec
 
 
@@ -71,3 +76,17 @@ class SparseMethod(Method):
     def apply(self, weight, factors, spec, training=False):
         changed = weight.flatten().index_add(0, factors['index'], factors['values'])
         return changed.view(weight.shape)
+
+
+@register
+class PaFi(SparseMethod):
+    """A few small entries of each weight, trained themselves."""
+
+    card = Card(
+        family='reconstruction',
+        formula='W + v at k fixed entries',
+        suits='A sparse change without a look at the data, with one mask for all tasks.',
+    )
+
+    def scores(self, weight):
+        return -weight.abs()

@@ -11,12 +11,13 @@ the paper's additive variant.
 import torch
 
 from .base import Card, Factors, register
-from .ranked import RankMethod
-from .singular_values import stored_triplets
+from .decomposition import stored_triplets
+from .delta import DeltaMethod
+from .ranked import Ranked
 
 
 @register
-class SpectralAdapter(RankMethod):
+class SpectralAdapter(Ranked, DeltaMethod):
     """Trained shifts of the top left and right singular vectors.
 
     Attributes:
@@ -33,7 +34,7 @@ class SpectralAdapter(RankMethod):
         return min(spec.shape[0], spec.numel // spec.shape[0])
 
     def init(self, weight, spec) -> Factors:
-        triplets = stored_triplets(weight, spec, min(self.rank, self.max_rank(spec)))
+        triplets = stored_triplets(weight, self.rank)
         return {
             'shift_left': torch.zeros_like(triplets['left']),
             'shift_right': torch.zeros_like(triplets['right']),

@@ -11,23 +11,10 @@ element of its Lie algebra, which is additive, so that any method can give dW.
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-
-def additive(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + dW, elementwise; both of the same shape."""
-    return weight + delta
-
-
-def lie(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + W * dW (LieRA, Eq. 8), elementwise; both of the same shape."""
-    return torch.addcmul(weight, weight, delta)
-
-
-def lie_exact(weight: Tensor, delta: Tensor) -> Tensor:
-    """W * exp(dW) (LieRA, Eq. 5 and 6), elementwise; both of the same shape."""
-    return weight * delta.exp()
-
-
-UPDATES = {'additive': additive, 'lie': lie, 'lie_exact': lie_exact}
+UPDATES = {
+    'additive': torch.add,
+    'lie': lambda weight, delta: torch.addcmul(weight, weight, delta),
+    'lie_exact': lambda weight, delta: weight * delta.exp(),
+}
 Update = Literal['additive', 'lie', 'lie_exact']

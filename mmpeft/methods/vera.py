@@ -96,12 +96,6 @@ class VeRA(MatrixMethod):
         up, down = random_pair(*self.matrix_shape(spec), self.seed)
         return {'vera_A': down, 'vera_B': up}
 
-    def delta(self, factors, spec) -> Tensor:
-        product = torch.mm(factors['vera_B'] * factors['vera_d'], factors['vera_A'])
-        return (factors['vera_b'][:, None] * product).view(spec.shape)
-
-    low_rank = MatrixMethod.low_rank
-
     def matrices(self, factors):
         up = factors['vera_b'][:, None] * factors['vera_B'] * factors['vera_d']
         return up, factors['vera_A']

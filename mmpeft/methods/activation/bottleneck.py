@@ -15,13 +15,12 @@ residual branch is a chain of convolutions, as in ResNet, one adapter at its end
 takes the place of both. On maps the bottleneck is a pair of 1x1 convolutions.
 """
 
-from math import sqrt
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.methods.base import Card, Factors, register
+from mmpeft.methods.base import Card, Factors, register, uniform
 from mmpeft.methods.ranked import Ranked
 from mmpeft.methods.spec import CONVOLUTIONS
 
@@ -37,22 +36,25 @@ ACTIVATIONS = {'gelu': F.gelu, 'relu': F.relu, 'swish': F.silu, 'identity': iden
 Activation = Literal['gelu', 'relu', 'swish', 'identity']
 
 
-def across_channels(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+def across_channels(
+    x: Tensor, weight: Tensor, bias: Tensor | None, axis: int, groups: int = 1
+) -> Tensor:
     """One linear map of the channels at every position.
 
     Args:
-        x: (..., m), or (N, m, ...) with 1 to 3 further axes.
-        weight: (n, m).
+        x: (..., m), or a map (N, m, *size) or (m, *size) of 1 to 3 axes.
+        weight: (n, m / groups).
         bias: (n,) or None.
-        axis: The channels' position, -1 or 1.
+        axis: The channels' position.
+        groups: Of the channels of a map.
 
     Returns:
         ``x`` with n channels.
     """
-    if axis == -1:
+    axes = x.ndim - 1 - axis % x.ndim
+    if not axes:
         return F.linear(x, weight, bias)
-    axes = x.ndim - 2
-    return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), bias)
+    return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), bias, groups=groups)
 
 
 @register
@@ -74,9 +76,9 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     activation: Activation = 'gelu'
 
     def init(self, weight, point) -> Factors:
-        width, bound = point.out_features, 1 / sqrt(point.out_features)
+        width = point.out_features
         return {
-            'down': weight.new_empty(self.rank, width).uniform_(-bound, bound),
+            'down': uniform(weight, self.rank, width),
             'down_bias': weight.new_zeros(self.rank),
             'up': weight.new_zeros(width, self.rank),
             'up_bias': weight.new_zeros(width),

@@ -17,15 +17,13 @@ paper's MAM adapter. The authors' program has biases there; the paper's formula
 and this method do not.
 """
 
-from math import prod, sqrt
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.methods.base import Card, Factors, register
+from mmpeft.methods.base import Card, Factors, register, uniform
 from mmpeft.methods.ranked import Ranked
-from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry, InsertionPoint
+from mmpeft.methods.spec import ConvGeometry, InsertionPoint
 
 from .base import BranchMethod
 from .bottleneck import ACTIVATIONS, Activation, across_channels
@@ -92,21 +90,6 @@ def for_all_groups(weight: Tensor, groups: int) -> Tensor:
     return weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 
-def across_groups(x: Tensor, weight: Tensor, groups: int, axes: int) -> Tensor:
-    """A 1x1 convolution within groups.
-
-    Args:
-        x: (N, m, *size) or (m, *size).
-        weight: (n, m / groups).
-        groups: That n and m are divided into.
-        axes: Number of axes of ``size``.
-
-    Returns:
-        ``x`` with n channels.
-    """
-    return CONVOLUTIONS[axes](x, weight.view(*weight.shape, *(1,) * axes), groups=groups)
-
-
 @register
 class ParallelAdapter(Ranked, BranchMethod):
     """A bottleneck beside each linear layer and convolution.
@@ -130,11 +113,7 @@ class ParallelAdapter(Ranked, BranchMethod):
 
     def init(self, weight, point) -> Factors:
         down, up = factor_shapes(point, self.rank)
-        bound = 1 / sqrt(prod(down[1:]))
-        return {
-            'down': weight.new_empty(down).uniform_(-bound, bound),
-            'up': weight.new_zeros(up),
-        }
+        return {'down': uniform(weight, *down), 'up': weight.new_zeros(up)}
 
     def branch(self, x, y, factors, point):
         down, up, layer, geometry = factors['down'], factors['up'], point.layer, point.geometry
@@ -144,12 +123,12 @@ class ParallelAdapter(Ranked, BranchMethod):
             return self.scale * across_channels(inner, up, None, point.axis)
         groups, axes = layer.groups, len(layer.kernel_size)
         if layer.transposed:
-            inner = activation(across_groups(x, down, groups, axes))
+            inner = activation(across_channels(x, down, None, -1 - axes, groups))
             added = convolve_transposed(inner, up, geometry, groups, y.shape[-axes:])
         else:
             down = for_all_groups(down, groups)
             inner = activation(geometry.convolve(x, down, groups=groups))
-            added = across_groups(inner, up, groups, axes)
+            added = across_channels(inner, up, None, -1 - axes, groups)
         if added.shape != y.shape:
             raise UsageError(
                 f'{type(self).__name__}: a convolution of kernel {layer.kernel_size} returned '

@@ -43,14 +43,11 @@ def ring_numbers(size: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
     Returns:
         Integers, of the padded map's size.
     """
-    distance = torch.zeros((1,) * len(size), dtype=torch.long)
-    for axis, (length, pad) in enumerate(zip(size, padding, strict=True)):
+    outside = []
+    for length, pad in zip(size, padding, strict=True):
         position = torch.arange(-pad, length + pad)
-        outside = torch.maximum(-position, position - length + 1).clamp_min(0)
-        shape = [1] * len(size)
-        shape[axis] = -1
-        distance = torch.maximum(distance, outside.view(shape))
-    return distance
+        outside.append(torch.maximum(-position, position - length + 1).clamp_min(0))
+    return torch.stack(torch.meshgrid(*outside, indexing='ij')).amax(0)
 
 
 def framed(x: Tensor, rings: Tensor, padding: tuple[int, ...]) -> Tensor:

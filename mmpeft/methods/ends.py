@@ -1,4 +1,4 @@
-"""Frozen: nothing trains, the lower end that all methods are compared with."""
+"""The ends that all methods lie between: nothing trains, or everything."""
 
 from .base import Card, Method, register
 
@@ -17,3 +17,16 @@ class Frozen(Method):
 
     def accepts(self, spec):
         return False
+
+
+@register
+class Full(Frozen):
+    """Train the target module itself; BatchNorm statistics follow."""
+
+    card = Card(
+        family='ends',
+        formula='W',
+        suits='The ceiling to compare with, and plenty of data.',
+    )
+
+    trains_base = True
