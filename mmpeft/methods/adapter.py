@@ -19,12 +19,9 @@ class Adapter(nn.Module):
         weight: The frozen weight, with its pretrained values.
         empty: Leave the stored values open (NaN), to be loaded, and spare
             what it takes to compute them.
-
-    Attributes:
-        injection: Index in ``model.peft`` of the injection that it belongs to.
     """
 
-    injection: int = 0
+    injection: int = 0  # the index in ``model.peft`` of the injection that it belongs to
 
     def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
         super().__init__()

@@ -25,7 +25,6 @@ class Allocator:
         steps: Optimizer steps of the whole run.
 
     Attributes:
-        step: Steps made so far.
         stored: Names of the attributes that a resumed run needs: tensors, or
             dicts of tensors, by the path of their adapter.
     """
@@ -67,14 +66,9 @@ def _copied(value, adapter):
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Where the largest scores are; of equal ones the first.
+    """Where the ``count`` largest of n scores are, (n,); of equal ones the first, NaN last.
 
-    Args:
-        scores: (n,); NaN is the smallest.
-        count: From 1 to n.
-
-    Returns:
-        (n,), true in exactly ``count`` places.
+    ``count`` is from 1 to n.
     """
     scores = torch.where(scores.isnan(), -inf, scores)
     last = scores.topk(count).values[-1]
@@ -94,15 +88,7 @@ def best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def common_method(adapters: Mapping[str, Adapter], *names: str) -> Method:
-    """The method of all adapters, for arguments that govern the whole run.
-
-    Args:
-        adapters: By path.
-        names: Of the arguments.
-
-    Raises:
-        UsageError: The adapters differ in one of them.
-    """
+    """The method of all adapters; UsageError if they differ in one of these arguments."""
     methods = [adapter.method for adapter in adapters.values()]
     for name in names:
         values = sorted({getattr(method, name) for method in methods})

@@ -19,13 +19,9 @@ NAMES = {
 
 
 def require(method: Any, name: str, holds: bool, rule: str) -> None:
-    """Raise UsageError unless an argument keeps to a rule.
+    """Raise UsageError unless a rule of the argument ``name`` holds.
 
-    Args:
-        method: Holds the argument.
-        name: Of the argument.
-        holds: Whether it keeps to the rule.
-        rule: Ends the message, such as ``'must be positive.'``.
+    ``rule`` ends the message, such as ``'must be positive.'``.
     """
     if not holds:
         value = getattr(method, name)

@@ -46,7 +46,6 @@ class Method:
     arguments in a config. They define :attr:`card`, :meth:`init` and :meth:`apply`.
 
     Attributes:
-        card: A short description.
         kinds: Kinds of layers that are adapted unless the targets name others.
         adapts: Whether the method has adapters at all.
         trains_base: Whether the weights of the target module train themselves.
@@ -77,14 +76,7 @@ class Method:
         return not spec.is_bias and len(spec.shape) > 1
 
     def resolve(self, weights: Iterable[Tensor]) -> 'Method':
-        """The method with the arguments filled in that follow from the weights.
-
-        Args:
-            weights: All weights that one injection adapts, each once.
-
-        Returns:
-            The method itself if there are none.
-        """
+        """The method with the arguments filled in that follow from all weights of an injection."""
         return self
 
     def init(self, weight: Tensor, spec: WeightSpec) -> Factors:
@@ -120,14 +112,9 @@ class Method:
         return None
 
     def allocator(self, adapters: dict[str, nn.Module], steps: int):
-        """What decides during training which parameters to keep, if anything does.
+        """The :class:`~.allocator.Allocator` of the method's adapters, by path, if it has one.
 
-        Args:
-            adapters: All adapters of this method in a model, by path.
-            steps: Optimizer steps of the whole run.
-
-        Returns:
-            Allocator | None: See :mod:`.allocator`.
+        ``steps`` are the optimizer steps of the whole run.
         """
         return None
 
@@ -145,12 +132,7 @@ class Method:
 
     @classmethod
     def modernize(cls, arguments: dict, version: tuple[int, ...]) -> dict:
-        """Arguments of an earlier version of mmpeft under their present names.
-
-        Args:
-            arguments: As stored by that version.
-            version: Its numbers, such as (0, 3).
-        """
+        """Arguments as an earlier version stored them, (0, 3) say, under their present names."""
         return {cls.renamed.get(name, name): value for name, value in arguments.items()}
 
     def __str__(self):

@@ -21,11 +21,7 @@ from .channels import per_input, per_output
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelScaling(Method):
-    """Trained scales of channels.
-
-    Attributes:
-        sides: Which channels: ``'out'``, ``'in'`` or both.
-    """
+    """Trained scales of the channels of some sides, ``'out'``, ``'in'`` or both."""
 
     sides: ClassVar[tuple[str, ...]]
 

@@ -7,31 +7,21 @@ from .spec import WeightSpec
 
 
 def output_norm(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """Euclidean norm of the weights of each output channel.
-
-    Args:
-        weight: Of ``spec.shape``.
-        spec: The weight's role.
-
-    Returns:
-        (out_features,)
-    """
+    """Euclidean norm of the weights of each output channel, (out_features,)."""
     if not spec.input_first:
         return torch.linalg.vector_norm(weight.flatten(1), dim=1)
     grouped = weight.reshape(spec.groups, -1, spec.shape[1], *spec.kernel_size)
     return torch.linalg.vector_norm(grouped.transpose(1, 2).flatten(2), dim=2).flatten()
 
 
+def magnitude_ratio(magnitude: Tensor, norm: Tensor, detach: bool = False) -> Tensor:
+    """magnitude / norm, 1 where the norm is 0; ``detach`` takes the norm as a constant."""
+    norm = norm.detach() if detach else norm
+    return torch.where(norm > 0, magnitude / norm.clamp_min(1e-30), 1)
+
+
 def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
-    """A number for each output channel, shaped to multiply the weight.
-
-    Args:
-        values: (out_features,)
-        spec: The weight's role.
-
-    Returns:
-        Broadcastable to ``spec.shape``.
-    """
+    """A number for each output channel, (out_features,), shaped to multiply the weight."""
     ones = (1,) * len(spec.kernel_size)
     if not spec.input_first:
         return values.view(-1, 1, *ones)
@@ -40,15 +30,9 @@ def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
-    """A number for each input channel, shaped to multiply the weight.
+    """A number for each input channel, (in_features,), shaped to multiply the weight.
 
-    Args:
-        values: (in_features,)
-        spec: The weight's role; a grouped convolution's rows see the channels
-            of their own group.
-
-    Returns:
-        Broadcastable to ``spec.shape``.
+    A grouped convolution's rows see the channels of their own group.
     """
     if len(spec.shape) == 1:
         return values
@@ -60,15 +44,9 @@ def per_input(values: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def draw_input_dropout(like: Tensor, spec: WeightSpec, p: float) -> Tensor:
-    """A random 0 or 1 / (1 - p) for each input channel.
+    """A random 0, with probability p, or 1 / (1 - p) for each input channel, (in_features,).
 
-    Args:
-        like: Gives dtype and device.
-        spec: The weight's role.
-        p: Probability of 0.
-
-    Returns:
-        (in_features,)
+    ``like`` gives dtype and device.
     """
     keep = torch.full((spec.in_features,), 1 - p, dtype=like.dtype, device=like.device)
     return torch.bernoulli(keep) / (1 - p)

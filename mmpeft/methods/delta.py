@@ -40,14 +40,12 @@ class DeltaMethod(Method):
     scale of the additive update.
 
     Attributes:
-        update: ``'additive'``, ``'lie'`` or ``'lie_exact'``.
         scale: dW is multiplied by it; the default described above if None.
         dropout: Probability with which dW ignores an input channel during a
             training step. A channel is dropped at all positions alike, which
             makes the dropout of LoRA's branch a function of the weight.
         default_scale: The scale of the additive update if ``scale`` is None.
-        scale_power: The power of ``scale`` that an optimizer step on W is
-            proportional to.
+        scale_power: An optimizer step on W is proportional to this power of ``scale``.
     """
 
     default_scale: ClassVar[float] = 1.0
@@ -92,11 +90,9 @@ class DeltaMethod(Method):
     def low_rank(
         self, factors: Factors, spec: WeightSpec
     ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """dW before scaling as thin factors of its channel modes, if it has them.
+        """``up``, ``core`` and ``down`` of the :class:`~.normal_form.NormalForm` of dW, unscaled.
 
-        Returns:
-            ``up``, ``core`` and ``down`` of a :class:`~.normal_form.NormalForm`; None if dW is
-            not of this form, as on grouped and transposed convolutions.
+        None if dW is not of this form, as on grouped and transposed convolutions.
         """
         return None
 

@@ -49,11 +49,8 @@ def hard_concrete(
 ) -> Tensor:
     """Gates in [0, 1] (Louizos et al., Eq. 10 and 11, at temperature 1).
 
-    Args:
-        log_alpha: Of any shape.
-        noise: Uniform in (0, 1), of the same shape; None for 1/2.
-        low: Lower end of the stretched sigmoid, below 0.
-        high: Its upper end, at least 1.
+    The noise is uniform in (0, 1) and of the shape of log_alpha; None for 1/2.
+    The sigmoid is stretched to [low, high], with low < 0 and high >= 1.
     """
     if noise is not None:
         log_alpha = log_alpha + noise.logit(1e-6)
@@ -61,7 +58,7 @@ def hard_concrete(
 
 
 def open_probability(log_alpha: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
-    """Probability that a gate is not 0 (Louizos et al., Eq. 12); arguments as above."""
+    """Probability that a gate is not 0 (Louizos et al., Eq. 12)."""
     return torch.sigmoid(log_alpha - log(-low / high))
 
 
@@ -119,10 +116,6 @@ class DiffPruning(Method):
         """log_alpha from what is stored of it."""
         return self.start + self.gate_speed * stored
 
-    def stored(self, log_alpha: Tensor | float) -> Tensor | float:
-        """The reverse of :meth:`log_alpha`."""
-        return (log_alpha - self.start) / self.gate_speed
-
     def gates(self, factors: Factors, sample: bool = False) -> Tensor:
         """z of a weight, of its shape; drawn or as in evaluation."""
         return self._by_gate(
@@ -146,10 +139,7 @@ class DiffPruning(Method):
 
 
 class Projection(Allocator):
-    """Closes all gates but those of the largest differences, once.
-
-    Attributes:
-        at: The step after which it does.
+    """Closes all gates but those of the largest differences, after step :attr:`at`.
 
     Raises:
         UsageError: The run ends before.
@@ -179,8 +169,9 @@ class Projection(Allocator):
         count = round(sum(a.method.density * a.delta.numel() for a in self.adapters.values()))
         masks = best_of_all({path: value.abs() for path, value in values.items()}, max(1, count))
         for path, adapter in self.adapters.items():
-            shut, opened = adapter.method.stored(SHUT), adapter.method.stored(OPEN)
+            method = adapter.method
+            shut, opened = ((x - method.start) / method.gate_speed for x in (SHUT, OPEN))
             adapter.delta.copy_(torch.where(masks[path], values[path], 0))
             adapter.gate.copy_(torch.where(adapter.delta != 0, opened, shut))
-            if adapter.method.structured:
+            if method.structured:
                 adapter.weight_gate.fill_(opened)

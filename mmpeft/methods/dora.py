@@ -10,10 +10,8 @@ whose weights are all zero stays zero instead of becoming NaN.
 
 from dataclasses import replace
 
-import torch
-
 from .base import Card, register
-from .channels import output_norm, per_output
+from .channels import magnitude_ratio, output_norm, per_output
 from .lora import LoRA
 
 
@@ -21,9 +19,8 @@ from .lora import LoRA
 class DoRA(LoRA):
     """LoRA on the direction of the weight, with its magnitude trained apart.
 
-    Attributes:
-        detach_norm: Take ||V|| as a constant in backward (the paper's Sec.
-            4.3, as peft does): cheaper, and no longer the exact gradient.
+    ``detach_norm`` takes ||V|| as a constant in backward (the paper's Sec. 4.3,
+    as peft does): cheaper, and no longer the exact gradient.
     """
 
     card = Card(
@@ -40,9 +37,7 @@ class DoRA(LoRA):
     def apply(self, weight, factors, spec, training=False):
         direction = super().apply(weight, factors, spec, training)
         norm = output_norm(direction, spec)
-        if self.detach_norm:
-            norm = norm.detach()
-        ratio = torch.where(norm > 0, factors['magnitude'] / norm.clamp_min(1e-30), 1)
+        ratio = magnitude_ratio(factors['magnitude'], norm, self.detach_norm)
         return direction * per_output(ratio, spec)
 
     def normal_form(self, factors, spec, training=False):

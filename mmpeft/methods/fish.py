@@ -64,7 +64,6 @@ class FisherMask(Allocator):
     finite is left out; gradient scaling multiplies all entries alike.
 
     Attributes:
-        samples: Steps that the choice is made from.
         scores: Sums of squared gradients over steps and processes, by path;
             empty once the choice is made.
     """

@@ -31,11 +31,7 @@ from .spec import WeightSpec
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRankMethod(ScaledRankMethod):
-    """A method that unfolds a kernel (``'channel'``) or keeps its axes (``'tucker'``).
-
-    Attributes:
-        layout: One of the two.
-    """
+    """A method that unfolds a kernel (``'channel'``) or keeps its axes (``'tucker'``)."""
 
     layout: Literal['channel', 'tucker'] = 'channel'
 
@@ -45,26 +41,16 @@ class KernelRankMethod(ScaledRankMethod):
 
 
 def low_rank(up: Tensor, down: Tensor, core: Tensor | None = None) -> Tensor:
-    """B A (FedPara, Eq. 1), or T x_1 B x_2 A' (Prop. 3).
+    """B A, or T x_1 B x_2 A' with a core (FedPara, Eq. 1 and Prop. 3), (n, m, *kernel).
 
-    Args:
-        up: B (n, r).
-        down: A (s, m), with s equal to r without a core.
-        core: T (r, s, *kernel).
-
-    Returns:
-        (n, m, *kernel).
+    Shapes are B (n, r), A (s, m) and T (r, s, *kernel).
     """
     return torch.mm(up, down) if core is None else tucker(core, [up, down.T])
 
 
 @register
 class LoHa(KernelRankMethod):
-    """Hadamard product of two low-rank updates.
-
-    Attributes:
-        rank: r, of each of the two.
-    """
+    """Hadamard product of two updates of rank r."""
 
     card = Card(
         family='extension',

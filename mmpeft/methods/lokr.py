@@ -33,16 +33,11 @@ from .spec import WeightSpec
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of a mode's size, the smaller one first.
+    """(a, b) with a b = size and a <= b.
 
-    Args:
-        size: Of the mode.
-        factor: One of the two, where it divides the size; otherwise the
-            smaller one is the largest divisor that is no larger. -1 for the
-            two that are nearest to each other.
-
-    Returns:
-        (a, b) with a b = size and a <= b.
+    ``factor`` is one of the two where it divides the size; otherwise a is the
+    largest divisor that is no larger. -1 gives the two that are nearest to
+    each other.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -52,25 +47,16 @@ def split(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def kron(first: Tensor, second: Tensor) -> Tensor:
-    """Kronecker product over the first two modes.
-
-    Args:
-        first: (a, c).
-        second: (b, d, *kernel).
-
-    Returns:
-        (a b, c d, *kernel).
-    """
+    """Kronecker product of (a, c) and (b, d, *kernel): (a b, c d, *kernel)."""
     ones = (1,) * (second.ndim - 2)
     return torch.kron(first.view(*first.shape, *ones), second.contiguous())
 
 
 @register
 class LoKr(KernelRankMethod):
-    """Kronecker product of a small matrix and a low-rank block.
+    """Kronecker product of a small matrix and a block of low rank r.
 
     Attributes:
-        rank: r, of the block.
         factor: Size of C's modes, by :func:`split`; -1 for C and the block as
             alike in size as the modes allow.
         decompose_both: Take C low rank too where that takes fewer parameters.

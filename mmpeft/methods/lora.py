@@ -20,10 +20,8 @@ from .ranked import ScaledRankMethod
 class LoRA(ScaledRankMethod, MatrixMethod):
     """Low-rank update of the weight as a matrix.
 
-    Attributes:
-        mpc: Pattern constraint on the factors as a term of the loss, ``'o'``
-            or ``'d'`` (:mod:`.mpc`); None for none.
-        mpc_weight: Of that term.
+    ``mpc`` names a constraint on the factors (:mod:`.mpc`), a term of the loss
+    with the weight ``mpc_weight``.
     """
 
     card = Card(

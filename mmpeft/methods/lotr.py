@@ -25,9 +25,8 @@ from .ranked import Ranked
 class LoTR(Ranked, DeltaMethod):
     """A small core for each weight between factors that equal weights share.
 
-    Attributes:
-        rank: Of both channel modes, capped by their sizes.
-        init_std: Standard deviation of A and B; 1 / sqrt(rank) if None.
+    ``rank`` is that of both channel modes, capped by their sizes; ``init_std`` the
+    standard deviation of A and B, 1 / sqrt(rank) if None.
     """
 
     card = Card(

@@ -26,15 +26,9 @@ from .spec import WeightSpec
 
 
 def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, int]:
-    """Rows, inner size and columns of a product of rank r for a weight.
+    """Rows, inner size and columns of a product of some rank for a weight.
 
-    Args:
-        spec: The weight's role.
-        rank: r.
-        layout: ``'channel'`` or ``'loralib'``.
-
-    Returns:
-        With rows * columns equal to the weight's number of elements.
+    Rows * columns is the weight's number of elements.
     """
     if layout == 'channel' or not spec.kernel_size:
         rows = spec.shape[0]
@@ -46,12 +40,7 @@ def matrix_shape(spec: WeightSpec, rank: int, layout: str) -> tuple[int, int, in
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixMethod(Ranked, DeltaMethod):
-    """dW = reshape(up @ down). Subclasses define :meth:`matrices`.
-
-    Attributes:
-        rank: r.
-        layout: How kernels become matrices, ``'channel'`` or ``'loralib'``.
-    """
+    """dW = reshape(up @ down). Subclasses define :meth:`matrices`."""
 
     layout: Literal['channel', 'loralib'] = 'channel'
 

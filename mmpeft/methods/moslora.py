@@ -18,11 +18,7 @@ from .lora import LoRA
 
 @register
 class MoSLoRA(LoRA):
-    """LoRA with a trained mixer between its factors.
-
-    Attributes:
-        mixer_init: Start of the mixer, ``'kaiming'`` or ``'orthogonal'``.
-    """
+    """LoRA with a trained mixer between its factors, which starts as ``mixer_init``."""
 
     card = Card(
         family='extension',

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .channels import draw_input_dropout
+from .channels import draw_input_dropout, magnitude_ratio
 from .spec import WeightSpec
 from .updates import UPDATES
 
@@ -69,13 +69,9 @@ class NormalForm:
         return self.up.shape[1] if self.core is None or self.down is None else len(self.down)
 
     def ratio(self, weight: Tensor) -> Tensor | None:
-        """magnitude / ||V|| for an additive update, without forming V; 1 where V is zero.
+        """magnitude / ||V||, (out,), for an additive update of W (out, in), without forming V.
 
-        Args:
-            weight: W, (out, in).
-
-        Returns:
-            (out,); None without a magnitude.
+        It is 1 where V is zero, and None without a magnitude.
         """
         if self.magnitude is None:
             return None
@@ -88,14 +84,7 @@ class NormalForm:
         return torch.where(square > 0, self.magnitude * inverse, 1)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """W' without dropout, by operations of torch alone.
-
-        Args:
-            weight: W, (out, in, *kernel).
-
-        Returns:
-            Of the same shape.
-        """
+        """W' without dropout, by operations of torch alone; W is (out, in, *kernel)."""
         delta = self.up if self.core is None else torch.tensordot(self.up, self.core, 1)
         if self.down is not None:
             delta = torch.tensordot(delta, self.down, ([1], [0])).movedim(-1, 1)
@@ -103,6 +92,5 @@ class NormalForm:
         if self.magnitude is None:
             return direction
         norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-        norm = norm.detach() if self.detach_norm else norm
-        ratio = torch.where(norm > 0, self.magnitude / norm.clamp_min(1e-30), 1)
+        ratio = magnitude_ratio(self.magnitude, norm, self.detach_norm)
         return direction * ratio.view(-1, *(1,) * (weight.ndim - 1))

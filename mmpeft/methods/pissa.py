@@ -32,16 +32,12 @@ from .matrix import matrix_shape
 
 @dataclass(frozen=True, kw_only=True)
 class SingularLoRA(LoRA):
-    """LoRA whose factors start at singular triplets of the weight.
+    """LoRA whose factors start at singular triplets, which subclasses choose.
 
-    Subclasses choose the triplets.
-
-    Attributes:
-        rank: r, capped by the smaller side of each weight's matrix.
-        scale_power: Of s, in an optimizer step: B0 and A0 are divided by its root.
+    The rank is capped by the smaller side of each weight's matrix.
     """
 
-    scale_power = 0.5
+    scale_power = 0.5  # B0 and A0 are divided by the root of s
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,9 +78,8 @@ class SingularLoRA(LoRA):
 class PiSSA(SingularLoRA):
     """LoRA from the largest singular values.
 
-    Attributes:
-        niter: Power iterations of a randomised decomposition, for large
-            weights; the paper's choices are 1 to 16. Exact if None.
+    ``niter`` power iterations of a randomised decomposition serve large weights
+    (the paper's choices are 1 to 16); it is exact if None.
     """
 
     card = Card(

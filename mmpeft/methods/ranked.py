@@ -14,11 +14,8 @@ from .spec import WeightSpec
 class Ranked(Method):
     """A method whose size is governed by a rank.
 
-    Attributes:
-        rank: The rank, as the method understands it.
-        budget: In place of ``rank``: the number of parameters that all
-            adapters together may have, such as ``'12.9M'``. The largest rank
-            that fits is taken.
+    In place of ``rank``, ``budget`` gives the number of parameters that all adapters
+    together may have, such as ``'12.9M'``. The largest rank that fits is taken.
     """
 
     rank: int = 8
@@ -40,12 +37,7 @@ class Ranked(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledRankMethod(Ranked, DeltaMethod):
-    """A method whose update is multiplied by ``scale`` or by alpha / rank.
-
-    Attributes:
-        rank: r.
-        alpha: In place of ``scale``: dW is multiplied by alpha / rank.
-    """
+    """A method whose update is multiplied by ``scale`` or, in its place, by alpha / rank."""
 
     alpha: float | None = None
 

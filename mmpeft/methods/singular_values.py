@@ -26,9 +26,9 @@ class SAMPARSER(DeltaMethod):
     """A trained shift of each singular value.
 
     Attributes:
-        rank: Number k of leading singular values that train, at most
-            min(n, m) of a weight that unfolds to (n, m); None for all. An
-            adapter file holds k (n + m) fixed numbers a weight.
+        rank: Number k of leading singular values that train, all if None. An
+            adapter file holds k (n + m + 1) fixed numbers of a weight that
+            unfolds to (n, m), in which k is at most min(n, m).
     """
 
     card = Card(

@@ -24,14 +24,9 @@ from .spec import WeightSpec
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Places of the largest scores, ascending; of equal ones the first.
+    """Places (int64) of the largest of the flattened scores, ascending; of equal ones the first.
 
-    Args:
-        scores: Of any shape.
-        count: k.
-
-    Returns:
-        (k,) int64, places in the flattened scores; without values on the meta device.
+    On the meta device they have no values.
     """
     if scores.is_meta:
         return torch.empty(count, dtype=torch.int64, device='meta')
@@ -46,11 +41,7 @@ def check_density(method: Method) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMethod(Method):
-    """Trained values at a few entries of each weight.
-
-    Attributes:
-        density: Fraction of a weight's entries that are trained, at least one.
-    """
+    """Trained values at a fraction of each weight's entries, ``density``, at least one."""
 
     renamed = {'share': 'density'}
 

@@ -51,7 +51,6 @@ class WeightSpec:
 
     @property
     def numel(self) -> int:
-        """Elements of the stored tensor."""
         return self.shape.numel()
 
     @property
@@ -88,7 +87,7 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, module: nn.Module, spec: WeightSpec) -> 'ConvGeometry':
-        """Of a convolution, torch's or a third party's."""
+        """Of torch's convolution or a third party's."""
         axes = len(spec.kernel_size)
 
         def each(name, default):
@@ -110,14 +109,7 @@ class ConvGeometry:
         return tuple(before for before, _ in self.padding)
 
     def padded(self, x: Tensor) -> tuple[Tensor, 'ConvGeometry']:
-        """A map with the padding that torch's convolutions do not take as numbers.
-
-        Args:
-            x: (N, C, *size) or (C, *size).
-
-        Returns:
-            The map, and the geometry of what is left to do.
-        """
+        """A map with the padding that torch does not take as numbers, and what is left to do."""
         if self.padding_mode == 'zeros' and all(a == b for a, b in self.padding):
             return x, self
         sides = [side for pair in reversed(self.padding) for side in pair]
@@ -127,17 +119,7 @@ class ConvGeometry:
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1
     ) -> Tensor:
-        """The convolution.
-
-        Args:
-            x: (N, in, *size) or (in, *size).
-            weight: (out, in / groups, *kernel).
-            bias: (out,)
-            groups: Of the channels.
-
-        Returns:
-            (N, out, *size'), or without N.
-        """
+        """The convolution of a map, with or without a batch, by (out, in / groups, *kernel)."""
         x, rest = self.padded(x)
         function = CONVOLUTIONS[weight.ndim - 2]
         return function(x, weight, bias, rest.stride, rest.zeros, rest.dilation, groups)
@@ -172,12 +154,10 @@ class InsertionPoint:
 
     @property
     def out_features(self) -> int:
-        """Output channels."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
-        """Input channels."""
         return self.shape[1]
 
     def to_dict(self) -> dict:

@@ -18,11 +18,7 @@ from .ranked import Ranked
 
 @register
 class SpectralAdapter(Ranked, DeltaMethod):
-    """Trained shifts of the top left and right singular vectors.
-
-    Attributes:
-        rank: r, capped by the smaller side of each weight's matrix.
-    """
+    """Trained shifts of the top singular vectors, r capped by the smaller side of the matrix."""
 
     card = Card(
         family='combination',

@@ -21,9 +21,7 @@ from .lora import LoRA
 class TriLoRA(LoRA):
     """LoRA with a trained diagonal between its factors.
 
-    Attributes:
-        init_std: Standard deviation of A and B.
-        mpc: ``'o'`` (Eq. 20) or None.
+    ``init_std`` is the standard deviation of A and B; ``mpc`` is ``'o'`` or None.
     """
 
     card = Card(

@@ -26,13 +26,7 @@ def random_pair(rows: int, inner: int, columns: int, seed: int) -> tuple[Tensor,
     """The frozen matrices, equal on every machine and for every dtype of the weight.
 
     They come from numpy's legacy generator, whose stream never changes, and
-    are rounded to float32.
-
-    Args:
-        rows: Of the flattened weight.
-        inner: Rank of the product.
-        columns: Of the flattened weight.
-        seed: Below 2^32.
+    are rounded to float32. Seeds are below 2^32.
 
     Returns:
         B (rows, inner) and A (inner, columns). Not to be changed in place.

@@ -10,8 +10,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.injection.weights import weights_of
-from mmpeft.methods.adalora import AdaLoRA
-from mmpeft.methods.rank_allocator import importance, smoothed, triplets_at
+from mmpeft.methods.adalora import AdaLoRA, importance, smoothed, triplets_at
 from tests.adapting import (
     close,
 )

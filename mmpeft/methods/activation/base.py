@@ -44,14 +44,7 @@ class ActivationMethod(Method):
         return x
 
     def after(self, x: Tensor, y: Tensor, factors: Factors, point: InsertionPoint) -> Tensor:
-        """The output of the module instead of ``y``.
-
-        Args:
-            x: The module's input.
-            y: Its output.
-            factors: The adapter's tensors.
-            point: Where the adapter is.
-        """
+        """The output of the module instead of ``y``; ``x`` is its input."""
         return y
 
 
@@ -69,12 +62,7 @@ class BranchMethod(ActivationMethod):
 
 
 class ActivationAdapter(Adapter):
-    """An adapter that hooks of its module call.
-
-    Attributes:
-        handles: Handles of the registered hooks.
-        ran: Whether it has changed an activation yet.
-    """
+    """An adapter that hooks of its module call; ``ran`` once it has changed an activation."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -87,11 +75,10 @@ class ActivationAdapter(Adapter):
         return self.__dict__ | dict(_input=None)
 
     def hook(self, module: nn.Module) -> None:
-        """Register the hooks.
+        """Register the hooks of an insertion point.
 
-        Args:
-            module: The insertion point. It calls the adapter itself after its forward, so that the
-                adapter can be found there; what happens inside is between ``spec.ends``, if any.
+        It calls the adapter itself after its forward, so that the adapter can be found there; what
+        happens inside is between ``spec.ends``, if any.
         """
         if self.spec.ends:
             first, last = map(module.get_submodule, self.spec.ends)
@@ -104,7 +91,6 @@ class ActivationAdapter(Adapter):
         self.handles.append(module.register_forward_hook(self, with_kwargs=True))
 
     def unhook(self) -> None:
-        """Remove the hooks."""
         while self.handles:
             self.handles.pop().remove()
 

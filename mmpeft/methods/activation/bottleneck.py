@@ -18,7 +18,7 @@ takes the place of both. On maps the bottleneck is a pair of 1x1 convolutions.
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpeft.methods.base import Card, Factors, register, uniform
 from mmpeft.methods.ranked import Ranked
@@ -26,13 +26,7 @@ from mmpeft.methods.spec import CONVOLUTIONS
 
 from .base import BranchMethod
 
-
-def identity(x: Tensor) -> Tensor:
-    """No non-linearity."""
-    return x
-
-
-ACTIVATIONS = {'gelu': F.gelu, 'relu': F.relu, 'swish': F.silu, 'identity': identity}
+ACTIVATIONS = {'gelu': F.gelu, 'relu': F.relu, 'swish': F.silu, 'identity': nn.Identity()}
 Activation = Literal['gelu', 'relu', 'swish', 'identity']
 
 
@@ -59,12 +53,7 @@ def across_channels(
 
 @register
 class HoulsbyAdapter(Ranked, BranchMethod):
-    """A bottleneck after attention and MLP.
-
-    Attributes:
-        rank: r; each adapter has 2 d r + r + d parameters.
-        activation: h: ``'gelu'``, ``'relu'``, ``'swish'`` or ``'identity'``.
-    """
+    """A bottleneck of ``rank`` r after attention and MLP; ``activation`` is h."""
 
     card = Card(
         family='activations',
@@ -87,8 +76,8 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     def branch(self, x, y, factors, point):
         y = y.to(factors['down'].dtype)
         inner = across_channels(y, factors['down'], factors['down_bias'], point.axis)
-        inner = ACTIVATIONS[self.activation](inner)
-        return across_channels(inner, factors['up'], factors['up_bias'], point.axis)
+        active = ACTIVATIONS[self.activation](inner)
+        return across_channels(active, factors['up'], factors['up_bias'], point.axis)
 
 
 @register

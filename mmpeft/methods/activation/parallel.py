@@ -4,7 +4,8 @@
 
 with A (n, r), B (r, m) and no biases. A starts uniform as a linear layer's, B
 at zero. Beside a convolution A is a convolution of the layer's kernel, stride,
-padding, dilation and groups with r channels, and B is 1x1; beside a transposed
+padding, dilation and groups with r channels (a depthwise one makes a map r
+times as large), and B is 1x1; beside a transposed
 convolution A is 1x1 and B has the kernel. All groups of a layer share the factor
 with the kernel, and each has r channels of its own in between.
 
@@ -34,13 +35,8 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 def factor_shapes(point: InsertionPoint, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B as they are stored; each sums over all axes but the first.
 
-    Args:
-        point: A layer, or a module that is none.
-        rank: r.
-
-    Returns:
-        (r, in / groups, *kernel) and (out, r); beside a transposed convolution
-        (groups r, in / groups) and (r, out / groups, *kernel).
+    (r, in / groups, *kernel) and (out, r); beside a transposed convolution
+    (groups r, in / groups) and (r, out / groups, *kernel).
     """
     layer = point.layer
     if layer is None:
@@ -54,35 +50,15 @@ def factor_shapes(point: InsertionPoint, rank: int) -> tuple[tuple[int, ...], tu
 def convolve_transposed(
     x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int, size: tuple[int, ...]
 ) -> Tensor:
-    """A transposed convolution with one kernel for all groups.
+    """A transposed convolution of a map, with or without a batch, to a given size.
 
-    Args:
-        x: (N, groups r, *size') or (groups r, *size').
-        weight: (r, out / groups, *kernel).
-        geometry: The layer's.
-        groups: The layer's.
-        size: Of the result, which strides leave open.
-
-    Returns:
-        (N, out, *size), or without N.
+    The weight is (in, out / groups, *kernel). Strides leave the size open.
     """
-    axes = weight.ndim - 2
-    steps = zip(x.shape[-axes:], geometry.stride, geometry.dilation, strict=True)
-    edges = zip(weight.shape[2:], geometry.zeros, size, strict=True)
-    missing = [
-        n - ((m - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
-        for (m, stride, dilation), (kernel, pad, n) in zip(steps, edges, strict=True)
-    ]
-    return TRANSPOSED[axes](
-        x,
-        for_all_groups(weight, groups),
-        None,
-        geometry.stride,
-        geometry.zeros,
-        missing,
-        groups,
-        geometry.dilation,
-    )
+    axes, kernel = weight.ndim - 2, weight.shape[2:]
+    stride, padding, dilation = geometry.stride, geometry.zeros, geometry.dilation
+    sizes = zip(size, x.shape[-axes:], kernel, stride, padding, dilation, strict=True)
+    missing = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
+    return TRANSPOSED[axes](x, weight, None, stride, padding, missing, groups, dilation)
 
 
 def for_all_groups(weight: Tensor, groups: int) -> Tensor:
@@ -92,13 +68,9 @@ def for_all_groups(weight: Tensor, groups: int) -> Tensor:
 
 @register
 class ParallelAdapter(Ranked, BranchMethod):
-    """A bottleneck beside each linear layer and convolution.
+    """A bottleneck of ``rank`` r beside each linear layer and convolution.
 
-    Attributes:
-        rank: r; an adapter has as many parameters as LoRA's of the
-            ``channel`` layout.
-        activation: h: ``'gelu'``, ``'relu'``, ``'swish'`` or ``'identity'``.
-        scale: s.
+    ``activation`` is h, ``scale`` s.
     """
 
     card = Card(
@@ -124,6 +96,7 @@ class ParallelAdapter(Ranked, BranchMethod):
         groups, axes = layer.groups, len(layer.kernel_size)
         if layer.transposed:
             inner = activation(across_channels(x, down, None, -1 - axes, groups))
+            up = for_all_groups(up, groups)
             added = convolve_transposed(inner, up, geometry, groups, y.shape[-axes:])
         else:
             down = for_all_groups(down, groups)

@@ -34,15 +34,7 @@ PROMPTS = '_mmpeft_prompts'
 
 
 def ring_numbers(size: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
-    """How many steps each position of a padded map lies outside the map; 0 inside.
-
-    Args:
-        size: Of the map.
-        padding: On both sides of each axis.
-
-    Returns:
-        Integers, of the padded map's size.
-    """
+    """How many steps each position of a padded map lies outside a map of some size; 0 inside."""
     outside = []
     for length, pad in zip(size, padding, strict=True):
         position = torch.arange(-pad, length + pad)
@@ -51,15 +43,9 @@ def ring_numbers(size: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
 
 
 def framed(x: Tensor, rings: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """A map in a frame.
+    """A map (..., channels, *size) in a frame that is ``padding`` wide on both sides of each axis.
 
-    Args:
-        x: (..., channels, *size).
-        rings: (channels, number of rings), the innermost first.
-        padding: Width of the frame on both sides of each axis.
-
-    Returns:
-        The map with the frame around it.
+    ``rings`` (channels, number of rings) has the innermost first.
     """
     numbers = ring_numbers(x.shape[-len(padding) :], padding).to(rings.device)
     frame = F.pad(rings, (1, 0))[:, numbers].to(x.dtype)
