@@ -126,7 +126,7 @@ class VPT(ActivationMethod):
 
     def after(self, x, y, factors, point):
         if 'border' in point.kinds:
-            return cropped(y, point.geometry.zeros).contiguous(memory_format=_layout(y))
+            return cropped(y, point.geometry.zeros).clone()  # dense, in the layout of y
         if y.shape != x.shape:
             raise UsageError(
                 f'VPT: a block returned {tuple(y.shape)} for {tuple(x.shape)}, so that the prompts '
@@ -136,8 +136,3 @@ class VPT(ActivationMethod):
         if not self.deep:
             setattr(visible, PROMPTS, y[:, -self.tokens :])
         return visible
-
-
-def _layout(y):
-    channels_last = y.ndim == 4 and not y.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
