@@ -58,17 +58,13 @@ class LoHa(KernelRankMethod):
         suits='Updates of high rank from few parameters: rank r² for those of a LoRA of 2 r.',
     )
 
-    def ranks(self, spec: WeightSpec) -> tuple[int, int]:
-        """Columns of B and rows of A."""
-        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
-        if self.keeps_axes(spec):
-            return min(self.rank, rows), min(self.rank, spec.shape[1])
-        return (min(self.rank, rows, columns),) * 2
+    def sides(self, spec: WeightSpec) -> tuple[int, int]:
+        """Rows of B and columns of A."""
+        rows = spec.shape[0]
+        return rows, spec.shape[1] if self.keeps_axes(spec) else spec.numel // rows
 
     def max_rank(self, spec):
-        if self.keeps_axes(spec):
-            return super().max_rank(spec)
-        return min(spec.shape[0], spec.numel // spec.shape[0])
+        return (max if self.keeps_axes(spec) else min)(self.sides(spec))
 
     def init(self, weight, spec) -> Factors:
         def factor(*shape, std=1.0):
@@ -76,11 +72,11 @@ class LoHa(KernelRankMethod):
                 return weight.new_full(shape, std)
             return gaussian(weight, *shape, std=std)
 
-        rank, inner = self.ranks(spec)
-        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+        rows, columns = self.sides(spec)
+        rank = inner = min(self.rank, rows, columns)
         factors = {}
         if self.keeps_axes(spec):
-            columns = spec.shape[1]
+            rank, inner = min(self.rank, rows), min(self.rank, columns)
             for name in ('loha_T1', 'loha_T2'):
                 factors[name] = factor(rank, inner, *spec.kernel_size, std=0.1)
         return factors | {
