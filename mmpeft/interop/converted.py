@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +13,7 @@ from mmpeft.checkpoint.atomic import replacing
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.checkpoint.manifest import describe
 from mmpeft.errors import UsageError
-from mmpeft.injection.freeze import Injection
-from mmpeft.injection.site import Site, attached
+from mmpeft.injection.site import attached
 from mmpeft.models import TimmBackbone
 
 from .peft_names import Names
@@ -24,10 +22,7 @@ from .peft_names import Names
 def base_names(model: nn.Module, module: str = '', timm: bool = False) -> Names:
     """How peft's base calls the modules of a model.
 
-    Args:
-        model: Of a config.
-        module: The module that is peft's base.
-        timm: Whether timm's whole network is, under timm's own names.
+    Its base is a module of the model, or timm's whole network under timm's own names.
 
     Raises:
         UsageError: ``timm``, and the backbone is not one of timm's.
@@ -54,10 +49,10 @@ def files_of(out: Path) -> tuple[Path, Path]:
 
 
 def write_converted(model: nn.Module, out: Path, cfg: Config, hook: ConfigDict) -> None:
-    """Write an adapter file, or a checkpoint and the config that it belongs to.
+    """Write the adapters of a model: an adapter file, or a checkpoint and its config.
 
     Args:
-        model: With adapters.
+        model: Adapted by one injection.
         out: See :func:`files_of`.
         cfg: The config of the model; it gets the arguments of PEFTHook that
             adapt the model so.
@@ -75,23 +70,15 @@ def write_converted(model: nn.Module, out: Path, cfg: Config, hook: ConfigDict) 
     with replacing(path) as temporary:
         torch.save(dict(meta=meta, state_dict=adapter_state_dict(model)), temporary)
     hook.clear()
-    hook.update(type='mmpeft.PEFTHook', base_checkpoint=base, **hook_arguments(model))
+    hook.update(type='mmpeft.PEFTHook', base_checkpoint=base, **_hook_arguments(model))
     for key in ('peft', 'load_from', 'work_dir', 'launcher'):
         cfg.pop(key, None)
     cfg.dump(config)
 
 
-def hook_arguments(model: nn.Module) -> dict:
-    """Arguments of PEFTHook that adapt exactly the weights that are adapted in a model.
-
-    Args:
-        model: Adapted by one injection.
-    """
-    (record,) = model.peft
-    return _arguments(record, attached(model))
-
-
-def _arguments(record: Injection, sites: Sequence[Site]) -> dict:
+def _hook_arguments(model):
+    """Arguments of PEFTHook that adapt exactly the weights that are adapted in a model."""
+    (record,), sites = model.peft, attached(model)
     method = Counter(site.method for site in sites).most_common(1)[0][0].config()
     include, overrides = [], {}
     for site in sites:

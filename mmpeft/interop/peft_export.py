@@ -19,17 +19,13 @@ from .peft_names import PREFIX, SUFFIXES, Names, check_layer, peft_shapes
 def to_peft(
     model: nn.Module, names: Names | None = None, inference: bool = False
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Config and state dict of a model's adapters, as peft stores them.
+    """What ``adapter_config.json`` and ``adapter_model.safetensors`` hold for a model's adapters.
 
     Args:
         model: After :func:`mmpeft.inject`; is not changed.
         names: How peft's base calls the modules. What trains outside
             ``names.module`` is left out.
         inference: Drop settings that matter in training only: dropout, MPC.
-
-    Returns:
-        The content of ``adapter_config.json`` and of
-        ``adapter_model.safetensors``, its tensors on the CPU.
 
     Raises:
         UsageError: peft has no equivalent; the message names the first such layer.
@@ -68,41 +64,37 @@ def to_peft(
 
 def _converted(model, site: Site, inference):
     """The factors of an adapter in peft's shapes."""
-    name, method, spec = site.name, site.method, site.spec
-    if type(method) not in (LoRA, DoRA):
-        raise UsageError(
-            f'{name} is adapted by {type(method).__name__}. Only LoRA and DoRA are converted; '
-            'merge others into the weights (mmpeft.merge).'
-        )
-    if method.update != 'additive':
-        raise UsageError(
-            f'{name} is adapted with update={method.update!r}, which peft does not have. Merge it '
-            'into the weights (mmpeft.merge).'
-        )
-    check_layer(model, site.path, site.tensor, spec)
-    own, plain = (matrix_shape(spec, method.rank, layout) for layout in (method.layout, 'channel'))
-    if own != plain:
-        raise UsageError(
-            f"{name} is a kernel adapted in loralib's layout, which peft does not have. Convert "
-            "adapters that were trained with layout='channel', or merge (mmpeft.merge)."
-        )
-    training = [k for k in ('dropout', 'mpc') if getattr(method, k)]
+    method, factors = site.method, site.adapter.factors
+    if reason := _without_equal(site):
+        raise UsageError(f'{site.name} {reason}. Merge it into the weights (mmpeft.merge).')
+    check_layer(model, site.path, site.tensor, site.spec)
+    training = [f'{k}={getattr(method, k)!r}' for k in ('dropout', 'mpc') if getattr(method, k)]
     if training and not inference:
         raise UsageError(
-            f'{name} was trained with {training[0]}={getattr(method, training[0])!r}, which peft '
-            'does not have in this form. If the adapter is for inference, write inference=True '
-            '(--inference): outputs are equal.'
+            f'{site.name} was trained with {training[0]}, which peft does not have in this form. '
+            'If the adapter is for inference, write inference=True (--inference): outputs are '
+            'equal.'
         )
-    factors = site.adapter.factors
-    if isinstance(method, DoRA):
-        weight = site.original.to(site.adapter.dtype)
-        if (output_norm(LoRA.apply(method, weight, factors, spec), spec) == 0).any():
-            raise UsageError(
-                f'{name} has an output channel of zeros, where peft divides by its norm and '
-                'gives NaN. Merge instead (mmpeft.merge).'
-            )
-    shapes = peft_shapes(spec, method.rank)
+    shapes = peft_shapes(site.spec, method.rank)
     return {name: value.view(shapes[name]) for name, value in factors.items()}
+
+
+def _without_equal(site):
+    """What peft does not have of an adapter; None if it has everything."""
+    method, spec = site.method, site.spec
+    if type(method) not in (LoRA, DoRA):
+        return f'is adapted by {type(method).__name__}, and only LoRA and DoRA are converted'
+    if method.update != 'additive':
+        return f'is adapted with update={method.update!r}, which peft does not have'
+    if method.matrix_shape(spec) != matrix_shape(spec, method.rank, 'channel'):
+        return "is a kernel adapted in loralib's layout, and peft has layout='channel' alone"
+    if isinstance(method, DoRA):
+        direction = LoRA.apply(
+            method, site.original.to(site.adapter.dtype), site.adapter.factors, spec
+        )
+        if (output_norm(direction, spec) == 0).any():
+            return 'has an output channel of zeros, where peft divides by its norm and gives NaN'
+    return None
 
 
 def _config(methods, paths):

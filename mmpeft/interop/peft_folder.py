@@ -22,23 +22,12 @@ def save_peft(
     inference: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapters of a model as a folder that peft loads.
+    """Write the adapters of a model as a folder that peft loads; see :func:`to_peft`.
 
-    ``PeftModel.from_pretrained(base, folder)`` then computes what the model
-    does.
-
-    Args:
-        model: After :func:`mmpeft.inject`, with LoRA or DoRA.
-        folder: Created if it does not exist.
-        names: How peft's base calls the modules.
-        inference: Drop settings that matter in training only: dropout, MPC.
-        overwrite: Replace the two files if they exist.
-
-    Returns:
-        The folder.
+    ``PeftModel.from_pretrained(base, folder)`` then computes what the model does.
 
     Raises:
-        UsageError: See :func:`to_peft`; or the files exist already.
+        UsageError: See :func:`to_peft`; or the files exist, and not ``overwrite``.
         UnwrittenFileError: The disk is full or cannot be written to.
     """
     folder = Path(folder)
@@ -60,21 +49,9 @@ def load_peft(
     names: Names | None = None,
     inference: bool = False,
 ) -> nn.Module:
-    """Adapt a model with a folder of peft, in place.
+    """Adapt a model with what ``PeftModel.save_pretrained`` wrote, in place.
 
-    Args:
-        model: The base with its pretrained weights, without adapters.
-        folder: From ``PeftModel.save_pretrained``; only safetensors are read.
-        module: Target module of the injection, below which the base is frozen.
-        names: How peft's base calls the modules.
-        inference: Drop settings that matter in training only: dropout.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UsageError: See :func:`from_peft`; the model is unchanged.
-        MissingFileError: There is no such folder, or a file of it is missing.
+    Arguments and errors are those of :func:`from_peft` and :func:`read_peft`.
     """
     return from_peft(model, *read_peft(folder), module, names, inference)
 
@@ -95,8 +72,7 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise UsageError(
             f'{str(folder)!r} holds adapter_model.bin, a pickle, which can run code and is not '
             'read. If you trust it, load it with peft and save it again: '
-            "PeftModel.from_pretrained(base, 'FOLDER').save_pretrained('NEW'), which writes "
-            f'{WEIGHTS}.'
+            "PeftModel.from_pretrained(base, 'FOLDER').save_pretrained('NEW')."
         )
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():

@@ -16,11 +16,8 @@ from mmpeft.injection.site import Site, sites_at
 from mmpeft.injection.weights import layers, weights_of
 from mmpeft.methods.dora import DoRA
 from mmpeft.methods.lora import LoRA
-from mmpeft.methods.matrix import matrix_shape
 
-from .peft_names import PREFIX, Names, check_layer, peft_shapes
-
-FACTOR = re.compile(r'(?P<path>.+)\.lora_(?P<name>A|B|magnitude_vector)(\.weight)?')
+from .peft_names import FACTORS, PREFIX, Names, check_layer, peft_shapes
 
 READ = """
     peft_type r rank_pattern lora_alpha alpha_pattern use_rslora use_dora lora_dropout
@@ -55,10 +52,7 @@ def from_peft(
         state: The content of ``adapter_model.safetensors``.
         module: Target module of the injection, below which the base is frozen.
         names: How peft's base calls the modules.
-        inference: Drop settings that matter in training only: dropout.
-
-    Returns:
-        The same model.
+        inference: Drop dropout, which matters in training only.
 
     Raises:
         UsageError: It is not LoRA or DoRA, does not fit the model, or peft
@@ -69,13 +63,12 @@ def from_peft(
         raise UsageError('The model has adapters already. Give the base alone (mmpeft.remove).')
     _check_config(config, inference)
     factors, saved = _sorted_tensors(model, config, state, names)
-    _check_patterns(config)
     sites, values = [], []
     for path, (theirs, given) in factors.items():
-        spec = _spec(model, path)
         method = _method(config, theirs)
-        values.append(_checked(model, path, method, given, spec))
+        _check_factors(model, path, method, given)
         sites += sites_at(model, [(path, 'weight', method, None)])
+        values.append(given)
     _check_tied(sites, values)
     trained = _trained(model, sites, saved, module)
     method = Counter(site.method for site in sites).most_common(1)[0][0]
@@ -84,7 +77,8 @@ def from_peft(
     with torch.no_grad():
         for site, given in zip(attach_sites(sites, empty=True), values, strict=True):
             for name, value in given.items():
-                site.adapter.factors[name].copy_(value)
+                factor = site.adapter.factors[name]
+                factor.copy_(value.reshape(factor.shape))
         for key, value in saved.items():
             own[key].copy_(value)
     return model
@@ -99,12 +93,16 @@ def _check_config(config, inference):
     modules = config.get('modules_to_save') or []
     if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
         raise UsageError(f"modules_to_save={modules!r} in the folder's config is no list of names.")
+    for key in ('rank_pattern', 'alpha_pattern'):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise UsageError(f"{key}={patterns!r} in the folder's config is no dict.")
+        check_patterns(patterns)
     init = config.get('init_lora_weights', True)
     if init not in KEEPS_BASE:
         raise UsageError(
             f'init_lora_weights={init!r} changes the base weights, which the folder does not '
-            "hold. Convert it with peft first: save_pretrained('NEW', "
-            "path_initial_model_for_weight_conversion='FOLDER-AT-START')."
+            "hold. Convert it first, by peft's path_initial_model_for_weight_conversion."
         )
     odd = [k for k, value in config.items() if value and k not in READ + WITHOUT_EFFECT]
     odd += ['bias'] if config.get('bias', 'none') != 'none' else []
@@ -116,8 +114,8 @@ def _check_config(config, inference):
     if config.get('lora_dropout') and not inference:
         raise UsageError(
             f'lora_dropout={config["lora_dropout"]} drops elements of the input; dropout here '
-            'drops whole channels. If the adapter is for inference, or is to be trained on '
-            'without dropout, write inference=True (--inference): outputs are equal.'
+            'drops whole channels. Write inference=True (--inference) to leave it out: outputs '
+            'are equal.'
         )
 
 
@@ -129,10 +127,10 @@ def _sorted_tensors(model, config, state, names):
         if not key.startswith(PREFIX):
             raise UsageError(f'{key!r} does not start with {PREFIX!r}, as all keys of peft do.')
         inner = key.removeprefix(PREFIX)
-        if factor := FACTOR.fullmatch(inner):
-            path, name = factor['path'], f'lora_{factor["name"]}'
+        path, _, last = inner.removesuffix('.weight').rpartition('.')
+        if last in FACTORS:
             given = factors.setdefault(_ours(model, names, path), (path, {}))[1]
-            given['magnitude' if name == 'lora_magnitude_vector' else name] = value
+            given[FACTORS[last]] = value
             continue
         path, _, last = inner.rpartition('.')
         if not _is_saved(config, path):
@@ -166,20 +164,12 @@ def _is_saved(config, path):
     return any(re.fullmatch(rf'(.*\.)?{re.escape(m)}(\..*)?', path) for m in modules)
 
 
-def _spec(model, path):
-    layer = model.get_submodule(path)
-    specs = dict(weights_of(layer))
-    if 'weight' not in specs:
-        raise UsageError(f'{path} is a {type(layer).__name__}, which has no weight to adapt.')
-    check_layer(model, path, 'weight', specs['weight'])
-    return specs['weight']
-
-
 def _method(config, path):
     """LoRA or DoRA, as peft's config describes it for a layer of peft's base."""
     rank = _looked_up(config.get('rank_pattern'), path, config.get('r', 8))
     alpha = _looked_up(config.get('alpha_pattern'), path, config.get('lora_alpha', 8))
-    if not isinstance(rank, int) or rank < 1 or not _is_number(alpha):
+    is_number = isinstance(alpha, int | float) and math.isfinite(alpha)
+    if not isinstance(rank, int) or rank < 1 or not is_number:
         raise UsageError(f"r={rank!r} or lora_alpha={alpha!r} in the folder's config is no number.")
     scaling = dict(alpha=alpha)
     if config.get('use_rslora'):
@@ -189,28 +179,18 @@ def _method(config, path):
     return kind(rank=rank, layout='channel', **scaling, **detached)
 
 
-def _is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _looked_up(patterns, path, default):
     """The value of the first pattern that the end of a path matches, as in peft."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf'(.*\.)?({pattern})$', path):
-            return value
-    return default
+    matched = (v for p, v in (patterns or {}).items() if re.match(rf'(.*\.)?({p})$', path))
+    return next(matched, default)
 
 
-def _check_patterns(config):
-    for key in ('rank_pattern', 'alpha_pattern'):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise UsageError(f"{key}={patterns!r} in the folder's config is no dict.")
-        check_patterns(patterns)
-
-
-def _checked(model, path, method, given, spec):
-    """peft's factors of a layer in our shapes."""
+def _check_factors(model, path, method, given):
+    layer = model.get_submodule(path)
+    spec = dict(weights_of(layer)).get('weight')
+    if spec is None:
+        raise UsageError(f'{path} is a {type(layer).__name__}, which has no weight to adapt.')
+    check_layer(model, path, 'weight', spec)
     wanted = peft_shapes(spec, method.rank)
     if not isinstance(method, DoRA):
         del wanted['magnitude']
@@ -220,16 +200,13 @@ def _checked(model, path, method, given, spec):
             f'{path} does not fit: the folder has {shapes}, its config and the model need '
             f'{wanted}. Give the base that it was trained on.'
         )
-    dtype = torch.promote_types(model.get_submodule(path).weight.dtype, torch.float32)
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     for value in given.values():
         if not value.is_floating_point() or torch.promote_types(value.dtype, dtype) != dtype:
             raise UsageError(
                 f'{path}: the folder holds {value.dtype}, which the adapter of this base, '
                 f'{dtype}, would round. Convert the model first (model.double()).'
             )
-    rows, inner, columns = matrix_shape(spec, method.rank, 'channel')
-    plain = dict(lora_A=(inner, columns), lora_B=(rows, inner), magnitude=(rows,))
-    return {name: value.reshape(plain[name]) for name, value in given.items()}
 
 
 def _check_tied(sites: list[Site], values):

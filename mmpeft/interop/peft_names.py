@@ -29,7 +29,8 @@ PREFIX = 'base_model.model.'
 """Start of all keys that peft stores."""
 
 SUFFIXES = dict(lora_A='lora_A.weight', lora_B='lora_B.weight', magnitude='lora_magnitude_vector')
-"""Names of the factors here and there."""
+FACTORS = {theirs.removesuffix('.weight'): own for own, theirs in SUFFIXES.items()}
+"""Names of the factors, and ours by peft's, to which versions add ``.weight`` or not."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -64,7 +65,7 @@ class Names:
 
 
 def peft_shapes(spec: WeightSpec, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of peft's tensors for a weight, by the names of our factors."""
+    """Shapes of peft's tensors for a weight, by our names of the factors."""
     ones = (1,) * len(spec.kernel_size)
     return dict(
         lora_A=(rank, *spec.shape[1:]),
@@ -74,13 +75,7 @@ def peft_shapes(spec: WeightSpec, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def check_layer(model: nn.Module, path: str, tensor: str, spec: WeightSpec) -> None:
-    """Refuse a weight on which peft computes something else.
-
-    Args:
-        model: Holds the layer.
-        path: Path of the layer.
-        tensor: Name of the weight in the layer.
-        spec: The role of the weight.
+    """Refuse a weight, ``tensor`` of the layer at ``path``, on which peft computes something else.
 
     Raises:
         UsageError: The message says what is different there.
