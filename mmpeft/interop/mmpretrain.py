@@ -5,6 +5,7 @@ deployed where only OpenMMLab is installed.
 """
 
 import re
+from collections import Counter
 
 from torch import Tensor
 
@@ -31,27 +32,23 @@ def mmpretrain_convnext(
         state: State dict of the model around it, without adapters.
         prefix: Of the backbone's keys there.
 
-    Returns:
-        The config of the new backbone, and ``state`` with its keys renamed.
-
     Raises:
         UsageError: The backbone is no ConvNeXt with output norms.
     """
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     indices = tuple(backbone.get('out_indices', (0, 1, 2, 3)))
-    blocks = [re.match(r'model\.stages_(\d)\.blocks\.(\d+)\.conv_dw\.weight$', k) for k in own]
-    blocks = [(int(m[1]), int(m[2])) for m in blocks if m]
-    if not blocks or any(f'norm{i}.weight' not in own for i in indices):
+    found = [re.match(r'model\.stages_(\d)\.blocks\.\d+\.conv_dw\.weight$', k) for k in own]
+    depths = Counter(int(match[1]) for match in found if match)
+    if not depths or any(f'norm{i}.weight' not in own for i in indices):
         raise UsageError(
             f'The backbone {backbone.get("name", backbone.get("type"))!r} is no ConvNeXt with '
             'output norms, and has no equal in mmpretrain. Merge without --backbone mmpretrain.'
         )
-    stages = range(max(stage for stage, _ in blocks) + 1)
-    first = 'model.stages_0.blocks.0.'
+    stages, first = sorted(depths), 'model.stages_0.blocks.0.'
     config = dict(
         type='mmpretrain.ConvNeXt',
         arch=dict(
-            depths=[sum(stage == s for stage, _ in blocks) for s in stages],
+            depths=[depths[s] for s in stages],
             channels=[len(own[f'model.stages_{s}.blocks.0.conv_dw.weight']) for s in stages],
         ),
         stem_patch_size=own['model.stem_0.weight'].shape[-1],

@@ -6,7 +6,6 @@ channels that it expects are in the file's metadata.
 
 import copy
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.version import __version__
 
 PARTS = ('backbone', 'neck', 'model')
-LARGEST = 2**31 - 2**20
-"""Bytes that one file of protobuf can hold."""
+PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 
 class Part(nn.Module):
@@ -64,7 +63,7 @@ class Part(nn.Module):
         if hasattr(self.model, 'decode_head'):
             metas = [dict(img_shape=images.shape[2:])]  # mmseg reads only the first
             return (self.model.encode_decode(images, metas),)
-        return _flat(self.model.bbox_head(self.model.extract_feat(images)))
+        return tuple(tree_leaves(self.model.bbox_head(self.model.extract_feat(images))))
 
 
 def prepared(model: nn.Module, plain: Config) -> nn.Module:
@@ -130,68 +129,55 @@ def exporting(
 
     Args:
         part: In evaluation mode.
-        out: The file; weights beyond 2 GiB go into ``OUT.data`` beside it.
-        batches: Images to run in onnxruntime and in torch; from
-            :func:`random_images`.
+        out: The file; weights too large for one go into ``OUT.data`` beside it.
+        batches: From :func:`random_images`.
         dynamic: Leave batch, height and width open.
 
     Yields:
-        For each output of each batch its name and what onnxruntime and torch
-        computed.
+        As :func:`run_both`.
 
     Raises:
         UsageError: A package is missing, or the network cannot be exported or
             run on one of the batches.
     """
-    for package in ('onnx', 'onnxscript', 'onnxruntime'):
-        if find_spec(package) is None:
-            raise UsageError(f"{package} is not installed. Write: pip install 'mmpeft[onnx]'")
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise UsageError(f"{missing[0]} is not installed. Write: pip install 'mmpeft[onnx]'")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.onnx-') as folder:
         path = Path(folder, out.name)
         # A dynamic file from a size and a batch that the network does not know as its own.
         write(part, batches[1 if dynamic else 0], path, dynamic)
-        _describe(path, part.model)
         yield run_both(part, path, batches)
         for file in (data_beside(path), path):
             if file.exists():
-                os.replace(file, out.with_name(file.name))
+                file.replace(out.with_name(file.name))
 
 
 def data_beside(path: Path) -> Path:
-    """Where the weights of an ONNX file are that do not fit into it."""
+    """Where torch puts the weights of an ONNX file that do not fit into it."""
     return path.with_name(f'{path.name}.data')
 
 
 def write(part: Part, images: Tensor, path: Path, dynamic: bool = False) -> None:
-    """Write a part as ONNX.
+    """Write a part in evaluation mode as ONNX, by an example of images (N, 3, H, W).
 
-    Args:
-        part: In evaluation mode.
-        images: Example (N, 3, H, W).
-        path: The file.
-        dynamic: Leave batch, height and width open.
+    ``dynamic`` leaves batch, height and width open.
 
     Raises:
         UsageError: The network cannot be exported.
     """
-    shapes = None
-    if dynamic:
-        shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
-    size = sum(p.numel() * p.element_size() for p in part.parameters())
+    shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),) if dynamic else None
     names = [f'{part.part}{index}' for index in range(len(part(images)))]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)  # of torch's exporter about torch
-            torch.onnx.export(
+            program = torch.onnx.export(
                 part,
                 (images,),
-                path,
                 dynamo=True,
                 dynamic_shapes=shapes,
                 input_names=['images'],
                 output_names=names,
-                external_data=size > LARGEST,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -200,30 +186,24 @@ def write(part: Part, images: Tensor, path: Path, dynamic: bool = False) -> None
             f'torch cannot export this {part.part}: {" ".join(lines[:3])}. Try a smaller --part, '
             f'or {"without" if dynamic else "another --size or"} --dynamic.'
         ) from error
+    program.model.metadata_props['mmpeft'] = json.dumps(_needs(part.model))
+    program.save(path)
 
 
-def _describe(path, model):
-    """Put into a file's metadata how its images are to be preprocessed."""
-    import onnx
-
+def _needs(model):
+    """How the images of a model are to be preprocessed."""
     preprocessor = getattr(model, 'data_preprocessor', None)
-    needs = dict(bgr_to_rgb=bool(getattr(preprocessor, '_channel_conversion', False)))
+    bgr_to_rgb = bool(getattr(preprocessor, '_channel_conversion', False))
+    needs = dict(version=__version__, bgr_to_rgb=bgr_to_rgb)
     for name in ('mean', 'std'):
         value = getattr(preprocessor, name, None)
         needs[name] = None if value is None else value.flatten().tolist()
-    file = onnx.load(path, load_external_data=False)
-    file.metadata_props.add(key='mmpeft', value=json.dumps(dict(version=__version__) | needs))
-    onnx.save(file, path)
+    return needs
 
 
 @torch.no_grad()
 def run_both(part: Part, path: Path, batches: Sequence[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-    """Run a file in onnxruntime and the part that it is of in torch.
-
-    Args:
-        part: As exported.
-        path: The file.
-        batches: Images (N, 3, H, W).
+    """Run images (N, 3, H, W) in onnxruntime by a file, and in torch by the part that it is of.
 
     Returns:
         For each output of each batch its name and what onnxruntime and torch
@@ -248,9 +228,3 @@ def run_both(part: Part, path: Path, batches: Sequence[Tensor]) -> list[tuple[st
         for index, (one, other) in enumerate(zip(given, part(images), strict=True)):
             found.append((f'{part.part}{index} of {size}', torch.from_numpy(one), other))
     return found
-
-
-def _flat(output):
-    if isinstance(output, Tensor):
-        return (output,)
-    return tuple(tensor for each in output for tensor in _flat(each))
