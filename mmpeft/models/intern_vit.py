@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -59,11 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = arch.heads
         self.qkv = nn.Linear(arch.width, 3 * arch.width, bias=arch.qkv_bias)
-        if arch.qk_norm:
-            self.q_norm = NORMS[arch.norm](arch.width, eps=arch.eps)
-            self.k_norm = NORMS[arch.norm](arch.width, eps=arch.eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        norm = NORMS[arch.norm] if arch.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(arch.width, eps=arch.eps) for _ in range(2))
         self.proj = nn.Linear(arch.width, arch.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,20 +72,6 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, arch: Architecture):
-        super().__init__()
-        self.fc1 = nn.Linear(arch.width, arch.hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(arch.hidden, arch.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Block(nn.Module):
     """A transformer block; ``drop_path`` is its rate of stochastic depth."""
 
@@ -98,7 +81,7 @@ class Block(nn.Module):
         self.attn = Attention(arch)
         self.ls1 = nn.Parameter(torch.full((arch.width,), arch.layer_scale))
         self.norm2 = NORMS[arch.norm](arch.width, eps=arch.eps)
-        self.mlp = Mlp(arch)
+        self.mlp = Mlp(arch.width, arch.hidden)
         self.ls2 = nn.Parameter(torch.full((arch.width,), arch.layer_scale))
         self.drop_path = DropPath(drop_path)
 
@@ -112,9 +95,8 @@ class Block(nn.Module):
 class InternViT(BaseModule):
     """Maps of some of the blocks, all at the resolution of the patches.
 
-    mmseg's ``Feature2Pyramid`` (``rescales=[4, 2, 1, 0.5]``) makes a pyramid
-    of them for dense heads, as in InternVL's UperNet recipe. It is a neck of
-    its own, because it trains.
+    mmseg's ``Feature2Pyramid`` (``rescales=[4, 2, 1, 0.5]``), a neck, makes a
+    pyramid of them for dense heads, as in InternVL's UperNet recipe.
 
     Args:
         arch: ``'6b'``, ``'6b-224px'``, ``'6b-45'``, ``'300m'``, or the fields
@@ -179,13 +161,9 @@ class InternViT(BaseModule):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps of the blocks ``out_indices``.
+        """Maps of the blocks ``out_indices``, in the dtype of the images.
 
-        Args:
-            images: (N, 3, H, W); the patch size divides H and W.
-
-        Returns:
-            (N, C, H / p, W / p) for each, in the dtype of ``images``.
+        (N, 3, H, W) to (N, C, H / p, W / p) each, with patches of p pixels.
 
         Raises:
             UsageError: The patch size does not divide the images' size.
@@ -221,12 +199,10 @@ def _dtype(name):
 
 def _taps(depth, out_indices):
     if out_indices is None:
-        return tuple(sorted({max(depth * part // 4 - 1, 0) for part in (1, 2, 3, 4)}))
+        out_indices = {max(depth * part // 4 - 1, 0) for part in (1, 2, 3, 4)}
     taps = tuple(sorted(out_indices))
     if not taps or taps[0] < 0 or taps[-1] >= depth:
-        raise UsageError(
-            f'InternViT: out_indices={tuple(out_indices)} must be blocks from 0 to {depth - 1}.'
-        )
+        raise UsageError(f'InternViT: out_indices={taps} must be blocks from 0 to {depth - 1}.')
     return taps
 
 

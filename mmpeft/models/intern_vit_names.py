@@ -12,27 +12,25 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-OFFICIAL = {
-    # transformers
-    r'embeddings\.cls_token': 'embeddings.class_embedding',
-    r'embeddings\.position_embeddings': 'embeddings.position_embedding',
-    r'embeddings\.patch_embeddings\.projection\.(\w+)': r'embeddings.patch_embedding.\1',
-    r'encoder\.layer\.(\d+)\.attention\.[qkv]_proj\.(\w+)': r'encoder.layers.\1.attn.qkv.\2',
-    r'encoder\.layer\.(\d+)\.attention\.projection_layer\.(\w+)': r'encoder.layers.\1.attn.proj.\2',
-    r'encoder\.layer\.(\d+)\.attention\.([qk]_norm)\.(\w+)': r'encoder.layers.\1.attn.\2.\3',
-    r'encoder\.layer\.(\d+)\.layernorm_before\.(\w+)': r'encoder.layers.\1.norm1.\2',
-    r'encoder\.layer\.(\d+)\.layernorm_after\.(\w+)': r'encoder.layers.\1.norm2.\2',
-    r'encoder\.layer\.(\d+)\.lambda_([12])': r'encoder.layers.\1.ls\2',
-    r'encoder\.layer\.(\d+)\.mlp\.(fc[12])\.(\w+)': r'encoder.layers.\1.mlp.\2.\3',
-    # segmentation
-    r'cls_token': 'embeddings.class_embedding',
-    r'pos_embed': 'embeddings.position_embedding',
-    r'patch_embed\.proj\.(\w+)': r'embeddings.patch_embedding.\1',
-    r'blocks\.(\d+)\.ls([12])\.gamma': r'encoder.layers.\1.ls\2',
-    r'blocks\.(\d+)\.(.+)': r'encoder.layers.\1.\2',
+TRANSFORMERS = {
+    'embeddings.cls_token': 'embeddings.class_embedding',
+    'embeddings.position_embeddings': 'embeddings.position_embedding',
+    'embeddings.patch_embeddings.projection.': 'embeddings.patch_embedding.',
+    'encoder.layer.': 'encoder.layers.',
+    '.attention.projection_layer.': '.attn.proj.',
+    '.attention.': '.attn.',
+    '.layernorm_before.': '.norm1.',
+    '.layernorm_after.': '.norm2.',
+    '.lambda_': '.ls',
 }
-"""Patterns of the other layouts' names, and the official names."""
-THIRD = re.compile(r'\.([qkv])_proj\.\w+\Z')
+SEGMENTATION = {
+    'cls_token': 'embeddings.class_embedding',
+    'pos_embed': 'embeddings.position_embedding',
+    'patch_embed.proj.': 'embeddings.patch_embedding.',
+    'blocks.': 'encoder.layers.',
+}
+"""Parts of names in the other layouts, in the order of replacing, and the official ones."""
+THIRD = re.compile(r'\.([qkv])_proj\.')
 START = re.compile(
     r'(?:\A|\.)(embeddings\.|encoder\.layers?\.|blocks\.|cls_token|pos_embed|patch_)'
 )
@@ -52,12 +50,14 @@ def official_name(key: str) -> tuple[str, int | None] | None:
     start = START.search(key)
     if start is None:
         return None
-    key = key[start.start(1) :]
+    key = key[start.start(1) :].removesuffix('.gamma')
+    for theirs, ours in SEGMENTATION.items():
+        if key.startswith(theirs):
+            key = key.replace(theirs, ours, 1)
+    for theirs, ours in TRANSFORMERS.items():
+        key = key.replace(theirs, ours)
     third = THIRD.search(key)
-    for pattern, name in OFFICIAL.items():
-        if re.fullmatch(pattern, key):
-            return re.sub(pattern, name, key), 'qkv'.index(third[1]) if third else None
-    return key, None
+    return THIRD.sub('.qkv.', key), 'qkv'.index(third[1]) if third else None
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,21 +69,9 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         For ``InternVLVisionModel.load_state_dict``; views of the same tensors.
     """
-    names = {
-        'embeddings.class_embedding': 'embeddings.cls_token',
-        'embeddings.position_embedding': 'embeddings.position_embeddings',
-        'embeddings.patch_embedding.': 'embeddings.patch_embeddings.projection.',
-        'encoder.layers.': 'encoder.layer.',
-        '.attn.proj.': '.attention.projection_layer.',
-        '.attn.': '.attention.',
-        '.norm1.': '.layernorm_before.',
-        '.norm2.': '.layernorm_after.',
-        '.ls1': '.lambda_1',
-        '.ls2': '.lambda_2',
-    }
     result = {}
     for key, value in state.items():
-        for ours, theirs in names.items():
+        for theirs, ours in TRANSFORMERS.items():
             key = key.replace(ours, theirs)
         if '.qkv.' in key:
             for part, third in zip('qkv', value.chunk(3), strict=True):

@@ -19,15 +19,11 @@ UNUSED = re.compile(r'(?:.*\.)?(layernorm|norm|fc_norm|head)\.(weight|bias)\Z')
 
 
 def load_weights(model: nn.Module, source: str) -> None:
-    """Copy weights into a model, one shard after another.
+    """Copy the weights of a folder, an index or a file into a model, one shard after another.
 
     The names and shapes of all shards are checked before the first tensor is
     copied. Position embeddings of another image size are an error too: the
     network resizes its own in forward.
-
-    Args:
-        model: With the official names.
-        source: A folder, an index, or a file.
 
     Raises:
         MissingFileError: There is no such file, or a shard is missing.
@@ -35,36 +31,34 @@ def load_weights(model: nn.Module, source: str) -> None:
     """
     files = _files(Path(source))
     own = model.state_dict()
-    _check(own, files, source)
+    places = {(name, None): value for name, value in own.items()}
+    fused = {name: value.chunk(3) for name, value in own.items() if '.qkv.' in name}
+    places |= {(name, i): third for name, parts in fused.items() for i, third in enumerate(parts)}
+    _check(own, places, files, source)
     for path in track(
         files, f'weights of {Path(source).name}', transient=True, disable=len(files) < 2
     ):
         with _opened(path) as tensors:
             for key, (_, read) in tensors.items():
-                target = official_name(key)
-                if target is None or target[0] not in own:
-                    continue
-                name, third = target
-                into = own[name] if third is None else own[name].chunk(3)[third]
-                into.copy_(read())
+                if (place := official_name(key)) in places:
+                    places[place].copy_(read())
     print_log(f'Loaded {len(own)} tensors of InternViT from {source}', 'current')
 
 
-def _check(own, files, source):
+def _check(own, places, files, source):
     found, unexpected, wrong = set(), [], []
     for path in files:
         with _opened(path) as tensors:
             for key, (shape, _) in tensors.items():
-                target = official_name(key)
-                if target is None or target[0] not in own:
-                    if not UNUSED.match(key) and target is not None:
+                place = official_name(key)
+                if place not in places:
+                    if place is not None and not UNUSED.match(key):
                         unexpected.append(key)
                     continue
-                name, third = target
-                wanted = own[name] if third is None else own[name].chunk(3)[third]
-                if tuple(wanted.shape) != tuple(shape):
-                    wrong.append(f'{name} {tuple(shape)} instead of {tuple(wanted.shape)}')
-                found.add((name, third))
+                wanted = tuple(places[place].shape)
+                if wanted != tuple(shape):
+                    wrong.append(f'{place[0]} {tuple(shape)} instead of {wanted}')
+                found.add(place)
     missing = [
         name
         for name in own

@@ -91,8 +91,7 @@ class TimmBackbone(BaseModule):
 
         Raises:
             MissingFileError: ``checkpoint`` does not exist.
-            UsageError: The file lacks weights of this network.
-            UsageError: timm's hub gave no weights.
+            UsageError: The file lacks weights of this network, or timm's hub gave none.
         """
         if self._is_init:
             return
@@ -136,12 +135,7 @@ class TimmBackbone(BaseModule):
         print_log(f'Loaded {len(found)} tensors of the backbone from {path}', 'current')
 
     def names_in_whole(self) -> dict[str, str]:
-        """The names that the modules have in the whole timm network.
-
-        Returns:
-            Paths below ``model`` of the modules that hold tensors, each with
-            its path in ``timm.create_model(name)``.
-        """
+        """Paths below ``model`` of what holds tensors, and those in ``timm.create_model(name)``."""
         cut = ('features_only', 'out_indices')
         with torch.device('meta'):
             own = timm.create_model(**self._create)
@@ -153,14 +147,7 @@ class TimmBackbone(BaseModule):
         return names
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return one map for each level.
-
-        Args:
-            x: Images, (N, 3, H, W).
-
-        Returns:
-            (N, C_i, H_i, W_i) for each of ``out_indices``, contiguous.
-        """
+        """(N, 3, H, W) to a contiguous map (N, C_i, H_i, W_i) for each of ``out_indices``."""
         levels = self.model(x)
         if self.channels_last:
             levels = [level.permute(0, 3, 1, 2) for level in levels]
@@ -173,12 +160,6 @@ class TimmBackbone(BaseModule):
 def _name_in(weights, key):
     """The name of a features-only tensor in a state dict of the whole model."""
     top, _, rest = key.partition('.')
-    for name in (
-        key,
-        f'{top.replace("_", ".")}.{rest}',
-        f'{top.replace("_", ".", 1)}.{rest}',
-        rest,
-    ):
-        if name in weights:
-            return name
-    return None
+    split = top.replace('_', '.'), top.replace('_', '.', 1)
+    names = key, *(f'{each}.{rest}' for each in split), rest
+    return next((name for name in names if name in weights), None)
