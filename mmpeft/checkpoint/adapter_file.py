@@ -32,15 +32,8 @@ from .validation import check_fingerprint, check_fits, check_whole
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Write what was trained as safetensors, and its manifest beside it as JSON.
 
-    Each file appears complete or not at all.
-
-    Args:
-        model: After :func:`mmpeft.inject`.
-        path: Such as ``adapter.safetensors``; the JSON is
-            ``adapter.safetensors.json``.
-
-    Returns:
-        The path.
+    Each file appears complete or not at all: ``adapter.safetensors`` and
+    ``adapter.safetensors.json``.
 
     Raises:
         UsageError: The model has no adapters.
@@ -52,21 +45,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
 
 
 def write_adapter(path: str | Path, state: Mapping[str, Tensor], manifest: Mapping) -> Path:
-    """Write an adapter file and the JSON beside it.
-
-    Args:
-        path: Such as ``adapter.safetensors``.
-        state: From :func:`mmpeft.adapter_state_dict`.
-        manifest: From :func:`mmpeft.checkpoint.manifest.describe`.
-
-    Returns:
-        The path.
-
-    Raises:
-        UnwrittenFileError: The disk is full or cannot be written to.
-    """
+    """Write what :func:`adapter_state_dict` and :func:`describe` gave; see :func:`save_adapter`."""
     path = Path(path)
-    state = {k: _stored(v) for k, v in state.items()}
+    layout = torch.contiguous_format
+    state = {k: v.detach().cpu().clone(memory_format=layout) for k, v in state.items()}
     text = json.dumps(dict(manifest))
     beside = json_beside(path)
     with replacing(path) as temporary:
@@ -81,7 +63,7 @@ def write_adapter(path: str | Path, state: Mapping[str, Tensor], manifest: Mappi
         )
         beside.unlink(missing_ok=True)  # or it would be taken for that of the new file
     with replacing(beside) as temporary:
-        temporary.write_text(_readable(readable))
+        temporary.write_text(json.dumps(readable, indent=2) + '\n')
     return path
 
 
@@ -91,13 +73,7 @@ def json_beside(path: Path) -> Path:
 
 
 def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Read an adapter file.
-
-    Args:
-        path: From :func:`save_adapter`.
-
-    Returns:
-        The manifest, and the state dict.
+    """The manifest and the state dict in an adapter file.
 
     Raises:
         UsageError: The file is not an adapter.
@@ -126,8 +102,12 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f'{source} is a safetensors file without a manifest of adapters. Give one that '
             'mmpeft.save_adapter wrote.'
         )
-    if metadata:
-        _check_checksum(metadata, text, state, source)
+    own = _checksum(text, state)
+    if metadata and metadata != dict(sha256=own):
+        raise DamagedFileError(
+            f'{source} is damaged: its content has the checksum {own[:16]}, and it says '
+            f'{str(metadata.get("sha256"))[:16]}. Give an intact copy.'
+        )
     try:
         manifest = parse(text)
         former = legacy.is_former(manifest)
@@ -153,11 +133,8 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
 
     Args:
         model: The base with its pretrained weights, with adapters or without.
-        path: From :func:`save_adapter`.
+        path: Of the file.
         check_base: Refuse another frozen base, and other dtypes.
-
-    Returns:
-        The same model.
 
     Raises:
         UsageError: The file is damaged or no adapter, or does not fit the
@@ -180,21 +157,10 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
 def read_fitting(
     model: nn.Module, path: str | Path, check_base: bool = True
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Read an adapter file that fits a model, which is not changed.
+    """:func:`read_adapter` of a file that :func:`load_adapter` can load; the model is not changed.
 
-    Args:
-        model: The base with its pretrained weights, with adapters or without.
-        path: From :func:`save_adapter`.
-        check_base: Refuse another frozen base, and other dtypes.
-
-    Returns:
-        As :func:`read_adapter`. On a plain model
-        :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds with this
-        manifest, and needs the memory of the file's tensors.
-
-    Raises:
-        UsageError: The file is damaged or no adapter, or does not fit.
-        MissingFileError: There is no such file.
+    On a plain model :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds
+    with the manifest, and needs the memory of the file's tensors.
     """
     manifest, state = read_adapter(path)
     source = repr(str(path))
@@ -218,34 +184,13 @@ def _without_values(model):
     """A copy of a model with its tensors on the meta device, which takes no memory."""
     memo = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for value in held.values():
-                if isinstance(value, Tensor):
-                    empty = torch.empty_like(value, device='meta', requires_grad=False)
-                    if isinstance(value, nn.Parameter):
-                        empty = nn.Parameter(empty, requires_grad=value.requires_grad)
-                    memo[id(value)] = empty
+        for value in (module._parameters | module._buffers | vars(module)).values():
+            if isinstance(value, Tensor):
+                empty = torch.empty_like(value, device='meta', requires_grad=False)
+                if isinstance(value, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=value.requires_grad)
+                memo[id(value)] = empty
     return copy.deepcopy(model, memo)
-
-
-def _stored(value):
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _readable(data):
-    """JSON with one line for each item of its lists and dicts."""
-    lines = [f'  {json.dumps(key)}: {_lines(value)}' for key, value in data.items()]
-    return '{\n' + ',\n'.join(lines) + '\n}\n'
-
-
-def _lines(value):
-    if isinstance(value, dict) and value:
-        items, ends = (f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()), '{}'
-    elif isinstance(value, list) and value:
-        items, ends = map(json.dumps, value), '[]'
-    else:
-        return json.dumps(value)
-    return f'{ends[0]}\n    ' + ',\n    '.join(items) + f'\n  {ends[1]}'
 
 
 def _short(error):
@@ -255,12 +200,3 @@ def _short(error):
 
 def _checksum(text, state):
     return hashlib.sha256(f'{text}{digest(state)}'.encode()).hexdigest()
-
-
-def _check_checksum(metadata, text, state, source):
-    own = _checksum(text, state)
-    if metadata != dict(sha256=own):
-        raise DamagedFileError(
-            f'{source} is damaged: its content has the checksum {own[:16]}, and it says '
-            f'{str(metadata.get("sha256"))[:16]}. Give an intact copy.'
-        )

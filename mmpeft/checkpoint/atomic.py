@@ -6,6 +6,7 @@ that was there before.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +19,11 @@ from mmpeft.errors import UnwrittenFileError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside a path, which replaces it when the block ends without an error.
+    """An empty file beside a path, which replaces it when the block ends without an error.
 
     Temporary names are ``.NAME.PROCESS.tmp``. Those that killed writers of
-    the same name left behind are removed. The file's mode follows the umask.
-
-    Args:
-        path: Its folder is created if it does not exist.
-
-    Yields:
-        Where to write: an empty file.
+    the same name left behind are removed. The file's mode follows the umask;
+    its folder is created if it does not exist.
 
     Raises:
         UnwrittenFileError: The disk is full or cannot be written to. The
@@ -58,10 +54,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in place; for files that must be complete within :func:`replacing`.
 
-    Args:
-        path: The file.
-        state: Tensors by name, contiguous, on the CPU, none sharing memory.
-        metadata: Text by key.
+    The tensors are contiguous, on the CPU, and share no memory.
 
     Raises:
         OSError: The disk is full or cannot be written to.
@@ -87,12 +80,10 @@ def _flush(path):
 
 
 def _remove_leftovers(path):
-    start, end = f'.{path.name}.', '.tmp'
     for name in os.listdir(path.parent):
-        if name.startswith(start) and name.endswith(end):
-            process = name[len(start) : -len(end)]
-            if process.isdecimal() and not _is_running(int(process)):
-                path.with_name(name).unlink(missing_ok=True)
+        match = re.fullmatch(rf'\.{re.escape(path.name)}\.(\d+)\.tmp', name)
+        if match and not _is_running(int(match[1])):
+            path.with_name(name).unlink(missing_ok=True)
 
 
 def _is_running(process):

@@ -5,13 +5,15 @@ from pathlib import Path
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file starts like safetensors: the length of a JSON header, then the header."""
-    start = _start(path, 9)
-    return start[8:] == b'{' and int.from_bytes(start[:8], 'little') <= path.stat().st_size
+    with open(path, 'rb') as file:
+        size, first = int.from_bytes(file.read(8), 'little'), file.read(1)
+    return first == b'{' and size <= path.stat().st_size
 
 
 def is_torch_file(path: Path) -> bool:
     """Whether a file starts like those of ``torch.save``: a zip archive or a pickle."""
-    return _start(path, 4) == b'PK\3\4' or _start(path, 2) == b'\x80\2'
+    with open(path, 'rb') as file:
+        return file.read(4).startswith((b'PK\3\4', b'\x80\2'))
 
 
 def checkpoint_instead(path: Path) -> str:
@@ -35,8 +37,3 @@ def adapter_instead(path: Path) -> str:
 def _beside(path, suffix, kind):
     other = path.with_suffix(suffix)
     return f' The {kind} beside it is {str(other)!r}.' if other.is_file() else ''
-
-
-def _start(path, size):
-    with open(path, 'rb') as file:
-        return file.read(size)

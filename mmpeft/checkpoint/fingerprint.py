@@ -14,7 +14,7 @@ from .keys import frozen_keys
 
 
 def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
-    """SHA-256 over the frozen base: names, dtypes, shapes and every element.
+    """:func:`digest` of the frozen base; '' if nothing is frozen.
 
     It does not depend on the device, nor on the names that
     :func:`mmpeft.inject` gives to adapted weights.
@@ -23,9 +23,6 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
         model: Holds the values, with adapters or without.
         adapted: Says what is frozen, after :func:`mmpeft.inject`; ``model``
             itself if None.
-
-    Returns:
-        64 hexadecimal digits; '' if nothing is frozen.
     """
     names = [plain_key(key) for key in frozen_keys(model if adapted is None else adapted)]
     if not names:
@@ -35,32 +32,20 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors: names, dtypes, shapes and every element, sorted by name.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 over tensors, sorted by name, as 64 hexadecimal digits; see :func:`digests`."""
     return hashlib.sha256(b''.join(digests(state).values())).hexdigest()
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """SHA-256 over each tensor: name, dtype, shape and every element.
+    """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes."""
 
-    Returns:
-        32 bytes each, sorted by name.
-    """
-
-    def digest_one(item):
-        name, value = item
-        value = value.detach().cpu().contiguous()
+    def digest_one(name):
+        value = state[name].detach().cpu().contiguous()
         whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        whole.update(_bytes(value))
+        if value.numel():
+            whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return whole.digest()
 
-    items = sorted(state.items())
+    names = sorted(state)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(sorted(state), pool.map(digest_one, items), strict=True))
-
-
-def _bytes(value):
-    return value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b''
+        return dict(zip(names, pool.map(digest_one, names), strict=True))

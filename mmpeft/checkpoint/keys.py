@@ -9,17 +9,11 @@ from mmpeft.injection.weights import is_below, join, newly_initialized, plain_ke
 
 
 def frozen_keys(model: nn.Module) -> list[str]:
-    """State-dict keys of the frozen base.
+    """State-dict keys of the frozen base of an adapted model, in the model's order.
 
     These are the parameters below a target module that do not train, and the
     buffers there, such as BatchNorm's statistics, except for what is newly
     initialized.
-
-    Args:
-        model: After :func:`mmpeft.inject`.
-
-    Returns:
-        Keys of ``model.state_dict()``, in its order.
     """
     trains_base = [record.method.trains_base for record in getattr(model, 'peft', [])]
     if not trains_base or any(trains_base):
@@ -38,15 +32,9 @@ def frozen_keys(model: nn.Module) -> list[str]:
 
 
 def adapter_keys(model: nn.Module) -> dict[str, str]:
-    """State-dict keys of all adapter tensors.
+    """State-dict keys of all adapter tensors, each with the key that an adapter file has for it.
 
-    Args:
-        model: With adapters or without.
-
-    Returns:
-        For each key the one under which an adapter file stores the tensor.
-        They differ where several adapters share a tensor, which is stored
-        under its first key.
+    They differ where several adapters share a tensor, which is stored under its first key.
     """
     held = {id(t) for adapter in named_adapters(model).values() for t in adapter.factors.values()}
     keys, first = {}, {}
@@ -63,14 +51,7 @@ def excluded_keys(model: nn.Module) -> list[str]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained: adapters, unfrozen parameters, and everything outside the target.
-
-    Args:
-        model: After :func:`mmpeft.inject`.
-
-    Returns:
-        ``model.state_dict()`` without :func:`excluded_keys`.
-    """
+    """What was trained: adapters, unfrozen parameters, and everything outside the target."""
     excluded = set(excluded_keys(model))
     return {key: value for key, value in model.state_dict().items() if key not in excluded}
 
@@ -86,11 +67,8 @@ def fill_frozen(
     Args:
         model: After :func:`mmpeft.inject`.
         state: From :func:`adapter_state_dict`, or a whole state dict of the
-            adapted or the plain model.
-        prefix: Prefix of the keys of ``state``, such as ``'module.'``.
-
-    Returns:
-        A new dict that shares the tensors.
+            adapted or the plain model; is not changed.
+        prefix: Of the keys of ``state``, such as ``'module.'``.
     """
     result = dict(state)
     own = model.state_dict()

@@ -23,14 +23,14 @@ from mmpeft.injection.weights import ADAPTERS, layers, weights_of
 from mmpeft.methods import ActivationMethod
 from mmpeft.registry import METHODS, modern_arguments
 
-from .manifest import check_injections, list_adapters
-from .plain_data import check_fields, checked_method, refused
+from .manifest import check_number, list_adapters
+from .plain_data import check, checked_method, refused
 from .safe_patterns import check_patterns
 
 VERSION = '0.3'
-MANIFEST = dict(version=str, torch=str, injections=list[dict], parameters=int, fingerprint=str)
-SINCE_0_3 = ('torch', 'parameters')
 INJECTION = dict(method=dict, targets=dict, unfreeze=list[str])
+MANIFEST = dict(version=str, torch=str, injections=[INJECTION], parameters=int, fingerprint=str)
+SINCE_0_3 = ('torch', 'parameters')
 TARGETS = dict(
     module=str,
     kinds=list[str] | None,
@@ -53,12 +53,12 @@ def check_former(manifest: Mapping) -> None:
     Raises:
         UsageError: The message says what is wrong.
     """
-    check_fields(manifest, MANIFEST, 'The manifest', optional=SINCE_0_3)
-    check_injections(manifest['injections'], INJECTION)
+    check(manifest, MANIFEST, 'The manifest', optional=SINCE_0_3)
+    check_number(manifest['injections'])
     for injection in manifest['injections']:
         method, targets = injection['method'], injection['targets']
         checked_method(method, VERSION)
-        check_fields(targets, TARGETS, 'The targets', optional=TARGETS)
+        check(targets, TARGETS, 'The targets', optional=TARGETS)
         with refused(targets):
             Targets.of(targets)
         for changes in targets.get('overrides', {}).values():
@@ -66,14 +66,12 @@ def check_former(manifest: Mapping) -> None:
 
 
 def upgraded(model: nn.Module, manifest: Mapping, state: Mapping[str, Tensor]) -> dict:
-    """The manifest in the present format.
+    """A manifest in the present format.
 
     Args:
-        model: The model that the adapter is to be loaded into, with adapters
-            or without; is not changed.
+        model: That the adapter is to be loaded into; is not changed.
         manifest: Checked by :func:`check_former`.
-        state: The state dict beside it, whose keys say where activations are
-            adapted.
+        state: Beside it; its keys say where activations are adapted.
 
     Raises:
         UsageError: The targets do not fit the model, or their patterns may be

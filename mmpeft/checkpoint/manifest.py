@@ -25,28 +25,24 @@ from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.version import __version__
 
 from .fingerprint import fingerprint
-from .plain_data import check_fields, checked_method, shorten
+from .plain_data import check, checked_method, shorten
 
 MOST_INJECTIONS = 32
 MANIFEST = dict(
     version=str,
     torch=str,
-    injections=list[dict],
+    injections=[dict(method=dict, module=str, trained=list[str])],
     methods=list[dict],
     adapters=list[dict],
     parameters=int,
     fingerprint=str,
 )
-INJECTION = dict(method=dict, module=str, trained=list[str])
-ADAPTER = dict(path=str, tensor=str, method=int, injection=int)
+WEIGHT = dict(path=str, tensor=str, method=int, injection=int)
 POINT = dict(kinds=list[str], shape=list[int], axis=int, numel=int, first=bool, ends=list[str])
 
 
 def describe(model: nn.Module) -> dict:
-    """The manifest of a model's adapters.
-
-    Args:
-        model: After :func:`mmpeft.inject`.
+    """The manifest of an adapted model.
 
     Returns:
         Plain data:
@@ -84,11 +80,7 @@ def describe(model: nn.Module) -> dict:
 
 
 def list_adapters(sites: Iterable[tuple[int, Site]]) -> tuple[list[dict], list[dict]]:
-    """``methods`` and ``adapters`` of a manifest.
-
-    Args:
-        sites: Each with the index of its injection, in the order of attaching.
-    """
+    """``methods`` and ``adapters`` of a manifest, of sites each with its injection's index."""
     methods, adapters = [], []
     for injection, site in sites:
         method = site.method.config()
@@ -132,29 +124,28 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
 
 
 def check_manifest(manifest: Mapping) -> None:
-    """Refuse a manifest that is not as :func:`describe` gives it.
+    """Refuse a manifest from JSON that is not as :func:`describe` gives it.
 
     Methods are known with valid arguments, and indices in range. Whether a
     model has the paths is for :func:`attach_adapters` to say.
 
-    Args:
-        manifest: From JSON.
-
     Raises:
         UsageError: The message says what is wrong.
     """
-    check_fields(manifest, MANIFEST, 'The manifest')
+    check(manifest, MANIFEST, 'The manifest')
     version, injections = manifest['version'], manifest['injections']
-    check_injections(injections, INJECTION)
+    check_number(injections)
     methods = [checked_method(method, version) for method in manifest['methods']]
     if any(getattr(method, 'budget', None) is not None for method in methods):
         raise UsageError('A method of the manifest has a budget in place of a rank.')
     asked = [checked_method(injection['method'], version) for injection in injections]
     places = set()
     for entry in manifest['adapters']:
-        is_weight = entry.get('tensor') != ''
-        check_fields(entry, ADAPTER if is_weight else ADAPTER | dict(point=dict), 'An adapter')
-        _check_entry(entry, is_weight, methods, asked, injections)
+        form = WEIGHT | dict(point=POINT) if entry.get('tensor') == '' else WEIGHT
+        check(entry, form, 'An adapter')
+        if fault := _fault(entry, methods, asked, injections):
+            name = shorten(join(entry['path'], entry['tensor']))
+            raise UsageError(f'The adapter {name} {fault}.')
         places.add((entry['injection'], entry['path'], entry['tensor']))
     if len(places) < len(manifest['adapters']):
         raise UsageError('The manifest adapts a weight or module twice in one injection.')
@@ -163,32 +154,29 @@ def check_manifest(manifest: Mapping) -> None:
         raise UsageError('An injection of the manifest has no adapters.')
 
 
-def check_injections(injections: list, types: Mapping) -> None:
-    """Refuse a list of injections that is empty or too long, or has other data in it."""
+def check_number(injections: list) -> None:
+    """Refuse a list of no or too many injections."""
     if not 1 <= len(injections) <= MOST_INJECTIONS:
         raise UsageError(
             f'The manifest has {len(injections)} injections, not 1 to {MOST_INJECTIONS}.'
         )
-    for injection in injections:
-        check_fields(injection, types, 'An injection')
 
 
-def _check_entry(entry, is_weight, methods, asked, injections):
-    for key, values in (('method', methods), ('injection', asked)):
-        if not 0 <= entry[key] < len(values):
-            raise UsageError(f'An adapter has {key}={shorten(entry[key])}, of {len(values)}.')
-    method, number = methods[entry['method']], entry['injection']
-    name = shorten(join(entry['path'], entry['tensor']))
+def _fault(entry, methods, asked, injections):
+    """What is wrong with an entry of ``adapters``; None for nothing."""
+    number, point = entry['injection'], entry.get('point')
+    if not (0 <= entry['method'] < len(methods) and 0 <= number < len(asked)):
+        return 'is of a method or an injection that the manifest does not have'
+    method = methods[entry['method']]
     if type(method) is not type(asked[number]):
-        raise UsageError(f'The adapter at {name} is of another method than its injection.')
-    if isinstance(method, ActivationMethod) is is_weight:
-        raise UsageError(f'{type(method).__name__} cannot adapt {name}.')
+        return 'is of another method than its injection'
+    if isinstance(method, ActivationMethod) is (point is None):
+        return f'cannot be adapted by {type(method).__name__}'
     if not is_below(entry['path'], [injections[number]['module']]):
-        raise UsageError(f'{name} is not below {shorten(injections[number]["module"])}.')
-    if not is_weight:
-        point = entry['point']
-        check_fields(point, POINT, 'An insertion point')
+        return f'is not below {shorten(injections[number]["module"])}'
+    if point is not None:
         valid = len(point['shape']) == 2 and min(*point['shape'], point['numel']) >= 0
         known = set(point['kinds']) <= {*KINDS, *POINT_KINDS}
         if not (valid and known and point['axis'] in (-1, 1)):
-            raise UsageError(f'An insertion point is {shorten(point)}.')
+            return f'has the insertion point {shorten(point)}'
+    return None

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from mmpeft.errors import UsageError, near
@@ -32,41 +32,39 @@ def parse(text: str) -> dict:
     return data
 
 
-def check_fields(
-    given: Any, types: Mapping[str, Any], what: str, optional: Iterable[str] = ()
-) -> None:
-    """Refuse data that is not a dict of certain keys with values of certain types.
+def check(given: Any, form: Any, what: str, optional: Iterable[str] = ()) -> None:
+    """Refuse data from JSON that is not of a form.
 
     Args:
-        given: From JSON.
-        types: Type of the value by key, such as ``list[str]``.
-        what: What to call it in errors, such as ``'An injection'``.
-        optional: Keys that may be missing.
+        given: The data.
+        form: A type, such as ``list[str] | None``; ``[form]`` for a list of that form; or
+            ``{key: form}`` for a dict with these keys.
+        what: What to call the data in errors.
+        optional: Keys that the dict may lack.
 
     Raises:
-        UsageError: Keys are missing or unknown, or a value is of another type.
+        UsageError: The message names the first part that is of another form.
     """
-    if not isinstance(given, dict):
+    if isinstance(form, dict) and isinstance(given, dict):
+        wrong = (form.keys() ^ given.keys()) - (set(optional) - given.keys())
+        if wrong:
+            raise UsageError(
+                f'{what} should have {", ".join(form)}; missing or unknown are '
+                f'{shorten(sorted(wrong))}.'
+            )
+        for key, value in given.items():
+            check(value, form[key], f'{what}: {key}')
+    elif isinstance(form, list) and isinstance(given, list):
+        for number, value in enumerate(given):
+            check(value, form[0], f'{what} {number}')
+    elif not _is_of(given, form):
         raise UsageError(f'{what} is {shorten(given)}.')
-    missing, unknown = types.keys() - given.keys() - set(optional), given.keys() - types.keys()
-    if missing or unknown:
-        raise UsageError(
-            f'{what} should have {", ".join(types)}; missing are {shorten(sorted(missing))} and '
-            f'unknown {shorten(sorted(unknown))}.'
-        )
-    for key, value in given.items():
-        if not _fits(value, types[key]):
-            raise UsageError(f'{what} has {key}={shorten(value)}.')
 
 
 def checked_method(given: Any, version: str) -> Method:
-    """A method from its config.
+    """A method from its config in a file that a version of mmpeft wrote.
 
     The name is looked up as it is: no name imports a module.
-
-    Args:
-        given: From JSON.
-        version: The version of mmpeft that wrote it.
 
     Raises:
         UsageError: The method or an argument is unknown, or a value is invalid.
@@ -98,19 +96,18 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:76]} ...'
 
 
-def _fits(value, hint) -> bool:
+def _is_of(value, kind) -> bool:
     """Whether a value from JSON is of a type; an integer passes as a number."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        return any(_fits(value, choice) for choice in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
-    if hint in (int, float):
-        kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    return isinstance(value, NoneType if hint is None else hint)
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_is_of(value, choice) for choice in inner)
+    if inner:
+        parts = value.values() if isinstance(value, dict) else value
+        return isinstance(value, get_origin(kind)) and all(_is_of(v, inner[-1]) for v in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    kind = int | float if kind is float else kind
+    return not isinstance(kind, dict | list) and isinstance(value, kind)
 
 
 def _number(text):

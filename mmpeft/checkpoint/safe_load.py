@@ -52,12 +52,9 @@ ALLOWED = [
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint; nothing in it is executed.
+    """Read a local checkpoint; nothing in it is executed.
 
     Tensors are read from the disk when they are used.
-
-    Args:
-        path: A local file.
 
     Raises:
         DamagedFileError: The file is truncated or corrupted, or
@@ -81,11 +78,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def saved_at(path: str | Path) -> tuple[str, int]:
-    """When a checkpoint was saved, by what it says itself: for sorting.
-
-    Returns:
-        Its time and iteration; ``'~'``, which sorts last, if it cannot be read.
-    """
+    """Time and iteration at which a checkpoint says it was saved; ``'~'`` if it cannot be read."""
     try:
         meta = _load(Path(path))['meta']
         return str(meta['time']), int(meta['iter'])

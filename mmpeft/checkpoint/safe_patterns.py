@@ -23,9 +23,6 @@ MOST_STEPS = 2_000_000
 def check_patterns(patterns: Iterable[str]) -> None:
     """Refuse patterns that are invalid or may be slow.
 
-    Args:
-        patterns: Regular expressions.
-
     Raises:
         UsageError: One is not a regular expression, or not certain to be fast.
     """

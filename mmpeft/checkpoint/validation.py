@@ -27,8 +27,7 @@ def check_fits(
     Args:
         model: After :func:`mmpeft.inject`.
         state: The adapter's state dict.
-        manifest: From :func:`~mmpeft.checkpoint.manifest.describe`, at the
-            time the adapter was saved.
+        manifest: Saved with it.
         source: What to call the adapter in errors.
         check_base: Compare the fingerprints of the frozen bases.
 
@@ -61,16 +60,10 @@ def check_fits(
 
 
 def check_fingerprint(base: str, manifest: Mapping, source: str) -> None:
-    """Refuse an adapter of another base.
-
-    Args:
-        base: The :func:`fingerprint` of the model.
-        manifest: From :func:`~mmpeft.checkpoint.manifest.describe`, at the
-            time the adapter was saved.
-        source: What to call the adapter in errors.
+    """Refuse an adapter whose manifest has another :func:`fingerprint` than the base's.
 
     Raises:
-        UsageError: The fingerprints differ.
+        UsageError: The message has both.
     """
     theirs = manifest['fingerprint']
     if base != theirs:
@@ -88,12 +81,7 @@ def check_whole(
 ) -> None:
     """Refuse a state dict that is not exactly what an adapter file of a model holds.
 
-    Args:
-        model: After :func:`mmpeft.inject`.
-        state: The adapter's state dict.
-        source: What to call the adapter in errors.
-        check_dtypes: Refuse other floating-point types, too; any other dtype
-            is refused in any case.
+    Without ``check_dtypes`` any floating-point type passes for any other.
 
     Raises:
         UsageError: Names, shapes or dtypes differ.
