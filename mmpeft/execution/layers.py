@@ -31,9 +31,7 @@ class _Adapted:
 def enable(layer: nn.Module, execution: str = AUTO) -> None:
     """Let a layer with one adapter on its weight select a kernel in each forward.
 
-    Args:
-        layer: Others are left unchanged.
-        execution: One of :data:`mmpeft.execution.CHOICES`.
+    Other layers are left unchanged. ``execution`` is one of :data:`mmpeft.execution.CHOICES`.
     """
     known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
     if execution == PLAIN or isinstance(layer, _Fast) or type(layer).forward not in known:

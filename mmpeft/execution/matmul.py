@@ -50,11 +50,10 @@ class ChannelsLast:
 
 
 class ChannelsFirst:
-    """Maps (N, C, T)."""
+    """The same products of maps (N, C, T), whose positions are T of each of N images."""
 
     @staticmethod
     def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A map (N, I, T) through a matrix (O, I), plus a bias (O,)."""
         if onednn.pays(x, weight):
             return onednn.channels_first(x, weight, bias)
         y = torch.matmul(weight, x)
@@ -62,12 +61,10 @@ class ChannelsFirst:
 
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """y (N, O, T) + x (N, I, T) through (O, I), in the memory of y and rounded once."""
         return y.baddbmm_(weight.expand(len(x), -1, -1), x)
 
     @staticmethod
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-        """The sum over positions of dy (N, O, T) times x (N, I, T): (O, I)."""
         result = linear(dy[0], x[0])
         for one, other in zip(dy[1:], x[1:], strict=True):
             result += linear(one, other)
@@ -75,7 +72,6 @@ class ChannelsFirst:
 
     @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
-        """The sum over positions of dy (N, O, T): (O,)."""
         return dy.sum((0, 2))
 
 
@@ -107,8 +103,7 @@ def matmul_add(
 ) -> Tensor:
     """x W^T + n U^T + b for maps x (I channels) and n (r), W (O, I), U (O, r) and b (O,).
 
-    In low precision the wide product comes last, so that the small sum is not
-    added to numbers that are rounded already.
+    In low precision the wide product comes last: the small one is not added to rounded numbers.
     """
     if is_low(x):
         return layout.accumulate(layout.matmul(narrow, up, bias), x, weight)

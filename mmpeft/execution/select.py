@@ -23,12 +23,7 @@ WHERE = 'in the weight', 'as a branch'
 
 
 class Kernel(NamedTuple):
-    """A fast forward of one layer.
-
-    Attributes:
-        name: For a reader.
-        run: The layer's output by its input.
-    """
+    """A fast forward of one layer: its name for a reader, and the output by the input."""
 
     name: str
     run: Callable[[Tensor], Tensor]

@@ -60,13 +60,9 @@ def pays(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> bool:
 
 
 def kernel_gradient(x: Tensor, dy: Tensor, shape: torch.Size, padding: tuple[int, ...]) -> Tensor:
-    """The gradient of a depthwise kernel at stride 1.
+    """The gradient, of a shape (C, 1, kh, kw), of a depthwise kernel at stride 1.
 
-    Args:
-        x: Input, (N, C, H, W).
-        dy: Gradient of the output, (N, C, H', W').
-        shape: Of the kernel and the result, (C, 1, kh, kw).
-        padding: Zeros around the input.
+    By the input (N, C, H, W), the gradient of the output (N, C, H', W') and the zeros around.
     """
     images, channels = x.shape[:2]
     x = x.reshape(1, images * channels, *x.shape[2:])

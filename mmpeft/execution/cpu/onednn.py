@@ -16,12 +16,7 @@ THIN = 128
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes a product faster than torch.
-
-    Args:
-        x: A map of I channels.
-        weight: (O, I)
-    """
+    """Whether oneDNN computes the product of a map of I channels and a matrix (O, I) faster."""
     return (
         x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
