@@ -49,14 +49,9 @@ def files_of(out: Path) -> tuple[Path, Path]:
 
 
 def write_converted(model: nn.Module, out: Path, cfg: Config, hook: ConfigDict) -> None:
-    """Write the adapters of a model: an adapter file, or a checkpoint and its config.
+    """Write the adapters of one injection: an adapter file, or a checkpoint and its config.
 
-    Args:
-        model: Adapted by one injection.
-        out: See :func:`files_of`.
-        cfg: The config of the model; it gets the arguments of PEFTHook that
-            adapt the model so.
-        hook: The entry of PEFTHook in ``cfg``.
+    ``hook``, the entry of PEFTHook in ``cfg``, gets the arguments that adapt the model so.
 
     Raises:
         UnwrittenFileError: The disk is full or cannot be written to.

@@ -28,13 +28,11 @@ PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 
 class Part(nn.Module):
-    """A part of a model, from preprocessed images to a tuple of tensors.
+    """A part of a detector or segmentor, from preprocessed images to a tuple of tensors.
 
-    Args:
-        model: A detector or segmentor.
-        part: ``'backbone'`` or ``'neck'`` gives their maps; ``'model'`` of a
-            segmentor the logits at the size of the image, of a detector with
-            one dense head what the head gives before boxes are decoded.
+    ``'backbone'`` and ``'neck'`` give their maps; ``'model'`` of a segmentor
+    the logits at the size of the image, of a detector with one dense head
+    what the head gives before boxes are decoded.
 
     Raises:
         UsageError: The model has no such part.
@@ -67,12 +65,9 @@ class Part(nn.Module):
 
 
 def prepared(model: nn.Module, plain: Config) -> nn.Module:
-    """The model to export, in float32 on the CPU.
+    """The model to export, in float32 on the CPU; ``plain`` is its config without adapters.
 
-    Args:
-        model: With adapters; they are merged if their method allows it, and
-            exported as they are otherwise.
-        plain: The config of the model without adapters.
+    Adapters are merged if their methods allow it, and exported as they are otherwise.
 
     Raises:
         UsageError: Adapters that cannot be merged are on weights of low precision.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmpeft.errors import UsageError, near
+from mmpeft.registry import known_arguments
 
 NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
 
@@ -75,11 +76,8 @@ def architecture_of(arch: str | Mapping | Architecture) -> Architecture:
         if arch not in ARCHITECTURES:
             raise UsageError(f'InternViT: there is no arch={arch!r}. {near(arch, ARCHITECTURES)}')
         return ARCHITECTURES[arch]
-    known = Architecture.__dataclass_fields__
-    for key in arch:
-        if key not in known:
-            raise UsageError(f'InternViT: arch has no field {key!r}. {near(key, known)}')
-    missing = [k for k in ('depth', 'width', 'heads', 'hidden') if k not in arch]
+    fields = known_arguments(Architecture, arch, 'InternViT: ')
+    missing = [k for k in ('depth', 'width', 'heads', 'hidden') if k not in fields]
     if missing:
         raise UsageError(f'InternViT: arch lacks {", ".join(missing)}.')
-    return Architecture(**arch)
+    return Architecture(**fields)

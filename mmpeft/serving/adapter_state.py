@@ -1,6 +1,6 @@
 """What an adapted model holds besides its base, and swapping it with what the base holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from mmpeft.checkpoint.keys import adapter_keys, frozen_keys
 from mmpeft.injection.attach import moved_to
 from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import Site
-from mmpeft.injection.weights import plain_key
+from mmpeft.injection.weights import join, plain_key
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,10 @@ class AdapterState:
 
 
 def clone_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New tensors for everything that a model holds besides its adapters and frozen base.
+    """New tensors for everything that an adapted model holds besides adapters and frozen base.
 
-    Args:
-        model: After :func:`mmpeft.inject`.
-        state: Their values, a state dict of this model.
-
-    Returns:
-        Tensors by their names in the plain model, tied and trainable as in the model.
+    They have the values of a state dict of the model and their names in the
+    plain model, and are tied and trainable as in the model.
     """
     own = model.state_dict(keep_vars=True)
     shared = {id(own[key]) for key in (*frozen_keys(model), *adapter_keys(model))}
@@ -48,28 +44,17 @@ def clone_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
             continue
         if id(value) not in clones:
             clone = torch.empty_like(value, requires_grad=False).copy_(state[key].detach())
-            if isinstance(value, nn.Parameter):
-                clone = nn.Parameter(clone, value.requires_grad)
-            clones[id(value)] = clone
+            is_parameter = isinstance(value, nn.Parameter)
+            clones[id(value)] = nn.Parameter(clone, value.requires_grad) if is_parameter else clone
         result[plain_key(key)] = clones[id(value)]
     return result
 
 
 def swap_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Swap tensors of a plain model with those in a dict, by name."""
-    for key, held, name in named_slots(model):
-        if key in tensors:
-            held[name], tensors[key] = moved_to(tensors[key], held[name]), held[name]
-
-
-def named_slots(model: nn.Module) -> Iterator[tuple[str, dict, str]]:
-    """All parameters and buffers of a plain model.
-
-    Yields:
-        Name in the model, the dict that holds the tensor, and its name there.
-    """
     for path, module in model.named_modules():
         for held in (module._parameters, module._buffers):
             for name, value in held.items():
-                if value is not None:
-                    yield f'{path}.{name}' if path else name, held, name
+                key = join(path, name)
+                if key in tensors:
+                    held[name], tensors[key] = moved_to(tensors[key], value), value

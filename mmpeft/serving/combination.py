@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.execution import AUTO
-from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import Site
 from mmpeft.injection.weights import is_below
 from mmpeft.methods import Method, WeightAdapter
@@ -81,13 +80,14 @@ def combine(
         parts: By name, none of them in use.
         weights: By the same names.
         base: Tensors of the plain base by name.
-        heads: As in :meth:`AdapterLibrary.combine`.
-
-    Raises:
-        UsageError: As :meth:`AdapterLibrary.combine`.
+        heads: As in :meth:`AdapterLibrary.combine`, as are the errors.
     """
     sites = _combined_sites(parts, weights)
-    records = [_record(record) for part in parts.values() for record in part.records]
+    records = [
+        replace(record, method=Combination(weights=(1.0,), chains=((record.method,),)))
+        for part in parts.values()
+        for record in part.records
+    ]
     return AdapterState(sites, records, _combined_tensors(parts, weights, base, heads))
 
 
@@ -153,10 +153,6 @@ def _combined(first: Site, chains: Mapping[str, list[Site]], weights, held) -> W
 
 def _prefix(chain, position):
     return f'part{chain}_{position}_'
-
-
-def _record(record: Injection) -> Injection:
-    return replace(record, method=Combination(weights=(1.0,), chains=((record.method,),)))
 
 
 def _combined_tensors(parts, weights, base, heads) -> dict[str, Tensor]:

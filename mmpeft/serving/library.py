@@ -18,7 +18,7 @@ from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
 
-from .adapter_state import AdapterState, clone_state, named_slots, swap_tensors
+from .adapter_state import AdapterState, clone_state, swap_tensors
 from .combination import check_weights, combine
 
 
@@ -39,12 +39,8 @@ class AdapterLibrary:
         adapters.use('coco')  # model(x) is the model that was saved as coco
         adapters.use(None)  # the base with its own heads
 
-    Args:
-        model: The plain base, with its pretrained weights in it, not wrapped
-            for DDP.
-
     Attributes:
-        model: As given.
+        model: The plain base, with its pretrained weights in it, not wrapped for DDP.
         current: Name of the adapter in use; None for the base.
 
     Raises:
@@ -108,9 +104,6 @@ class AdapterLibrary:
     def use(self, name: str | None) -> nn.Module:
         """Switch to an adapter, or to the base if ``name`` is None.
 
-        Returns:
-            The model.
-
         Raises:
             UsageError: There is no such adapter, or the model was adapted,
                 merged or restored by other means meanwhile.
@@ -142,8 +135,8 @@ class AdapterLibrary:
         largest weight. The adapters are those of the parts, not copies.
 
         Args:
-            name: Name of the new adapter.
-            weights: Names of adapters, each with its weight.
+            name: Of the new adapter.
+            weights: By the names of the parts.
             heads: The adapter whose heads are taken; None to mix them.
 
         Raises:
@@ -158,7 +151,7 @@ class AdapterLibrary:
             known = near(str(heads), parts)
             raise UsageError(f'heads={heads!r} is not one of the combined adapters. {known}')
         with self._using(None):
-            base = {key: held[slot] for key, held, slot in named_slots(self.model)}
+            base = self.model.state_dict(keep_vars=True)
             self._states[name] = combine(parts, weights, base, heads)
 
     def save(self, name: str, path: str | Path) -> Path:

@@ -19,7 +19,7 @@ def share_base(models: Mapping[str, nn.Module]) -> int:
     device or dtype afterwards gives it a base of its own again.
 
     Args:
-        models: Adapted models on one device, by name.
+        models: Adapted, on one device, by name.
 
     Returns:
         Bytes that were freed.
@@ -33,7 +33,13 @@ def share_base(models: Mapping[str, nn.Module]) -> int:
         for key in frozen_keys(model):
             owner, first = held.setdefault(plain_key(key), (name, state[key]))
             if not _equal(first, state[key]):
-                raise UsageError(_differ(models, owner, name, plain_key(key)))
+                prints = ' and '.join(f'{fingerprint(models[n])[:16]} ({n})' for n in (owner, name))
+                raise UsageError(
+                    f'{owner!r} and {name!r} have different frozen bases: {plain_key(key)} is not '
+                    f'the same in both. The fingerprints are {prints}. Adapters that were trained '
+                    'on different pretrained weights cannot share a backbone; serve them '
+                    'separately.'
+                )
             same.append((first, state[key]))
     freed = {}
     for first, tensor in same:
@@ -46,12 +52,3 @@ def share_base(models: Mapping[str, nn.Module]) -> int:
 def _equal(a, b):
     alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return alike and (a is b or torch.equal(a, b))
-
-
-def _differ(models, first, second, key):
-    prints = ' and '.join(f'{fingerprint(models[n])[:16]} ({n})' for n in (first, second))
-    return (
-        f'{first!r} and {second!r} have different frozen bases: {key} is not the same in both. '
-        f'The fingerprints are {prints}. Adapters that were trained on different pretrained '
-        'weights cannot share a backbone; serve them separately.'
-    )
