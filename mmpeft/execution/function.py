@@ -25,8 +25,7 @@ class FastFunction:
     ``reference(x, *tensors)`` returns y, computed by torch. Its derivatives are taken where
         gradients are differentiated again (``create_graph=True``).
 
-    Attributes:
-        recomputes_input: Whether backward may recompute x instead of saving it.
+    Where ``recomputes_input``, backward may recompute x instead of saving it.
     """
 
     recomputes_input: ClassVar[bool] = False

@@ -24,12 +24,8 @@ class ResponseNorm(FastFunction):
     """y from x and its norms.
 
     Shapes: ``x`` and y (N, H, W, C) or (N, C, H, W); ``weight`` w and ``bias`` b broadcastable
-    to them, the norms n too, with N. Only x has a gradient, of its shape.
-
-    Attributes:
-        positions: Dimensions of the positions.
-        channel: Dimension of the channels.
-        eps: Added to the mean norm.
+    to them, the norms n too, with N. Only x has a gradient, of its shape. ``positions`` and
+    ``channel`` are dimensions of x; ``eps`` is added to the mean norm.
     """
 
     positions: tuple[int, ...]

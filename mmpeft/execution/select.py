@@ -82,8 +82,8 @@ def has_one_adapter(layer: nn.Module) -> bool:
 def branch_pays(positions: int, out: int, features: int, *kernel_size: int) -> bool:
     """Whether an update is cheaper as a branch beside a layer than in its weight.
 
-    The branch adds to a map of O channels in forward and of I in backward; the weight is built
-    in both. Both are bound by the elements that they read and write.
+    By the elements that they read and write: the branch adds to a map of O channels in forward
+    and of I in backward; the weight is built in both.
     """
     return positions * (out + features) < 2 * out * features * prod(kernel_size)
 

@@ -89,9 +89,8 @@ def _without_equal(site):
     if method.matrix_shape(spec) != matrix_shape(spec, method.rank, 'channel'):
         return "is a kernel adapted in loralib's layout, and peft has layout='channel' alone"
     if isinstance(method, DoRA):
-        direction = LoRA.apply(
-            method, site.original.to(site.adapter.dtype), site.adapter.factors, spec
-        )
+        weight = site.original.to(site.adapter.dtype)
+        direction = LoRA.apply(method, weight, site.adapter.factors, spec)
         if (output_norm(direction, spec) == 0).any():
             return 'has an output channel of zeros, where peft divides by its norm and gives NaN'
     return None

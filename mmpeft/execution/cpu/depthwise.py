@@ -14,8 +14,7 @@ from mmpeft.execution.conv import convolution_gradients
 from mmpeft.execution.function import FastFunction
 from mmpeft.methods.spec import ConvGeometry
 
-# Maps of fewer elements (N C H W) are not worth it.
-SMALL_MAP = 2**12
+SMALL_MAP = 2**12  # Maps of fewer elements (N C H W) are not worth it.
 
 
 @dataclass(eq=False)
@@ -23,10 +22,8 @@ class DepthwiseConv(FastFunction):
     """y = x convolved with W, plus b, at stride and dilation 1.
 
     Shapes: ``x`` (N, C, H, W); ``weight`` W (C, 1, kh, kw), adapted already; ``bias`` b (C,) or
-    None. The result is (N, C, H', W'), and each gradient has its argument's shape.
-
-    Attributes:
-        geometry: Of the layer, with zeros alone and as many before an axis as after it.
+    None. The result is (N, C, H', W'), and each gradient has its argument's shape. The geometry
+    is as in :class:`~mmpeft.execution.conv.TuckerConv`.
     """
 
     geometry: ConvGeometry
