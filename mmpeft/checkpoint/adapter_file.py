@@ -159,8 +159,9 @@ def read_fitting(
 ) -> tuple[dict, dict[str, Tensor]]:
     """:func:`read_adapter` of a file that :func:`load_adapter` can load; the model is not changed.
 
-    On a plain model :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds
-    with the manifest, and needs the memory of the file's tensors.
+    Arguments and errors are the same. On a plain model
+    :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds with the
+    manifest, and needs the memory of the file's tensors.
     """
     manifest, state = read_adapter(path)
     source = repr(str(path))
