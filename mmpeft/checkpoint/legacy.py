@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.freeze import plain_parameters
-from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.insertion_points import Search
 from mmpeft.injection.points import point_at
 from mmpeft.injection.ranks import settle_ranks
 from mmpeft.injection.site import attached
@@ -148,8 +148,8 @@ def _select(model, method, targets, state):
 
 def _points(root, method, targets, state):
     """Insertion points at the modules that have adapters of activations in the state dict."""
-    found = {path: point for path, _, point in insertion_points(root, method.kinds)}
-    found = {p: point for p, point in found.items() if method.accepts(point) and not point.ends}
+    found = Search(root).find(*method.kinds).items()
+    found = {path: point for path, point in found if method.accepts(point) and not point.ends}
     own, mark = dict(layers(root)), f'.{ADAPTERS}.'
     prefix = f'{targets.module}.' if targets.module else ''
     if method.tied:  # all that share a tensor, which is stored under the first one's key

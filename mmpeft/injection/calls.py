@@ -15,20 +15,16 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mmpeft.errors import TrainingError
-from mmpeft.methods import Adapter
 
-from .site import attached
+from .site import attached, own_parameters
 from .weights import PARAMETRIZATIONS, join
 
 
 def uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Modules whose weight a module above them reads, and never calls them.
+    """Paths of children whose weight their module reads, and never calls them.
 
     Args:
-        modules: Those whose forward is traced, by path.
-
-    Returns:
-        Paths. None below a module whose forward cannot be traced.
+        modules: Those whose forward is traced, by path. Of one that cannot be traced, none.
     """
     traced, found = {}, set()
     for path, module in modules.items():
@@ -74,7 +70,6 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         used: Identities of the parameters that functions which return tensors got in the pass.
-        handles: Of the hooks of the model.
     """
 
     def __init__(self, model):
@@ -100,17 +95,12 @@ class _Watch(TorchFunctionMode):
         return result
 
     def after(self, model, args, output):
-        if self.used is None:
-            return
-        self.__exit__(None, None, None)
-        used, self.used = self.used, None
-        if output is not None:  # None after an exception
-            self.remove()
-            _check_adapters(model, used)
-
-    def remove(self):
-        while self.handles:
-            self.handles.pop().remove()
+        if self.used is not None:
+            self.__exit__(None, None, None)
+            used, self.used = self.used, None
+            if output is not None:  # None after an exception
+                unwatch(model)
+                _check_adapters(model, used)
 
 
 def watch(model: nn.Module) -> None:
@@ -124,19 +114,17 @@ def watch(model: nn.Module) -> None:
     Raises:
         TrainingError: Later, by ``model(...)``; names the module.
     """
-    if not _watches(model) and any(not site.tensor for site in attached(model)):
+    unwatch(model)
+    if any(not site.tensor for site in attached(model)):
         _Watch(model)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch`."""
-    for watch in _watches(model):
-        watch.remove()
-
-
-def _watches(model):
-    hooks = (getattr(hook, '__self__', None) for hook in model._forward_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, _Watch)]
+    for hook in list(model._forward_hooks.values()):
+        owner = getattr(hook, '__self__', None)
+        for handle in owner.handles if isinstance(owner, _Watch) else ():
+            handle.remove()
 
 
 def _check_adapters(model, used):
@@ -147,9 +135,7 @@ def _check_adapters(model, used):
         if site.tensor or site.adapter.ran:
             continue
         module = site.layer.get_submodule(site.spec.ends[-1] if site.spec.ends else '')
-        adapters = [m for m in module.modules() if isinstance(m, Adapter)]
-        own = {id(p) for p in module.parameters()}
-        if used & own - {id(p) for m in adapters for p in m.parameters()}:
+        if used.intersection(map(id, own_parameters(module))):
             raise TrainingError(
                 f'{type(site.method).__name__} at {site.path!r} took no part in the first forward '
                 'pass, although a weight of this module did: the network reads the weight '

@@ -7,16 +7,15 @@ only for query, key and value layers, which nothing else distinguishes.
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import combinations, takewhile
 
 from torch import nn
 
 from mmpeft.methods.spec import ConvGeometry, InsertionPoint, WeightSpec
 
 from .calls import uncalled
-from .paths import below, depth, lineage, smallest, within
 from .points import (
     LISTS,
     axis_of,
@@ -30,9 +29,8 @@ from .points import (
     norm_spec,
     widths,
 )
-from .weights import is_below, join, layers
+from .weights import is_below, join, layers, lineage, within
 
-CONTAINERS = LISTS | nn.Sequential
 QUERY = re.compile(r'(^|[._])(w?q|query|queries)([._]|$)', re.IGNORECASE)
 KEY = re.compile(r'(^|[._])(w?k|w?v|w?kv|keys?|values?)([._]|$)', re.IGNORECASE)
 POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries')
@@ -40,28 +38,14 @@ POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries')
 Points = dict[str, InsertionPoint]
 
 
-def insertion_points(
-    root: nn.Module, kinds: Iterable[str]
-) -> Iterator[tuple[str, nn.Module, InsertionPoint]]:
-    """Find the insertion points of some kinds below a module.
-
-    Args:
-        root: With or without adapters.
-        kinds: Of ``POINT_KINDS``. A module that fits several is yielded for each of them.
-
-    Yields:
-        Path, module and insertion point, in the order of the modules.
-    """
-    search = Search(root)
-    found = [search.find(kind) for kind in kinds]
-    for path, module in search.modules.items():
-        for points in found:
-            if path in points:
-                yield path, module, points[path]
+def smallest(found: dict) -> dict:
+    """What was found at paths that have no other of them below."""
+    outer = {above for path in found for above in lineage(path)[:-1]}
+    return {path: value for path, value in found.items() if path not in outer}
 
 
 class Search:
-    """The insertion points of a network, a property for each kind.
+    """The insertion points of a network by path, a property for each kind.
 
     Attributes:
         modules: All modules by path, without adapters.
@@ -72,18 +56,23 @@ class Search:
     def __init__(self, root: nn.Module):
         self.modules = dict(layers(root))
         self.layers: dict[str, WeightSpec] = {}
-        self._below: dict[str, dict[str, WeightSpec]] = defaultdict(dict)
+        # Of each module, the layers in it by their paths below it.
+        self._inside: dict[str, dict[str, WeightSpec]] = defaultdict(dict)
         for path, module in self.modules.items():
-            spec, (*above, _) = layer_spec(module), lineage(path)
-            if spec and not any(isinstance(self.modules[p], nn.MultiheadAttention) for p in above):
+            spec, above = layer_spec(module), lineage(path)
+            held = any(isinstance(self.modules[p], nn.MultiheadAttention) for p in above[:-1])
+            if spec and not held:
                 self.layers[path] = spec
-                for top in (*above, path):
-                    self._below[top][path] = spec
+                for top in above:
+                    self._inside[top][path[len(top) :].removeprefix('.')] = spec
 
-    def find(self, kind: str) -> Points:
-        """The insertion points of a kind by path."""
-        points = getattr(self, kind).items()
-        return {path: replace(point, first=not n) for n, (path, point) in enumerate(points)}
+    def find(self, *kinds: str) -> Points:
+        """The insertion points of some kinds; of a module that fits several, the first."""
+        found = {}
+        for kind in reversed(kinds):
+            points = enumerate(getattr(self, kind).items())
+            found |= {path: replace(point, first=not n) for n, (path, point) in points}
+        return found
 
     @cached_property
     def attention(self) -> Points:
@@ -92,22 +81,16 @@ class Search:
 
     def _attention(self, path, module):
         if isinstance(module, nn.MultiheadAttention):
-            return make_point('attention', module, module.embed_dim)
-        own = {p: s for p, s in self._below[path].items() if 'linear' in s.kinds}
-        own = {below(p, path): s for p, s in own.items() if depth(p) <= depth(path) + 2}
-        queries = [p for p in own if QUERY.search(p)]
-        keys = [p for p in own if KEY.search(p) and p not in queries]
-        for n, (back, spec) in enumerate(own.items()):
-            width, inner = widths(spec)
-            into = [p for p in list(own)[:n] if widths(own[p]) == (3 * inner, width)]
-            if not into and back not in queries + keys:
-                # Keys and values are two layers or one, and may be narrower than queries.
-                heads = [own[p].out_features / (1 + (len(keys) == 1)) for p in keys]
-                if heads and not any(inner % head for head in heads):
-                    into = [p for p in queries if widths(own[p]) == (inner, width)][:1]
-            if len(into) == 1 and not isinstance(module, CONTAINERS):
-                ends = (into[0], back) if '.' in back else ()
-                return make_point('attention', module, width, ends=ends)
+            return make_point('attention', module, (module.embed_dim, module.embed_dim))
+        linear = {p: s for p, s in self._near(path).items() if 'linear' in s.kinds}
+        queries = set(filter(QUERY.search, linear))
+        keys = set(filter(KEY.search, linear)) - queries
+        for into, back in combinations(linear, 2):
+            width, inner = widths(linear[back])
+            is_query = into in queries and keys and back not in queries | keys
+            if widths(linear[into]) == ((1 if is_query else 3) * inner, width):
+                ends = (into, back) if '.' in back else ()
+                return make_point('attention', module, (width, width), ends=ends)
         return None
 
     @cached_property
@@ -116,56 +99,52 @@ class Search:
 
         A block that holds attention of width d and such layers beside it is one as well.
         """
-        found = self._each(self._mlp)
-        return {p: found[p] for p in smallest(found | self._chains) if p not in self._chains}
+        found = smallest(self._each(self._mlp) | self._chains)
+        return {path: point for path, point in found.items() if path not in self._chains}
 
     def _mlp(self, path, module):
-        inside = within(self.attention, path)
-        own = {p: s for p, s in self._below[path].items() if not is_below(p, inside)}
+        attention, inside = within(self.attention, path), self._inside[path]
+        own = {p: s for p, s in inside.items() if not is_below(join(path, p), attention)}
         ends = mlp_ends(own)
         if not ends or is_below(path, self.attention):
             return None
-        width, axis = own[ends[1]].out_features, axis_of(self.modules[next(iter(own))])
-        if not inside:
-            return make_point('mlp', module, width, axis=axis)
-        fits = {self.attention[p].out_features for p in inside} == {width}
-        if not fits or isinstance(module, CONTAINERS) or max(map(depth, ends)) > depth(path) + 2:
+        shape, axis = widths(own[ends[1]])[:1] * 2, axis_of(module.get_submodule(next(iter(own))))
+        if not attention:
+            return make_point('mlp', module, shape, axis)
+        fits = all(self.attention[p].shape == shape for p in attention)
+        if not fits or not self._near(path).keys() >= {*ends}:
             return None
-        ends = tuple(below(p, path) for p in ends)
-        size = sum(count(self.modules[p]) for p in own)
-        return replace(make_point('mlp', module, width, axis=axis, ends=ends), numel=size)
+        size = sum(count(module.get_submodule(p)) for p in own)
+        return make_point('mlp', module, shape, axis, ends, size)
 
     @cached_property
     def mixer(self) -> Points:
         """The only depthwise convolution before the only MLP of a block without attention."""
         points = {}
         for path, mlp in self.mlp.items():
-            for block in lineage(path)[::-1]:
-                if len(within(self.mlp, block)) > 1 or within(self.attention, block):
-                    break
-                order = list(self._below[block])
-                start = order.index(next(p for p in self._below[path] if is_affine(self.layers[p])))
-                found = [p for p in order[:start] if is_spatial_depthwise(self.layers[p])]
-                found = [p for p in found if self.layers[p].in_features == mlp.in_features]
-                if found:
-                    points |= {p: self._own('mixer', p) for p in found if len(found) == 1}
-                    break
+            start = next(p for p in within(self.layers, path) if is_affine(self.layers[p]))
+            before = {p: self.layers[p] for p in takewhile(start.__ne__, self.layers)}
+            alone = (p for p in lineage(path) if within(self.mlp, p) == [path])
+            block = next((p for p in alone if not within(self.attention, p)), path)
+            found = [p for p in within(before, block) if is_spatial_depthwise(before[p])]
+            found = [p for p in found if before[p].in_features == mlp.in_features]
+            points |= self._own('mixer', found if len(found) == 1 else ())
         return points
 
     @cached_property
     def branch(self) -> Points:
         """The last norm of a residual block of convolutions, or its last layer if none follows."""
         points = {}
-        for block, (first, *_, last) in self._chains.items():
-            children = [join(block, name) for name, _ in self.modules[block].named_children()]
-            after = [p for p in children[children.index(last) :] if p in self.modules]
-            norms = [p for p in after if norm_spec(self.modules[p])]
-            end, ends = (norms or [last])[-1], (self.layers[first], self.layers[last])
-            shape = ends[1].out_features, ends[0].in_features
-            if not norms or norm_spec(self.modules[end]).out_features == shape[0]:
-                axis, size = axis_of(self.modules[last]), count(self.modules[block])
-                point = make_point('branch', self.modules[end], *shape, axis)
-                points[end] = replace(point, numel=size)
+        for path, (first, *_, last) in self._chains.items():
+            block, own = self.modules[path], self._inside[path]
+            shape = own[last].out_features, own[first].in_features
+            children = dict(block.named_children())
+            after = list(children)[list(children).index(last) :]
+            end = [last, *(name for name in after if norm_spec(children[name]))][-1]
+            if (norm_spec(children[end]) or own[last]).out_features == shape[0]:
+                axis, size = axis_of(children[last]), count(block)
+                point = make_point('branch', children[end], shape, axis, numel=size)
+                points[join(path, end)] = point
         return points
 
     @cached_property
@@ -174,42 +153,39 @@ class Search:
         return self._each(self._chain)
 
     def _chain(self, path, module):
-        own, chain = self._below[path], []
-        for p in own:
-            follows = not chain or own[chain[-1]].out_features == own[p].in_features
-            if depth(p) == depth(path) + 1 and follows:
-                chain.append(p)
-        if len(chain) < 2 or all(is_affine(own[p]) for p in chain):
-            return None
-        plain_mlp = mlp_ends(own) and not any(map(norm_spec, module.modules()))
-        if isinstance(module, CONTAINERS) or plain_mlp:
+        own, chain = self._inside[path], []
+        for name, spec in own.items():
+            if '.' not in name and (not chain or own[chain[-1]].out_features == spec.in_features):
+                chain.append(name)
+        is_mlp = mlp_ends(own) and not any(map(norm_spec, module.modules()))
+        is_matrix = len(chain) < 2 or all(is_affine(own[name]) for name in chain)
+        if is_mlp or is_matrix or isinstance(module, nn.Sequential):
             return None
         ends = own[chain[-1]].out_features, own[chain[0]].in_features
-        beside = [s for p, s in own.items() if p not in chain and depth(p) <= depth(path) + 2]
-        if any('conv' in s.kinds and widths(s) == ends for s in beside):
+        beside = [spec for p, spec in self._near(path).items() if p not in chain]
+        if any('conv' in spec.kinds and widths(spec) == ends for spec in beside):
             return chain
-        strides = [ConvGeometry.of(self.modules[p], own[p]).stride for p in chain]
+        strides = [ConvGeometry.of(getattr(module, name), own[name]).stride for name in chain]
         return chain if ends[0] == ends[1] and set().union(*strides) <= {1} else None
 
     @cached_property
     def layer(self) -> Points:
         """Linear layers and convolutions that the network calls."""
-        parents = {path.rpartition('.')[0] for path in self.layers if path}
-        traced = {p: m for p, m in self.modules.items() if p in parents}
-        dead = uncalled({p: m for p, m in traced.items() if not isinstance(m, CONTAINERS)})
-        return {path: self._own('layer', path) for path in self.layers if path not in dead}
+        parents = dict.fromkeys(path.rpartition('.')[0] for path in self.layers)
+        dead = uncalled({path: self.modules[path] for path in parents})
+        return self._own('layer', (path for path in self.layers if path not in dead))
 
     @cached_property
     def tokens(self) -> Points:
         """The smallest modules with an attention, an MLP and no convolution that take prompts."""
-        blocks = {}
-        for path in self.modules:
-            attention, mlp = within(self.attention, path), within(self.mlp, path)
-            convs = any('conv' in spec.kinds for spec in self._below[path].values())
-            if len(attention) == len(mlp) == 1 and not convs:
-                blocks[path] = self.attention[attention[0]].out_features
-        points = {p: make_point('tokens', self.modules[p], d) for p, d in smallest(blocks).items()}
-        return {p: point for p, point in points.items() if self._takes_prompts(p)}
+        found = smallest(self._each(self._tokens)).items()
+        return {path: point for path, point in found if self._takes_prompts(path)}
+
+    def _tokens(self, path, module):
+        attention = within(self.attention, path)
+        if len(attention) == len(within(self.mlp, path)) == 1 and not self._has_conv(path):
+            return make_point('tokens', module, self.attention[attention[0]].shape)
+        return None
 
     def _takes_prompts(self, path):
         """Whether a block takes any number of an image's tokens, batch first."""
@@ -217,12 +193,12 @@ class Search:
         names = [name for m in inside for name in (*m._parameters, *m._buffers, *m._modules)]
         names += [name for m in inside for name in inspect.signature(m.forward).parameters]
         windows = any(getattr(m, 'window_size', None) for m in inside)
-        batch_first = {m.batch_first for m in inside if hasattr(m, 'batch_first')} or {True}
-        if windows or True not in batch_first or any(map(POSITIONS.search, names)):
+        batch_first = [m.batch_first for m in inside if hasattr(m, 'batch_first')] or [True]
+        if windows or not any(batch_first) or any(map(POSITIONS.search, names)):
             return False
         for top in lineage(path)[-2::-1]:
             # Images come in through a convolution, words through an embedding.
-            if any('conv' in spec.kinds for spec in self._below[top].values()):
+            if self._has_conv(top):
                 return True
             if any(isinstance(m, nn.Embedding) for m in self.modules[top].modules()):
                 return False
@@ -231,15 +207,26 @@ class Search:
     @cached_property
     def border(self) -> Points:
         """Convolutions of stride 1 with zeros around the map, in blocks, MLPs and mixers."""
-        inner = {p for chain in self._chains.values() for p in chain} | set(self.mixer)
-        inner |= {p for path in self.mlp for p in self._below[path]}
-        found = [p for p in self.layers if p in inner and is_bordered(self.modules[p])]
-        return {path: self._own('border', path) for path in found}
+        inner = [join(block, name) for block, chain in self._chains.items() for name in chain]
+        inner += [*self.mlp, *self.mixer]
+        bordered = (path for path in self.layers if is_bordered(self.modules[path]))
+        return self._own('border', (path for path in bordered if is_below(path, inner)))
 
-    def _own(self, kind, path):
-        axis = axis_of(self.modules[path])
-        return make_point(kind, self.modules[path], *widths(self.layers[path]), axis)
+    def _own(self, kind, paths):
+        """Points of which each is a layer."""
+        layers = {path: self.modules[path] for path in paths}
+        return {
+            path: make_point(kind, layer, widths(self.layers[path]), axis_of(layer))
+            for path, layer in layers.items()
+        }
 
     def _each(self, find):
         modules = {p: m for p, m in self.modules.items() if not isinstance(m, LISTS)}
         return {path: found for path, m in modules.items() if (found := find(path, m))}
+
+    def _near(self, path):
+        """The layers that are children or grandchildren of a module."""
+        return {p: spec for p, spec in self._inside[path].items() if p.count('.') < 2}
+
+    def _has_conv(self, path):
+        return any('conv' in spec.kinds for spec in self._inside[path].values())

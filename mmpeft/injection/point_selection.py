@@ -13,9 +13,8 @@ from mmpeft.methods.spec import POINT_DESCRIPTIONS, POINT_KINDS, InsertionPoint
 from mmpeft.registry import METHODS
 
 from .insertion_points import Search
-from .paths import lineage, within
 from .points import point_at
-from .weights import is_below, newly_initialized
+from .weights import is_below, lineage, newly_initialized, within
 
 
 def points_for(
@@ -38,9 +37,8 @@ def points_for(
     Raises:
         UsageError: There is none, or a module that was named cannot be one.
     """
-    search, new, found = Search(root), newly_initialized(root), {}
-    for kind in method.kinds:
-        found = search.find(kind) | found
+    search, new = Search(root), newly_initialized(root)
+    found = search.find(*method.kinds)
     if kinds and len(kinds) == 1 and kinds[0] in method.kinds:
         found |= _named(search, kinds[0], include)
     points = {
@@ -48,18 +46,18 @@ def points_for(
         for path in search.modules
         if path in found and method.accepts(found[path]) and not is_below(path, new)
     }
+    network, name = type(root).__name__, type(method).__name__
     if not points:
-        raise UsageError(_no_point(search, method, type(root).__name__))
-    unpaired = _unpaired(search, set(method.kinds).intersection(kinds or method.kinds))
-    if unpaired:
-        there, path, missing = unpaired
-        warnings.warn(
-            f'{type(root).__name__} has {there}, such as {path!r}, where no {missing} '
-            f'({POINT_DESCRIPTIONS[missing]}) was found, so that {type(method).__name__} adapts '
-            f'none there. Name such modules with targets=dict(kinds={missing!r}, include=...), '
-            'with patterns of their whole paths.',
-            stacklevel=5,
-        )
+        raise UsageError(_no_point(search, method, network))
+    for there, path, missing in _unpaired(search):
+        if missing in method.kinds and missing in (kinds or method.kinds):
+            warnings.warn(
+                f'{network} has {there}, such as {path!r}, where no {missing} '
+                f'({POINT_DESCRIPTIONS[missing]}) was found, so that {name} adapts none there. '
+                + _name_modules(missing),
+                stacklevel=5,
+            )
+            break
     asked = {path: point for path, point in points.items() if point.kinds & set(kinds or ())}
     return method.narrow(asked or points)
 
@@ -76,33 +74,31 @@ def _named(search, kind, include):
     return {path: replace(point, first=path == first) for path, point in points.items()}
 
 
-def _unpaired(search, wanted):
-    """Attention without an MLP, or the reverse: its kind and path, and the kind missing."""
-    after = [*search.mlp, *search.branch]
-    for path in search.attention if 'mlp' in wanted else ():
+def _unpaired(search):
+    """Kind and path of attention without an MLP, or the reverse, and the kind missing."""
+    for path in search.attention:
         for top in lineage(path)[:-1]:
             several = len(within(search.attention, top)) > (3 if top else 1)
-            if several and not within(after, top):
-                return 'attention', path, 'mlp'
-    before = search.attention or search.mixer or search.branch
-    if 'attention' in wanted and len(search.mlp) > 1 and not before:
-        return 'mlp', next(iter(search.mlp)), 'attention'
-    return None
+            if several and not within([*search.mlp, *search.branch], top):
+                yield 'attention', path, 'mlp'
+    if len(search.mlp) > 1 and not (search.attention or search.mixer or search.branch):
+        yield 'mlp', next(iter(search.mlp)), 'attention'
 
 
 def _no_point(search, method, network):
     counts = {kind: len(search.find(kind)) for kind in POINT_KINDS}
     found = [f'{number} {kind!r}' for kind, number in counts.items() if number]
-    fitting = [
-        name
-        for name, other in METHODS.module_dict.items()
-        if issubclass(other, ActivationMethod) and any(counts[kind] for kind in other.kinds)
-    ]
+    fitting = ['Methods on weights, such as LoRA,']
+    for name, other in METHODS.module_dict.items():
+        if issubclass(other, ActivationMethod) and any(counts[kind] for kind in other.kinds):
+            fitting.append(name)
     wanted = ' or '.join(f'{kind!r} ({POINT_DESCRIPTIONS[kind]})' for kind in method.kinds)
     return (
         f'{type(method).__name__} acts at insertion points of kind {wanted}, and {network} has '
         f'none. It has {", ".join(found) or "no insertion point of any kind"}. '
-        + (f'{", ".join(fitting)} would fit, and so would m' if fitting else 'M')
-        + 'ethods on weights, such as LoRA. Or name modules with '
-        f"targets=dict(kinds={method.kinds[0]!r}, include='their.whole.path')."
+        f'{" or ".join(fitting)} would fit. {_name_modules(method.kinds[0])}'
     )
+
+
+def _name_modules(kind):
+    return f"You can name modules with targets=dict(kinds={kind!r}, include='their.whole.path')."

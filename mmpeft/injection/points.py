@@ -13,7 +13,8 @@ from mmpeft.methods.spec import (
     WeightSpec,
 )
 
-from .weights import ADAPTERS, PARAMETRIZATIONS, layers, weights_of
+from .site import own_parameters
+from .weights import layers, weights_of
 
 # Modules that have no forward of their own.
 LISTS = nn.ModuleList | nn.ModuleDict
@@ -22,27 +23,18 @@ LISTS = nn.ModuleList | nn.ModuleDict
 def make_point(
     kind: str,
     module: nn.Module,
-    out_features: int,
-    in_features: int | None = None,
+    shape: tuple[int, int],
     axis: int = -1,
     ends: tuple[str, ...] = (),
+    numel: int | None = None,
 ) -> InsertionPoint:
-    """The insertion point of a kind at a module.
-
-    Args:
-        kind: Of ``POINT_KINDS``.
-        module: The module.
-        out_features: Output channels.
-        in_features: Input channels, if they are not as many.
-        axis: The channels' position.
-        ends: As in :class:`InsertionPoint`.
-    """
+    """The insertion point of a kind at a module; the rest as in :class:`InsertionPoint`."""
     spec = layer_spec(module) if kind in ('layer', 'border') else None
     return InsertionPoint(
         frozenset({kind} | (spec.kinds if kind == 'layer' else set())),
-        Size((out_features, in_features or out_features)),
+        Size(shape),
         axis,
-        count(module),
+        count(module) if numel is None else numel,
         ends=ends,
         layer=spec if kind == 'layer' else None,
         geometry=ConvGeometry.of(module, spec) if spec and 'conv' in spec.kinds else None,
@@ -55,26 +47,23 @@ def point_at(module: nn.Module, kind: str) -> InsertionPoint:
     Raises:
         UsageError: The module does not have what the kind needs.
     """
-    inner = [m for _, m in layers(module) if layer_spec(m)]
-    inner = inner or [m for _, m in layers(module) if norm_spec(m)]
-    specs = [layer_spec(m) or norm_spec(m) for m in inner]
+    found = [m for _, m in layers(module)]
+    found = [m for m in found if layer_spec(m)] or [m for m in found if norm_spec(m)]
+    specs = [layer_spec(m) or norm_spec(m) for m in found]
+    width_in, width_out = (specs[0].in_features, specs[-1].out_features) if specs else (0, 0)
     if isinstance(module, LISTS):
         reason = 'it only lists modules and is never called itself; name one of them'
-    elif not inner:
+    elif not specs:
         reason = 'it holds no linear layer, convolution or norm that tells its number of channels'
     elif kind in ('layer', 'border') and not layer_spec(module):
         reason = 'it is no linear layer or convolution'
     elif kind == 'border' and not is_bordered(module):
         reason = 'its kernel must be odd, its stride 1, and its padding zeros'
-    elif kind in ('mlp', 'tokens') and specs[0].in_features != specs[-1].out_features:
-        reason = (
-            f'its first layer takes {specs[0].in_features} channels and its last one returns '
-            f'{specs[-1].out_features}'
-        )
+    elif kind in ('mlp', 'tokens') and width_in != width_out:
+        reason = f'its first layer takes {width_in} channels and its last one returns {width_out}'
     else:
-        out_features = specs[-1].out_features
-        in_features = out_features if kind == 'attention' else specs[0].in_features
-        return make_point(kind, module, out_features, in_features, axis_of(inner[0]))
+        shape = width_out, width_out if kind == 'attention' else width_in
+        return make_point(kind, module, shape, axis_of(found[0]))
     raise UsageError(
         f'{type(module).__name__} cannot be an insertion point of kind {kind!r} '
         f'({POINT_DESCRIPTIONS[kind]}): {reason}.'
@@ -96,8 +85,8 @@ def restore_point(module: nn.Module, data: dict) -> InsertionPoint:
             f'{type(module).__name__} is no insertion point of kind {kind!r}, shape {tuple(shape)} '
             f'(output and input channels) and layers {ends}.'
         )
-    point = make_point(kind, module, *shape, data['axis'], ends)
-    return replace(point, numel=data['numel'], first=data['first'])
+    point = make_point(kind, module, shape, data['axis'], ends, data['numel'])
+    return replace(point, first=data['first'])
 
 
 def layer_spec(module: nn.Module) -> WeightSpec | None:
@@ -131,16 +120,15 @@ def mlp_ends(specs: dict[str, WeightSpec]) -> tuple[str, ...]:
         Two paths; empty if the layers are no MLP.
     """
     affine = {path: spec for path, spec in specs.items() if is_affine(spec)}
-    others = [spec for path, spec in specs.items() if path not in affine]
-    if not 2 <= len(affine) <= 3 or not all(map(is_spatial_depthwise, others)):
+    mixes = any(not is_affine(s) and not is_spatial_depthwise(s) for s in specs.values())
+    if mixes or len(affine) not in (2, 3):
         return ()
     first, last = next(iter(affine)), max(reversed(affine), key=lambda p: affine[p].in_features)
-    width, hidden = widths(affine[last])
-    into = [spec for path, spec in affine.items() if path != last]
-    given = sum(spec.out_features for spec in into)
-    plain = len(into) == 1 and given == hidden >= width
+    width, hidden = widths(affine.pop(last))
+    given = sum(spec.out_features for spec in affine.values())
+    plain = len(affine) == 1 and given == hidden >= width
     gated = given == 2 * hidden > 2 * width
-    fits = (plain or gated) and all(spec.in_features == width for spec in into)
+    fits = (plain or gated) and all(spec.in_features == width for spec in affine.values())
     return (first, last) if fits and first != last else ()
 
 
@@ -162,15 +150,10 @@ def is_bordered(module: nn.Module) -> bool:
     if not isinstance(module, nn.modules.conv._ConvNd) or spec.transposed:
         return False
     geometry = ConvGeometry.of(module, spec)
-    zeros = geometry.padding_mode == 'zeros' and any(before for before, _ in geometry.padding)
+    zeros = geometry.padding_mode == 'zeros' and any(geometry.zeros)
     return zeros and set(geometry.stride) == {1} and all(size % 2 for size in spec.kernel_size)
 
 
 def count(module: nn.Module) -> int:
     """Parameters of a module without those of adapters in it."""
-    return sum(p.numel() for path, p in module.named_parameters() if not _is_adapters(path))
-
-
-def _is_adapters(path):
-    *above, name = path.split('.')
-    return ADAPTERS in above or (PARAMETRIZATIONS in above and not name.startswith('original'))
+    return sum(p.numel() for p in own_parameters(module))

@@ -131,6 +131,12 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return iter({id(p): p for a in adapters for p in a.parameters(recurse=False)}.values())
 
 
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model, each once, without those of adapters."""
+    adapters = {id(p) for p in adapter_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in adapters]
+
+
 def holder_of(layer: nn.Module) -> nn.Module:
     """The module that holds a layer's adapters of activations as children.
 

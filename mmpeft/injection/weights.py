@@ -36,6 +36,17 @@ def is_below(path: str, tops: Iterable[str]) -> bool:
     return any(not top or path == top or path.startswith(f'{top}.') for top in tops)
 
 
+def lineage(path: str) -> list[str]:
+    """The paths from the root's to a module's own."""
+    parts = path.split('.') if path else []
+    return ['.'.join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def within(paths: Iterable[str], top: str) -> list[str]:
+    """Those of some paths that are at another or below it."""
+    return [path for path in paths if is_below(path, [top])]
+
+
 def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules below a module with their paths, without the adapters in them."""
     for path, layer in module.named_modules():

@@ -78,7 +78,7 @@ def test_attaching_by_path_gives_the_same_model(name, tmp_path, monkeypatch):
         raise AssertionError('searched')
 
     monkeypatch.setattr(targets, 'select', fail)
-    monkeypatch.setattr(insertion_points, 'insertion_points', fail)
+    monkeypatch.setattr(insertion_points.Search, 'find', fail)
     loaded = mmpeft.load_adapter(base(network), path).eval()
     assert describe(loaded) == describe(model)
     assert sharing(loaded) == sharing(model)

@@ -9,7 +9,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.insertion_points import Search
 from mmpeft.injection.weights import weights_of
 from mmpeft.methods.spec import POINT_KINDS, ConvGeometry
 from mmpeft.models import InternViT, TimmBackbone
@@ -18,9 +18,10 @@ from tests.cases import BLOCKS, Attention, TransformerBlock, mlp
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
-def found(model, *kinds):
-    """Path and axis of the insertion points of some kinds."""
-    return [(path, point.axis) for path, _, point in insertion_points(model, kinds)]
+def found(model, kind):
+    """Path and axis of the insertion points of a kind, in the order of the modules."""
+    points = Search(model).find(kind)
+    return [(path, points[path].axis) for path, _ in model.named_modules() if path in points]
 
 
 def at(axis, *paths):
@@ -308,7 +309,7 @@ def test_attention_of_other_shapes(attention):
     model = nn.Sequential(attention(), perceptron())
     assert found(model, 'attention') == at(-1, '0')
     assert found(model, 'mlp') == at(-1, '1')
-    point = next(point for _, _, point in insertion_points(model, ['attention']))
+    (point,) = Search(model).find('attention').values()
     assert point.shape == (8, 8)
 
 
@@ -519,8 +520,8 @@ NETWORKS = dict(
 def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(name):
     model = NETWORKS[name]().float()
     model.eval()
-    every_kind = list(insertion_points(model, POINT_KINDS))
-    reached = {}
+    search, reached = Search(model), {}
+    every_kind = [item for kind in POINT_KINDS for item in search.find(kind).items()]
 
     def remember(path):
         def hook(_, args, kwargs, output):
@@ -529,12 +530,12 @@ def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(nam
 
         return hook
 
-    for path, module, _ in every_kind:
-        module.register_forward_hook(remember(path), with_kwargs=True)
+    for path, _ in every_kind:
+        model.get_submodule(path).register_forward_hook(remember(path), with_kwargs=True)
     small = BLOCKS.get(name.removeprefix('small_')) if name.startswith('small_') else None
     model(small.input(torch.float32) if small else torch.randn(2, 3, 64, 64))
-    assert every_kind and set(reached) == {path for path, _, _ in every_kind}
-    for path, _, point in every_kind:
+    assert every_kind and set(reached) == {path for path, _ in every_kind}
+    for path, point in every_kind:
         given, returned = reached[path]
         assert returned[point.axis] == point.out_features, path
         if 'branch' not in point.kinds:
@@ -543,13 +544,10 @@ def test_places_are_reached_and_their_channels_are_where_they_are_said_to_be(nam
             assert len(given) == 3 and given == returned, path
 
 
-def points(model, kind):
-    return {path: point for path, _, point in insertion_points(model, [kind])}
-
-
 def test_what_an_insertion_point_is():
     model = timm.create_model('convnextv2_atto', **CONVNEXT)
-    found = {kind: points(model, kind) for kind in ('mixer', 'mlp', 'border', 'layer')}
+    search = Search(model)
+    found = {kind: search.find(kind) for kind in ('mixer', 'mlp', 'border', 'layer')}
     mlp_point = found['mlp']['stages.1.blocks.0.mlp']
     mixer, border, layer = (
         found[kind]['stages.1.blocks.0.conv_dw'] for kind in ('mixer', 'border', 'layer')
@@ -574,7 +572,7 @@ def test_what_an_insertion_point_is():
 
 def test_a_branch_counts_its_block_and_has_its_widths():
     model = torchvision.models.resnet18()
-    point = {path: point for path, _, point in insertion_points(model, ['branch'])}['layer2.0.bn2']
+    point = Search(model).find('branch')['layer2.0.bn2']
     assert point.shape == (128, 64)
     assert point.numel == sum(p.numel() for p in model.layer2[0].parameters())
 
@@ -606,9 +604,9 @@ def test_an_adapted_network_has_the_places_of_the_plain_one(name):
     plain, model = BLOCKS[name].build(), BLOCKS[name].build()
     mmpeft.inject(model, dict(type='HoulsbyAdapter', rank=2))
     mmpeft.inject(model, dict(type='LoRA', rank=2))
-    assert [(path, point) for path, _, point in insertion_points(model, POINT_KINDS)] == [
-        (path, point) for path, _, point in insertion_points(plain, POINT_KINDS)
-    ]
+    expected, search = Search(plain), Search(model)
+    for kind in POINT_KINDS:
+        assert list(search.find(kind).items()) == list(expected.find(kind).items())
 
 
 @pytest.mark.parametrize(

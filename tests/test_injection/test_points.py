@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.insertion_points import Search
 from mmpeft.injection.points import point_at, restore_point
 from mmpeft.methods.spec import POINT_KINDS
 from tests.cases import BLOCKS, Attention, conv_mlp, mlp
@@ -16,9 +16,11 @@ from tests.zoo import NETWORKS
 @pytest.mark.parametrize('name', ['hf_bert', 'hf_detr', 'mmseg_mscan', 'timm_mobilenet'])
 def test_a_point_is_restored_from_plain_data(name):
     model = NETWORKS[name].build()
-    for path, module, point in insertion_points(model, POINT_KINDS):
-        data = json.loads(json.dumps(point.to_dict()))
-        assert restore_point(module, data) == point, path
+    search = Search(model)
+    for kind in POINT_KINDS:
+        for path, point in search.find(kind).items():
+            data = json.loads(json.dumps(point.to_dict()))
+            assert restore_point(model.get_submodule(path), data) == point, path
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,8 @@ def test_data_of_another_module_is_refused(kind, module, other):
 
 def test_data_with_layers_that_are_not_there_is_refused():
     model = NETWORKS['hf_bert'].build()
-    _, module, point = next(insertion_points(model, ['mlp']))
+    path, point = next(iter(Search(model).find('mlp').items()))
+    module = model.get_submodule(path)
     assert point.ends == ('intermediate.dense', 'output.dense')
     assert point.shape == (16, 16) and point.numel == 2 * 16 * 32 + 16 + 32
     with pytest.raises(UsageError, match="layers .'intermediate.dense', 'output.dense'"):
@@ -51,8 +54,8 @@ def test_data_with_layers_that_are_not_there_is_refused():
 @pytest.mark.parametrize('kind', POINT_KINDS)
 def test_a_module_found_by_structure_is_the_same_point_when_named(name, kind):
     model = BLOCKS[name].build()
-    for _, module, point in insertion_points(model, [kind]):
-        named = point_at(module, kind)
+    for path, point in Search(model).find(kind).items():
+        named = point_at(model.get_submodule(path), kind)
         assert named.axis == point.axis and named.kinds == point.kinds
         if kind == 'branch':  # The norm at its end does not tell how the block begins.
             assert named.out_features == point.out_features

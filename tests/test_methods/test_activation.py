@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.insertion_points import insertion_points
+from mmpeft.injection.insertion_points import Search
 from mmpeft.injection.site import adapters_of, attached, named_adapters
 from mmpeft.methods import ActivationAdapter
 from mmpeft.methods.activation.parallel import factor_shapes
@@ -379,7 +379,7 @@ def test_a_convolution_that_pads_in_a_way_of_its_own_is_refused():
 @pytest.mark.parametrize('name', ONE_LAYER)
 def test_a_parallel_adapter_starts_as_a_layer_does(name):
     model = LAYERS[name].build()
-    ((_, _, point),) = insertion_points(model, ['layer'])
+    (point,) = Search(model).find('layer').values()
     down, up = factor_shapes(point, 3)
     mmpeft.inject(model, dict(type='ParallelAdapter', rank=3))
     factors = attached(model)[0].adapter.factors
