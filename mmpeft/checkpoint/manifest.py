@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import attach_sites
+from mmpeft.injection.attach import attach, make_adapters
 from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.points import restore_point
@@ -118,8 +118,10 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
         check_ranks(sites)
         method = checked_method(injection['method'], version)
         freeze_target(model, method, injection['module'], injection['trained'])
-        for site in attach_sites(sites, empty=True):
+        sites = make_adapters(sites, empty=True)
+        for site in sites:
             site.adapter.injection = number
+        attach(sites)
     watch(model)
 
 

@@ -1,7 +1,6 @@
 """Attach adapters to a model, and detach them."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -22,31 +21,17 @@ from .weights import ADAPTERS, PARAMETRIZATIONS
 ORDER = 'peft_order'
 
 
-def attach_sites(
+def make_adapters(
     sites: Sequence[Site], empty: bool = False, execution: str = execution.AUTO
 ) -> list[Site]:
-    """Make the adapters of one injection and attach them.
+    """The sites of one injection with new adapters, to be attached.
+
+    Tied weights share one adapter, and adapters of equal methods the factors in ``method.tied``.
 
     Args:
         sites: Without adapters.
         empty: Fill what files store of adapters with NaN, to be loaded, and spare computing it.
         execution: One of ``mmpeft.execution.CHOICES``.
-
-    Returns:
-        The sites with their adapters.
-    """
-    sites = make_adapters(sites, empty, execution)
-    attach(sites)
-    return sites
-
-
-def make_adapters(
-    sites: Sequence[Site], empty: bool = False, execution: str = execution.AUTO
-) -> list[Site]:
-    """Make the adapters of one injection, and attach none yet; see :func:`attach_sites`.
-
-    Tied weights share one adapter. Adapters of equal methods share the factors
-    that the method lists in ``shared``.
     """
     adapters, shared = {}, {}
     for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
@@ -90,7 +75,7 @@ def detach(sites: Iterable[Site]) -> None:
     for site in sites:
         if site.tensor:
             if parametrize.is_parametrized(site.layer, site.tensor):
-                _unparametrize(site)
+                _unparametrize(site.layer, site.tensor, site.execution)
             continue
         site.adapter.unhook()
         holder = holder_of(site.layer)
@@ -107,13 +92,12 @@ def detachable(model: nn.Module) -> list[Site]:
         UsageError: A weight has a parametrization of another library beside the adapter.
     """
     sites = attached(model)
-    own = Counter((site.layer, site.tensor) for site in sites if site.tensor)
-    for (layer, tensor), count in own.items():
-        if count < len(layer.parametrizations[tensor]):
-            name = next(s.name for s in sites if (s.layer, s.tensor) == (layer, tensor))
+    for site in (site for site in sites if site.tensor):
+        chain = site.layer.parametrizations[site.tensor]
+        if not all(isinstance(each, WeightAdapter) for each in chain):
             raise UsageError(
-                f'{name} has a parametrization that is not of mmpeft beside the adapter, so the '
-                'adapter cannot be removed alone. Remove the other first with '
+                f'{site.name} has a parametrization that is not of mmpeft beside the adapter, so '
+                'the adapter cannot be removed alone. Remove the other first with '
                 'torch.nn.utils.parametrize.remove_parametrizations.'
             )
     return sites
@@ -131,11 +115,10 @@ def detach_all(model: nn.Module) -> None:
 
 def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor on another's device and in its dtype; a parameter remains the same object."""
-    if tensor.device == like.device and tensor.dtype == like.dtype:
-        return tensor
-    if not isinstance(tensor, nn.Parameter):
-        return tensor.to(like.device, like.dtype)
-    tensor.data = tensor.data.to(like.device, like.dtype)
+    moved = tensor.to(like.device, like.dtype)
+    if moved is tensor or not isinstance(tensor, nn.Parameter):
+        return moved
+    tensor.data = moved.data
     return tensor
 
 
@@ -149,17 +132,16 @@ def _parametrize(site):
     execution.enable(layer, site.execution)
 
 
-def _unparametrize(site):
-    layer = site.layer
+def _unparametrize(layer, tensor, way):
     _own_class(layer)
-    parametrize.remove_parametrizations(layer, site.tensor, leave_parametrized=False)
+    parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
     parameters = layer._parameters
     for name in layer.__dict__[ORDER]:  # torch has moved the weight to the end
         if name in parameters:
             parameters[name] = parameters.pop(name)
     if not any(adapters_of(layer, tensor) for tensor in getattr(layer, PARAMETRIZATIONS, {})):
         del layer.__dict__[ORDER]
-    execution.enable(layer, site.execution)
+    execution.enable(layer, way)
 
 
 def _own_class(layer):

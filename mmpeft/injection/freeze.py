@@ -53,14 +53,8 @@ def freeze_target(
     """Freeze a module except for some parameters, and append the record to ``model.peft``.
 
     Adapters, and parameters that earlier injections train, stay trainable. Call
-    it before the adapters of the injection are attached.
-
-    Args:
-        model: With or without adapters.
-        method: With its budget and scale resolved.
-        module: Path of the target module.
-        trained: Names below it, in the model without adapters, of parameters that train.
-        execution: ``'plain'`` leaves the forward of frozen layers as it is.
+    it before the adapters of the injection are attached. The arguments are those of
+    :class:`Injection`.
 
     Raises:
         UsageError: No parameter has a name in ``trained``; the model is unchanged.
@@ -90,23 +84,17 @@ def freeze_target(
 
 
 def freeze_again(model: nn.Module, records: list[Injection]) -> None:
-    """Do to a model what injections did before, except for the adapters.
-
-    Args:
-        model: In the state that :func:`release` leaves.
-        records: In order; they become ``model.peft``.
-    """
+    """Do to a released model what injections did, except for the adapters."""
     for record in records:
         _apply(model, record)
     model.peft = records
 
 
 def release(model: nn.Module, records: Iterable[Injection] | None = None) -> None:
-    """Undo :func:`freeze_target`.
+    """Undo :func:`freeze_target` in a model without adapters.
 
     Args:
-        model: Without adapters.
-        records: Those in ``model.peft`` if None, which is deleted.
+        records: What to undo; all that is in ``model.peft``, which is deleted, if None.
     """
     if records is None:
         records = model.__dict__.pop('peft', [])
@@ -120,7 +108,7 @@ def release(model: nn.Module, records: Iterable[Injection] | None = None) -> Non
 
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters except those of adapters, by all their names without adapters."""
+    """All parameters except those of adapters, by all their names in the model without them."""
     adapters = {id(p) for p in adapter_parameters(module)}
     named = module.named_parameters(remove_duplicate=False)
     return {plain_key(name): p for name, p in named if id(p) not in adapters}
@@ -137,8 +125,7 @@ class _FrozenStatistics:
 def freeze_statistics(module: nn.Module) -> None:
     """Hold the running statistics of all norm layers in a module that are not newly initialized.
 
-    The layers change their class, as a parametrized layer does, so that the
-    effect survives ``model.train()`` and ``copy.deepcopy``.
+    The layers change their class, so that ``model.train()`` and ``copy.deepcopy`` keep the effect.
     """
     new = newly_initialized(module)
     for path, layer in layers(module):

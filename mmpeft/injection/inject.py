@@ -55,9 +55,6 @@ def inject(
             into the weight, or beside the layer; ``'plain'`` builds weights
             as torch's parametrize does and leaves frozen layers unchanged.
 
-    Returns:
-        The summary of the adapted model.
-
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a
             rank or budget does not fit, or an argument is unknown. The model

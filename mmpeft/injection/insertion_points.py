@@ -178,14 +178,15 @@ class Search:
     @cached_property
     def tokens(self) -> Points:
         """The smallest modules with an attention, an MLP and no convolution that take prompts."""
-        found = smallest(self._each(self._tokens)).items()
-        return {path: point for path, point in found if self._takes_prompts(path)}
-
-    def _tokens(self, path, module):
-        attention = within(self.attention, path)
-        if len(attention) == len(within(self.mlp, path)) == 1 and not self._has_conv(path):
-            return make_point('tokens', module, self.attention[attention[0]].shape)
-        return None
+        blocks = {}
+        for path in self.modules:
+            attention = within(self.attention, path)
+            if len(attention) == len(within(self.mlp, path)) == 1 and not self._has_conv(path):
+                blocks[path] = self.attention[attention[0]].shape
+        found = {
+            path: shape for path, shape in smallest(blocks).items() if self._takes_prompts(path)
+        }
+        return {path: make_point('tokens', self.modules[path], found[path]) for path in found}
 
     def _takes_prompts(self, path):
         """Whether a block takes any number of an image's tokens, batch first."""

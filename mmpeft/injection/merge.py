@@ -18,13 +18,7 @@ MERGED = 'peft_merged'
 
 @dataclass(frozen=True)
 class Merged:
-    """What a reversible merge keeps for :func:`unmerge`.
-
-    Attributes:
-        sites: With their adapters.
-        records: What ``model.peft`` was.
-        originals: Layer, name of its weight, and the frozen weight.
-    """
+    """What a reversible merge keeps: adapters, what ``model.peft`` was, and frozen weights."""
 
     sites: list[Site]
     records: list[Injection]
@@ -32,10 +26,7 @@ class Merged:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Detach all adapters and release the base, in place.
-
-    Args:
-        model: With adapters, without, or merged reversibly.
+    """Detach all adapters, also of a reversible merge, and release the base, in place.
 
     Raises:
         UsageError: A weight has a parametrization of another library beside its
@@ -55,13 +46,10 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     also reads elsewhere without the adapters is unchanged there.
 
     Args:
-        model: With adapters or without.
+        model: Computes afterwards what it did in evaluation mode.
         reversible: Keep the adapters and the frozen weights that they change
             outside the state dict, for :func:`unmerge`. Until then the base
             stays frozen. A second ``merge(model)`` drops them.
-
-    Returns:
-        The same model, which computes what it did in evaluation mode.
 
     Raises:
         UsageError: A method cannot be merged, a merged weight has NaN or
@@ -69,7 +57,14 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
             be the second one. The model is unchanged.
     """
     sites = detachable(model)
-    _check_methods(sites)
+    fixed = [site for site in sites if not site.method.merges]
+    if fixed:
+        raise UsageError(
+            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} insertion points, '
+            f'such as {fixed[0].name!r}) and is not a function of a weight, so it cannot be '
+            'merged. Deploy the model with its adapters attached: save_adapter and load_adapter, '
+            'or the checkpoint itself.'
+        )
     records, earlier = getattr(model, 'peft', []), model.__dict__.get(MERGED)
     if reversible and earlier is not None and (sites or records):
         raise UsageError(
@@ -105,11 +100,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     the same objects as before, on the device and in the dtype that the model
     has now. What was trained elsewhere since then stays.
 
-    Args:
-        model: After ``merge(model, reversible=True)``.
-
     Raises:
-        UsageError: It was not merged so, or was adapted or parametrized since.
+        UsageError: The model was not merged so, or was adapted or parametrized since.
     """
     kept = model.__dict__.get(MERGED)
     if kept is None:
@@ -148,25 +140,14 @@ def _merged(chain: list[Site]) -> nn.Parameter:
     for site in chain:
         value = site.adapter.in_double(value)
     rounded = torch.empty_like(original).copy_(value)
-    if rounded.isfinite().all():
-        return nn.Parameter(rounded, original.requires_grad)
-    if value.isfinite().all():
+    if not value.isfinite().all():
+        raise UsageError(
+            f'The merged {name} has NaN or infinite elements: the training diverged. Use an '
+            'earlier checkpoint.'
+        )
+    if not rounded.isfinite().all():
         raise UsageError(
             f'The merged {name} reaches {value.abs().max().item():.3g}, which {original.dtype} '
             'cannot hold. Merge the model in float32 or bfloat16.'
         )
-    raise UsageError(
-        f'The merged {name} has NaN or infinite elements: the training diverged. Use an earlier '
-        'checkpoint.'
-    )
-
-
-def _check_methods(sites):
-    fixed = [site for site in sites if not site.method.merges]
-    if fixed:
-        raise UsageError(
-            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} insertion points, '
-            f'such as {fixed[0].name!r}) and is not a function of a weight, so it cannot be '
-            'merged. Deploy the model with its adapters attached: save_adapter and load_adapter, '
-            'or the checkpoint itself.'
-        )
+    return nn.Parameter(rounded, original.requires_grad)

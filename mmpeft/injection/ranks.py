@@ -1,5 +1,8 @@
 """From a parameter budget to ranks, and checks of ranks."""
 
+import re
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +14,7 @@ from mmpeft.methods.spec import InsertionPoint, WeightSpec
 
 from .site import Site
 
-UNITS = {'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
+UNITS = {'': 1, 'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
 
 
 def adapters_size(pairs: Iterable[tuple[Method, WeightSpec | InsertionPoint]]) -> int:
@@ -34,12 +37,10 @@ def parse_count(count: int | str) -> int:
     Raises:
         UsageError: It is not a positive number.
     """
-    text = str(count).strip().lower().replace(',', '').replace('_', '')
-    unit = UNITS.get(text[-1:], 1)
-    try:
-        value = round(float(text[:-1] if text[-1:] in UNITS else text) * unit)
-    except ValueError:
-        value = 0
+    number = re.fullmatch(
+        r'(\d*\.?\d+(?:e\+?\d+)?)([kmbg]?)', re.sub('[ ,_]', '', str(count)).lower()
+    )
+    value = round(float(number[1]) * UNITS[number[2]]) if number else 0
     if value < 1:
         raise UsageError(
             f"budget={count!r} is not a number of parameters, such as 12_900_000 or '12.9M'."
@@ -49,22 +50,16 @@ def parse_count(count: int | str) -> int:
 
 def largest(fits, low: int, high: int) -> int:
     """The largest integer in [low, high] for which a monotone test holds; low if none does."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda n: not fits(n))
 
 
 def settle_ranks(method: Method, sites: list[Site], max_share: float | None = None) -> Method:
-    """Give each site its final rank: spend the budget, check, cap.
+    """Give each site its final rank, in place: spend the budget, check, cap.
 
     Args:
-        method: The method before the targets' overrides.
-        sites: Changed in place.
+        method: The method before the targets' overrides, returned with its budget spent.
+        sites: Of the method and its overrides.
         max_share: As in :class:`~mmpeft.injection.targets.Targets`.
-
-    Returns:
-        The method with its budget spent.
 
     Raises:
         UsageError: The budget is smaller than rank 1 needs, or a rank is
@@ -107,19 +102,15 @@ def _spend_budget(method, sites):
 def check_ranks(sites: Iterable[Site]) -> None:
     """Refuse ranks that are larger than any of their weights allows.
 
-    Args:
-        sites: Those whose methods have no rank are ignored.
-
     Raises:
         UsageError: The message names the largest possible rank.
     """
-    allowed: dict[Method, tuple[int, str]] = {}
+    allowed = defaultdict(list)
     for site in (site for site in sites if isinstance(site.method, Ranked)):
-        highest = (site.method.max_rank(site.spec), site.name)
-        allowed[site.method] = max(highest, allowed.get(site.method, highest))
-    for method, (highest, name) in allowed.items():
-        ranks = (method.rank,) if isinstance(method.rank, int) else method.rank
-        if max(ranks) > highest:
+        allowed[site.method].append((site.method.max_rank(site.spec), site.name))
+    for method, limits in allowed.items():
+        highest, name = max(limits)
+        if max((method.rank,) if isinstance(method.rank, int) else method.rank) > highest:
             raise UsageError(
                 f'{type(method).__name__}: rank={method.rank} is larger than any of its weights '
                 f'allows; the largest possible is {highest}, at {name!r}. Lower the rank.'
@@ -127,15 +118,14 @@ def check_ranks(sites: Iterable[Site]) -> None:
 
 
 def _capped(site, max_share):
+    def fits(method):
+        return adapters_size([(method, site.spec)]) <= max_share * site.spec.numel
+
     method = site.method
-    limit = max_share * site.spec.numel
-    if adapters_size([(method, site.spec)]) <= limit:
+    if fits(method):
         return method
     if not isinstance(method.rank, int):
         raise UsageError(
             f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
         )
-    rank = largest(
-        lambda r: adapters_size([(method.with_rank(r), site.spec)]) <= limit, 1, method.rank
-    )
-    return method.with_rank(rank)
+    return method.with_rank(largest(lambda rank: fits(method.with_rank(rank)), 1, method.rank))

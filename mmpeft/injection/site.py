@@ -63,9 +63,8 @@ class Site:
 def attached(model: nn.Module) -> list[Site]:
     """One site for each adapter and each weight or module that it is attached to.
 
-    Returns:
-        In the model's order; those of one weight or module in the order in which they
-        apply. Attached again in this order, adapters have the same names.
+    They are in the model's order, and those of one weight or module in the order in which they
+    apply. Attached again in this order, adapters have the same names.
     """
     found = []
     for path, layer in layers(model):
@@ -80,15 +79,12 @@ def attached(model: nn.Module) -> list[Site]:
 def sites_at(
     model: nn.Module, entries: Iterable[tuple[str, str, Method, InsertionPoint | None]]
 ) -> list[Site]:
-    """Sites by their paths, without a search.
+    """Sites without adapters by their paths, without a search.
 
     Args:
         model: With or without adapters.
         entries: Path of the layer, name of the weight in it ('' for activations), method,
             and for activations the insertion point.
-
-    Returns:
-        Sites without adapters, in the order of the entries.
 
     Raises:
         UsageError: There is no such layer or weight, or the method is not defined on it.

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from mmpeft.methods.spec import WeightSpec
+from mmpeft.methods.spec import KINDS, WeightSpec
 
-from .site import Site, adapter_parameters, adapters_of, attached
+from .site import Site, adapters_of, attached, own_parameters
 from .weights import is_below, layers, newly_initialized, weights_of
 
 
@@ -84,21 +84,13 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count what :func:`mmpeft.inject` did to a model.
-
-    Args:
-        model: With or without adapters; meta tensors will do.
-
-    Returns:
-        A row for each adapter, and totals.
-    """
+    """Count what :func:`mmpeft.inject` did to a model, on the meta device too."""
     modules = {record.module: None for record in getattr(model, 'peft', [])} or {'': None}
     modules = [path for path in modules if not is_below(path, modules.keys() - {path})]
     roots = [model.get_submodule(path) for path in modules]
     rows = summary_rows(attached(model))
-    inside = {id(p): p for root in roots for p in root.parameters()}
-    of_adapters = {id(p) for p in adapter_parameters(model)}
-    own = [p for key, p in inside.items() if key not in of_adapters]
+    own = {id(p): p for root in roots for p in own_parameters(root)}.values()
+    inside = {id(p) for root in roots for p in root.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
     return Summary(
         rows=rows,
@@ -140,7 +132,5 @@ def _skipped(root) -> Counter:
 def _kind(spec):
     if not isinstance(spec, WeightSpec):
         return '/'.join(sorted(spec.kinds))
-    for kind in ('depthwise', 'conv', 'linear', 'embedding', 'norm'):
-        if kind in spec.kinds:
-            return f'{kind} bias' if spec.is_bias else kind
-    return 'other'
+    kinds = [kind for kind in ('depthwise', *KINDS) if kind in spec.kinds] or ['other']
+    return f'{kinds[0]} bias' if spec.is_bias else kinds[0]

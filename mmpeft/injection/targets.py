@@ -1,14 +1,14 @@
 """Which weights and insertion points of a model a method adapts."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationMethod, Method
-from mmpeft.methods.spec import KINDS, POINT_KINDS, InsertionPoint, WeightSpec
+from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.registry import known_arguments
 
 from .point_selection import points_for
@@ -99,33 +99,32 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
 def select(
     model: nn.Module, method: Method, targets: Targets, found: Iterable | None = None
 ) -> list[Site]:
-    """What a method adapts under the given targets.
+    """What a method adapts under the given targets: sites without adapters, in order.
 
     Args:
         model: With adapters or without.
         method: The method.
         targets: What to select.
-        found: From what, as :func:`candidates` gives it; its result if None.
-
-    Returns:
-        Sites without adapters, in the model's order.
+        found: From what: paths of layers, layers, names of weights in them ('' for activations),
+            and their roles. If None, from all that the method is defined on and that is not
+            newly initialized.
 
     Raises:
         UsageError: Nothing is selected, a pattern matches nothing that the
-            method is defined on, or an override is not an argument of the method.
+            method is defined on, an override is not an argument of the method, or the network
+            has no insertion point for it.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
     below = targets.module or 'the model'
     patterns = targets.include + targets.exclude + tuple(targets.overrides)
     sites, names, seen = [], [], set()
     if found is None:
-        found = candidates(target_module(model, targets.module), method, targets)
+        found = _candidates(target_module(model, targets.module), method, targets)
     for path, layer, tensor, spec in found:
         name = join(path, tensor)
         names.append(name)
-        if kinds is not None and not spec.kinds.intersection(kinds):
-            continue
-        if spec.kinds.intersection(targets.exclude_kinds):
+        of_kind = kinds is None or spec.kinds.intersection(kinds)
+        if not of_kind or spec.kinds.intersection(targets.exclude_kinds):
             continue
         matched = {pattern for pattern in patterns if re.search(pattern, name)}
         seen |= matched
@@ -149,17 +148,7 @@ def select(
     return sites
 
 
-def candidates(
-    root: nn.Module, method: Method, targets: Targets
-) -> Iterator[tuple[str, nn.Module, str, WeightSpec | InsertionPoint]]:
-    """All that a method could adapt below a module, without what is newly initialized there.
-
-    Yields:
-        Path of the layer, the layer, name of the weight in it ('' for activations), and its role.
-
-    Raises:
-        UsageError: The method acts on activations, and there is no insertion point for it.
-    """
+def _candidates(root, method, targets):
     if isinstance(method, ActivationMethod):
         for path, point in points_for(root, method, targets.kinds, targets.include).items():
             yield path, root.get_submodule(path), '', point
@@ -172,7 +161,7 @@ def candidates(
 
 
 def _overridden(method, overrides, matched):
-    for pattern in (pattern for pattern in overrides if pattern in matched):
+    for pattern in filter(matched.__contains__, overrides):
         where = f'targets.overrides[{pattern!r}]: '
         arguments = known_arguments(type(method), overrides[pattern], where)
         if 'rank' in arguments and hasattr(method, 'budget'):

@@ -21,9 +21,7 @@ NORMS = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBas
 def plain_key(key: str) -> str:
     """The name that a stored parameter has in the model without adapters."""
     path, mark, rest = key.rpartition(MARK)
-    if not mark or not rest.endswith(ORIGINAL):
-        return key
-    return path + rest.removesuffix(ORIGINAL)
+    return path + rest.removesuffix(ORIGINAL) if mark and rest.endswith(ORIGINAL) else key
 
 
 def join(*paths: str) -> str:
@@ -76,17 +74,11 @@ def newly_initialized(module: nn.Module) -> list[str]:
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
-    """The parameters that a module owns itself and whose role is known.
+    """Names and roles of the parameters that a module owns itself and whose role is known.
 
     Layers are recognized by their type; third-party convolutions, such as
     deformable ones, by the attributes of a convolution. An ``nn.MultiheadAttention`` yields
     its input projections; its ``out_proj`` is a linear layer of its own.
-
-    Args:
-        module: Any module; children are not looked at.
-
-    Yields:
-        The parameter's name in the module and its :class:`WeightSpec`.
     """
     names = list(module._parameters)
     names += [n for n in getattr(module, PARAMETRIZATIONS, ()) if n not in names]

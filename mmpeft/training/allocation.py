@@ -1,5 +1,7 @@
 """Methods that reallocate their parameters during training."""
 
+from collections import defaultdict
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -8,12 +10,7 @@ from mmpeft.methods import Allocator
 
 
 class Allocation:
-    """Calls the allocators of a model before and after every optimizer step.
-
-    Args:
-        allocators: One for each method that has one.
-        optimizer: The optimizer.
-    """
+    """Calls the allocators of a model's methods before and after every optimizer step."""
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
         self.allocators = allocators
@@ -58,14 +55,10 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
         model: After :func:`mmpeft.inject`.
         optimizer: The optimizer that trains it.
         steps: Optimizer steps of the whole run.
-
-    Returns:
-        Closes them, and has their state for resuming. Without allocators if no
-        method has one.
     """
-    by_type = {}
+    by_type = defaultdict(dict)
     for path, adapter in named_adapters(model).items():
-        by_type.setdefault(type(adapter.method), {})[path] = adapter
+        by_type[type(adapter.method)][path] = adapter
     allocators = []
     for adapters in by_type.values():
         method = next(iter(adapters.values())).method

@@ -9,13 +9,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     """The sum of all adapters' terms, each with its weight; None if there are none.
 
     :class:`~mmpeft.engine.hooks.PEFTHook` adds it to the losses in a Runner; in a
-    loop of your own add it before ``backward``.
-
-    Args:
-        model: After :func:`mmpeft.inject`.
-
-    Returns:
-        A scalar.
+    loop of your own add it before ``backward``. It is a scalar.
     """
     terms = [adapter.penalty() for adapter in named_adapters(model).values()]
     terms = [term for term in terms if term is not None]

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import attach, attach_sites, detach, detachable
+from mmpeft.injection.attach import attach, detach, detachable, make_adapters
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.site import adapter_parameters, attached, sites_at
 from tests.cases import METHODS, Attention, TransformerBlock, randomize
@@ -83,7 +83,7 @@ def by_path(model, empty):
             entries = [(s.path, s.tensor, s.method, None if s.tensor else s.spec) for s in sites]
             sites = sites_at(plain, entries)
             freeze_target(plain, record.method, record.module, record.trained)
-            attach_sites(sites, empty)
+            attach(make_adapters(sites, empty))
         return plain
 
     return attach_to
