@@ -23,8 +23,7 @@ from .weights import PARAMETRIZATIONS, join
 def uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
     """Paths of children whose weight their module reads, and never calls them.
 
-    Args:
-        modules: Those whose forward is traced, by path. Of one that cannot be traced, none.
+    Modules whose forward cannot be traced have none.
     """
     traced, found = {}, set()
     for path, module in modules.items():
@@ -66,15 +65,11 @@ def _uncalled(module):
 
 
 class _Watch(TorchFunctionMode):
-    """Checks the first forward pass of a model with gradients, and is gone then.
-
-    Attributes:
-        used: Identities of the parameters that functions which return tensors got in the pass.
-    """
+    """Checks the first forward pass of a model with gradients, and is gone then."""
 
     def __init__(self, model):
         super().__init__()
-        self.used = None
+        self.used = None  # identities of the parameters that functions got in the pass
         self.handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, always_call=True),

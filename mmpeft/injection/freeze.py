@@ -22,7 +22,7 @@ class Injection:
     Names of parameters are those of the model without adapters.
 
     Attributes:
-        method: As asked for, with its budget and scale resolved.
+        method: With its budget and scale resolved.
         module: Path of the target module; '' for the whole model.
         trained: Names, below the target module, of its parameters that train.
         trained_before: Names in the model of the parameters that were frozen here.

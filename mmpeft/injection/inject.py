@@ -39,16 +39,15 @@ def inject(
     what the first one trains; methods on one weight apply in order.
 
     Args:
-        model: Any module, with its pretrained weights.
+        model: With its pretrained weights.
         method: A method or its config, such as ``dict(type='FLoRA', rank=32)``.
         targets: A :class:`~mmpeft.injection.targets.Targets` or a dict of its fields.
         unfreeze: Patterns (regular expressions) of parameter names below the
             target module that train themselves. What the model marks as
             ``newly_initialized`` trains in any case.
-        empty: Fill adapters with NaN instead of initial values, to be loaded;
-            spares the decompositions that some methods start from. The
-            default scale of a Lie update follows from the present weights: to
-            load a state dict over other weights, pass ``model.peft[0].method``
+        empty: Fill adapters with NaN, to be loaded; spares the decompositions that some
+            methods start from. The default scale of a Lie update follows from the present
+            weights: to load a state dict over other weights, pass ``model.peft[0].method``
             of the model that it came from.
         execution: ``'auto'`` takes for each layer the fastest kernel that
             computes the same; ``'merged'`` and ``'branch'`` put thin updates
@@ -56,9 +55,8 @@ def inject(
             as torch's parametrize does and leaves frozen layers unchanged.
 
     Raises:
-        UsageError: The targets select nothing, a pattern matches nothing, a
-            rank or budget does not fit, or an argument is unknown. The model
-            is unchanged.
+        UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
+            does not fit, or an argument is unknown. The model is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)

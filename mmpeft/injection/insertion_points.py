@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 from functools import cached_property
-from itertools import combinations, takewhile
+from itertools import combinations, dropwhile, takewhile
 
 from torch import nn
 
@@ -20,7 +20,6 @@ from .points import (
     LISTS,
     axis_of,
     count,
-    is_affine,
     is_bordered,
     is_spatial_depthwise,
     layer_spec,
@@ -58,12 +57,12 @@ class Search:
         self.layers: dict[str, WeightSpec] = {}
         # Of each module, the layers in it by their paths below it.
         self._inside: dict[str, dict[str, WeightSpec]] = defaultdict(dict)
+        whole = [p for p, m in self.modules.items() if isinstance(m, nn.MultiheadAttention)]
         for path, module in self.modules.items():
-            spec, above = layer_spec(module), lineage(path)
-            held = any(isinstance(self.modules[p], nn.MultiheadAttention) for p in above[:-1])
-            if spec and not held:
+            spec = layer_spec(module)
+            if spec and not is_below(path, whole):
                 self.layers[path] = spec
-                for top in above:
+                for top in lineage(path):
                     self._inside[top][path[len(top) :].removeprefix('.')] = spec
 
     def find(self, *kinds: str) -> Points:
@@ -108,27 +107,28 @@ class Search:
         ends = mlp_ends(own)
         if not ends or is_below(path, self.attention):
             return None
-        shape, axis = widths(own[ends[1]])[:1] * 2, axis_of(module.get_submodule(next(iter(own))))
+        width, axis = own[ends[1]].out_features, axis_of(module.get_submodule(next(iter(own))))
         if not attention:
-            return make_point('mlp', module, shape, axis)
-        fits = all(self.attention[p].shape == shape for p in attention)
+            return make_point('mlp', module, (width, width), axis)
+        fits = all(self.attention[p].out_features == width for p in attention)
         if not fits or not self._near(path).keys() >= {*ends}:
             return None
         size = sum(count(module.get_submodule(p)) for p in own)
-        return make_point('mlp', module, shape, axis, ends, size)
+        return make_point('mlp', module, (width, width), axis, ends, size)
 
     @cached_property
     def mixer(self) -> Points:
         """The only depthwise convolution before the only MLP of a block without attention."""
+        depthwise = {p: spec for p, spec in self.layers.items() if is_spatial_depthwise(spec)}
         points = {}
         for path, mlp in self.mlp.items():
-            start = next(p for p in within(self.layers, path) if is_affine(self.layers[p]))
-            before = {p: self.layers[p] for p in takewhile(start.__ne__, self.layers)}
-            alone = (p for p in lineage(path) if within(self.mlp, p) == [path])
-            block = next((p for p in alone if not within(self.attention, p)), path)
-            found = [p for p in within(before, block) if is_spatial_depthwise(before[p])]
-            found = [p for p in found if before[p].in_features == mlp.in_features]
-            points |= self._own('mixer', found if len(found) == 1 else ())
+            start = next(p for p in within(self.layers, path) if self.layers[p].is_matrix)
+            before = [p for p in takewhile(start.__ne__, self.layers) if p in depthwise]
+            before = [p for p in before if depthwise[p].in_features == mlp.in_features]
+            alone = [p for p in reversed(lineage(path)) if within(self.mlp, p) == [path]]
+            blocks = [within(before, p) for p in alone if not within(self.attention, p)]
+            nearest = next(filter(None, blocks), ())
+            points |= {p: self._own('mixer', p) for p in nearest if len(nearest) == 1}
         return points
 
     @cached_property
@@ -139,7 +139,7 @@ class Search:
             block, own = self.modules[path], self._inside[path]
             shape = own[last].out_features, own[first].in_features
             children = dict(block.named_children())
-            after = list(children)[list(children).index(last) :]
+            after = dropwhile(last.__ne__, children)
             end = [last, *(name for name in after if norm_spec(children[name]))][-1]
             if (norm_spec(children[end]) or own[last]).out_features == shape[0]:
                 axis, size = axis_of(children[last]), count(block)
@@ -158,8 +158,8 @@ class Search:
             if '.' not in name and (not chain or own[chain[-1]].out_features == spec.in_features):
                 chain.append(name)
         is_mlp = mlp_ends(own) and not any(map(norm_spec, module.modules()))
-        is_matrix = len(chain) < 2 or all(is_affine(own[name]) for name in chain)
-        if is_mlp or is_matrix or isinstance(module, nn.Sequential):
+        has_kernel = not all(own[name].is_matrix for name in chain)
+        if is_mlp or len(chain) < 2 or not has_kernel or isinstance(module, nn.Sequential):
             return None
         ends = own[chain[-1]].out_features, own[chain[0]].in_features
         beside = [spec for p, spec in self._near(path).items() if p not in chain]
@@ -173,20 +173,18 @@ class Search:
         """Linear layers and convolutions that the network calls."""
         parents = dict.fromkeys(path.rpartition('.')[0] for path in self.layers)
         dead = uncalled({path: self.modules[path] for path in parents})
-        return self._own('layer', (path for path in self.layers if path not in dead))
+        return {path: self._own('layer', path) for path in self.layers if path not in dead}
 
     @cached_property
     def tokens(self) -> Points:
         """The smallest modules with an attention, an MLP and no convolution that take prompts."""
         blocks = {}
-        for path in self.modules:
-            attention = within(self.attention, path)
-            if len(attention) == len(within(self.mlp, path)) == 1 and not self._has_conv(path):
-                blocks[path] = self.attention[attention[0]].shape
-        found = {
-            path: shape for path, shape in smallest(blocks).items() if self._takes_prompts(path)
-        }
-        return {path: make_point('tokens', self.modules[path], found[path]) for path in found}
+        for path, module in self.modules.items():
+            attention, mlps = within(self.attention, path), within(self.mlp, path)
+            is_called = not isinstance(module, LISTS)
+            if is_called and len(attention) == len(mlps) == 1 and not self._has_conv(path):
+                blocks[path] = make_point('tokens', module, self.attention[attention[0]].shape)
+        return {p: point for p, point in smallest(blocks).items() if self._takes_prompts(p)}
 
     def _takes_prompts(self, path):
         """Whether a block takes any number of an image's tokens, batch first."""
@@ -210,16 +208,13 @@ class Search:
         """Convolutions of stride 1 with zeros around the map, in blocks, MLPs and mixers."""
         inner = [join(block, name) for block, chain in self._chains.items() for name in chain]
         inner += [*self.mlp, *self.mixer]
-        bordered = (path for path in self.layers if is_bordered(self.modules[path]))
-        return self._own('border', (path for path in bordered if is_below(path, inner)))
+        found = [path for path in self.layers if is_bordered(self.modules[path])]
+        return {path: self._own('border', path) for path in found if is_below(path, inner)}
 
-    def _own(self, kind, paths):
-        """Points of which each is a layer."""
-        layers = {path: self.modules[path] for path in paths}
-        return {
-            path: make_point(kind, layer, widths(self.layers[path]), axis_of(layer))
-            for path, layer in layers.items()
-        }
+    def _own(self, kind, path):
+        """The point that is a layer."""
+        module = self.modules[path]
+        return make_point(kind, module, widths(self.layers[path]), axis_of(module))
 
     def _each(self, find):
         modules = {p: m for p, m in self.modules.items() if not isinstance(m, LISTS)}

@@ -25,14 +25,8 @@ def points_for(
 ) -> dict[str, InsertionPoint]:
     """All insertion points that a method could use below a module, by path.
 
-    Warns where blocks have attention and no MLP was found, or the reverse.
-
-    Args:
-        root: With or without adapters.
-        method: The method.
-        kinds: Asked for by the user, if any.
-        include: Patterns of paths. With a single kind, a pattern that none of the points found
-            matches names the modules whose whole path it matches, whatever their structure is.
+    Warns where blocks have attention and no MLP was found, or the reverse. ``kinds`` and
+    ``include`` are those of :class:`~mmpeft.injection.targets.Targets`.
 
     Raises:
         UsageError: There is none, or a module that was named cannot be one.

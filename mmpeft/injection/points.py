@@ -100,11 +100,6 @@ def norm_spec(module: nn.Module) -> WeightSpec | None:
     return next((spec for _, spec in weights_of(module) if 'norm' in spec.kinds), None)
 
 
-def is_affine(spec: WeightSpec) -> bool:
-    """Whether a layer is one matrix at every position: linear, or a 1x1 convolution."""
-    return 'linear' in spec.kinds or ('pointwise' in spec.kinds and spec.groups == 1)
-
-
 def is_spatial_depthwise(spec: WeightSpec) -> bool:
     """Whether a layer is a depthwise convolution over more than one position."""
     return 'depthwise' in spec.kinds and 'pointwise' not in spec.kinds
@@ -113,22 +108,17 @@ def is_spatial_depthwise(spec: WeightSpec) -> bool:
 def mlp_ends(specs: dict[str, WeightSpec]) -> tuple[str, ...]:
     """First and last of layers d -> h -> d with h >= d, or gated, with 2 h in one layer or two.
 
-    Args:
-        specs: Roles of layers by path. Depthwise convolutions may be among them.
-
-    Returns:
-        Two paths; empty if the layers are no MLP.
+    Depthwise convolutions may be among them. Layers that are no MLP have no ends.
     """
-    affine = {path: spec for path, spec in specs.items() if is_affine(spec)}
-    mixes = any(not is_affine(s) and not is_spatial_depthwise(s) for s in specs.values())
-    if mixes or len(affine) not in (2, 3):
+    own = {path: spec for path, spec in specs.items() if not is_spatial_depthwise(spec)}
+    if len(own) not in (2, 3) or not all(spec.is_matrix for spec in own.values()):
         return ()
-    first, last = next(iter(affine)), max(reversed(affine), key=lambda p: affine[p].in_features)
-    width, hidden = widths(affine.pop(last))
-    given = sum(spec.out_features for spec in affine.values())
-    plain = len(affine) == 1 and given == hidden >= width
+    first, last = next(iter(own)), max(reversed(own), key=lambda p: own[p].in_features)
+    width, hidden = widths(own.pop(last))
+    given = sum(spec.out_features for spec in own.values())
+    plain = len(own) == 1 and given == hidden >= width
     gated = given == 2 * hidden > 2 * width
-    fits = (plain or gated) and all(spec.in_features == width for spec in affine.values())
+    fits = (plain or gated) and all(spec.in_features == width for spec in own.values())
     return (first, last) if fits and first != last else ()
 
 

@@ -37,9 +37,8 @@ def parse_count(count: int | str) -> int:
     Raises:
         UsageError: It is not a positive number.
     """
-    number = re.fullmatch(
-        r'(\d*\.?\d+(?:e\+?\d+)?)([kmbg]?)', re.sub('[ ,_]', '', str(count)).lower()
-    )
+    text = re.sub('[ ,_]', '', str(count)).lower()
+    number = re.fullmatch(r'(\d*\.?\d+(?:e\+?\d+)?)([kmbg]?)', text)
     value = round(float(number[1]) * UNITS[number[2]]) if number else 0
     if value < 1:
         raise UsageError(

@@ -20,7 +20,6 @@ class Site:
 
     Attributes:
         path: Path of the layer in the model.
-        layer: The layer.
         tensor: Name of the weight in the layer; '' for its activations.
         spec: The role of the weight, or the insertion point.
         method: The method with the arguments that hold here.
@@ -71,8 +70,8 @@ def attached(model: nn.Module) -> list[Site]:
         way = execution.execution_of(layer)
         for tensor in (*getattr(layer, PARAMETRIZATIONS, {}), ''):
             for adapter in adapters_of(layer, tensor):
-                site = Site(path, layer, tensor, adapter.spec, adapter.method, adapter, way)
-                found.append(site)
+                spec, method = adapter.spec, adapter.method
+                found.append(Site(path, layer, tensor, spec, method, adapter, way))
     return sorted(found, key=_index)
 
 
@@ -93,9 +92,8 @@ def sites_at(
     for path, tensor, method, spec in entries:
         if path not in found:
             raise UsageError(f'The model has no module {path!r} to adapt. {near(path, found)}')
-        layer = found[path]
         if tensor:
-            own = dict(weights_of(layer))
+            own = dict(weights_of(found[path]))
             if tensor not in own:
                 raise UsageError(f'{path!r} has no weight {tensor!r} to adapt. {near(tensor, own)}')
             spec = own[tensor]
@@ -104,7 +102,7 @@ def sites_at(
                 f'{type(method).__name__} is not defined on {join(path, tensor)!r}, which has '
                 f'shape {tuple(spec.shape)} and kind {"/".join(sorted(spec.kinds))}.'
             )
-        sites.append(Site(path, layer, tensor, spec, method))
+        sites.append(Site(path, found[path], tensor, spec, method))
     return sites
 
 

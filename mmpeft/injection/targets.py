@@ -25,13 +25,11 @@ class Targets:
 
     Attributes:
         module: Path of the target module; '' for the whole model.
-        kinds: Kinds of layers, of ``conv``, ``depthwise``, ``pointwise``,
-            ``linear``, ``embedding``, ``norm``; the method's own if None. A
-            depthwise or 1x1 convolution is a ``conv`` too. Methods that act on
-            activations have kinds of insertion points
-            (:data:`mmpeft.methods.spec.POINT_KINDS`). With a single one of those,
-            a pattern of ``include`` that matches no insertion point found by
-            structure names the modules whose whole path it matches.
+        kinds: Of layers (:data:`mmpeft.methods.spec.KINDS`; a depthwise or 1x1 convolution is
+            a ``conv`` too), or of insertion points (``POINT_KINDS``) for methods that act on
+            activations; the method's own if None. With a single kind of insertion point, a
+            pattern of ``include`` that matches none of those found by structure names the
+            modules whose whole path it matches.
         exclude_kinds: Kinds to skip.
         include: Adapt only what matches one of these patterns.
         exclude: Skip what matches one of these patterns.
@@ -68,11 +66,7 @@ class Targets:
 
     @classmethod
     def of(cls, config) -> 'Targets':
-        """From a dict, a :class:`Targets` or None.
-
-        Raises:
-            UsageError: The dict has an unknown key.
-        """
+        """From a dict, a :class:`Targets` or None; refuses unknown keys."""
         if isinstance(config, cls):
             return config
         known = [f.name for f in fields(cls)]
@@ -83,11 +77,7 @@ class Targets:
 
 
 def target_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path.
-
-    Raises:
-        UsageError: There is no such module.
-    """
+    """The module at a path; raises :class:`UsageError` if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -103,11 +93,10 @@ def select(
 
     Args:
         model: With adapters or without.
-        method: The method.
-        targets: What to select.
-        found: From what: paths of layers, layers, names of weights in them ('' for activations),
-            and their roles. If None, from all that the method is defined on and that is not
-            newly initialized.
+        method: With the arguments that hold where no override does.
+        targets: Of this method.
+        found: From what: paths of layers, layers, names of weights ('' for activations), roles.
+            From all that the method is defined on and that is not newly initialized if None.
 
     Raises:
         UsageError: Nothing is selected, a pattern matches nothing that the
@@ -140,10 +129,9 @@ def select(
             )
     if not sites and method.adapts:
         raise UsageError(
-            f'targets: nothing below {below!r} is left for {type(method).__name__} to adapt. It '
-            f'has {len(names)} weights or insertion points that the method is defined on, all of '
-            f'them excluded by kinds={_listed(kinds)}, exclude_kinds={targets.exclude_kinds}, '
-            f'include={targets.include}, exclude={targets.exclude}.'
+            f'targets: nothing below {below!r} is left for {type(method).__name__} to adapt: of '
+            f'{len(names)} weights or insertion points that the method is defined on, none is of '
+            f'kind {_listed(kinds)} and passes exclude_kinds, include and exclude of {targets}.'
         )
     return sites
 

@@ -13,9 +13,12 @@ PARAMETRIZATIONS, ADAPTERS = 'parametrizations', 'peft_adapters'
 ORIGINAL = '.original'
 MARK = f'{PARAMETRIZATIONS}.'
 
-CONVOLUTIONS = nn.modules.conv._ConvNd
 CONVOLUTION = 'in_channels', 'out_channels', 'groups', 'kernel_size'
-NORMS = nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase
+KINDS = {
+    nn.Linear | nn.MultiheadAttention: 'linear',
+    nn.Embedding | nn.EmbeddingBag: 'embedding',
+    nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.batchnorm._NormBase: 'norm',
+}
 
 
 def plain_key(key: str) -> str:
@@ -116,16 +119,14 @@ def _spec(module, name, tensor) -> WeightSpec | None:
 
 
 def _kinds(module) -> frozenset[str]:
-    if isinstance(module, CONVOLUTIONS) or all(hasattr(module, name) for name in CONVOLUTION):
+    if all(hasattr(module, name) for name in CONVOLUTION):
         kinds = {'conv'}
         if module.groups == module.in_channels > 1:
             kinds.add('depthwise')
-        if all(size == 1 for size in original_of(module, 'weight').shape[2:]):
+        if set(original_of(module, 'weight').shape[2:]) <= {1}:
             kinds.add('pointwise')
         return frozenset(kinds)
-    if isinstance(module, nn.Linear | nn.MultiheadAttention):
-        return frozenset({'linear'})
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return frozenset({'embedding'})
-    is_norm = isinstance(module, NORMS) or 'norm' in type(module).__name__.lower()
-    return frozenset({'norm'} if is_norm else ())
+    for types, kind in KINDS.items():
+        if isinstance(module, types):
+            return frozenset({kind})
+    return frozenset({'norm'} if 'norm' in type(module).__name__.lower() else ())
