@@ -49,7 +49,7 @@ def freeze_target(
     module: str = '',
     trained: Sequence[str] = (),
     execution: str = execution.AUTO,
-) -> Injection:
+) -> None:
     """Freeze a module except for some parameters, and append the record to ``model.peft``.
 
     Adapters, and parameters that earlier injections train, stay trainable. Call
@@ -80,7 +80,6 @@ def freeze_target(
     )
     _apply(model, record)
     model.peft = [*records, record]
-    return record
 
 
 def freeze_again(model: nn.Module, records: list[Injection]) -> None:
@@ -155,7 +154,7 @@ def _apply(model, record):
 
 
 def _set_training(model, names, trains):
-    parameters = plain_parameters(model) if names else {}
-    for name in names:
-        if name in parameters:
-            parameters[name].requires_grad_(trains)
+    names = set(names)
+    for name, parameter in plain_parameters(model).items():
+        if name in names:
+            parameter.requires_grad_(trains)

@@ -163,10 +163,10 @@ class Search:
             return None
         ends = own[chain[-1]].out_features, own[chain[0]].in_features
         beside = [spec for p, spec in self._near(path).items() if p not in chain]
-        if any('conv' in spec.kinds and widths(spec) == ends for spec in beside):
-            return chain
+        shortcut = any('conv' in spec.kinds and widths(spec) == ends for spec in beside)
         strides = [ConvGeometry.of(getattr(module, name), own[name]).stride for name in chain]
-        return chain if ends[0] == ends[1] and set().union(*strides) <= {1} else None
+        identity = ends[0] == ends[1] and set().union(*strides) <= {1}
+        return chain if shortcut or identity else None
 
     @cached_property
     def layer(self) -> Points:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.checkpoint.safe_patterns import check_patterns
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.attach import attach_sites
+from mmpeft.injection.attach import attach, make_adapters
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.site import Site, sites_at
 from mmpeft.injection.weights import layers, weights_of
@@ -73,9 +73,11 @@ def from_peft(
     trained = _trained(model, sites, saved, module)
     method = Counter(site.method for site in sites).most_common(1)[0][0]
     freeze_target(model, method, module, trained)
+    sites = make_adapters(sites, empty=True)
+    attach(sites)
     own = {key: value for key, value in model.state_dict().items() if key in saved}
     with torch.no_grad():
-        for site, given in zip(attach_sites(sites, empty=True), values, strict=True):
+        for site, given in zip(sites, values, strict=True):
             for name, value in given.items():
                 factor = site.adapter.factors[name]
                 factor.copy_(value.reshape(factor.shape))
