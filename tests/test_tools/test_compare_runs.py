@@ -5,10 +5,14 @@ import json
 import pytest
 
 from mmpeft.engine.config import compose
-from mmpeft.engine.runs import compare, markdown
 from mmpeft.errors import MissingFileError
 
 pytestmark = pytest.mark.usefixtures('scope')
+
+
+@pytest.fixture(scope='module')
+def tool(script):
+    return script('projects/demo', 'compare_runs')
 
 
 @pytest.fixture
@@ -28,9 +32,9 @@ def trained(tmp_path):
     return make
 
 
-def test_runs_of_one_method_are_a_row(trained, script, monkeypatch, capsys, tmp_path):
+def test_runs_of_one_method_are_a_row(trained, tool, monkeypatch, capsys, tmp_path):
     folders = [trained('lora', 0, 0.9, 0.2), trained('frozen', 0, 0.1), trained('lora', 1, 0.3)]
-    lora, frozen = compare(folders)
+    lora, frozen = tool.compare(folders)
     assert lora['method'] == 'LoRA(rank=16)' and lora['runs'] == 2
     assert lora['scores']['coco/bbox_mAP'] == pytest.approx((0.25, 0.5**0.5 / 10))
     assert lora['seconds'] == pytest.approx(0.6)
@@ -38,16 +42,16 @@ def test_runs_of_one_method_are_a_row(trained, script, monkeypatch, capsys, tmp_
     assert frozen['parameters'] == 1_200 < lora['parameters']
     words = ['compare_runs.py', *map(str, folders), '--out', str(tmp_path / 'table.md')]
     monkeypatch.setattr('sys.argv', words)
-    script('tools/analysis_tools', 'compare_runs').main()
+    tool.main()
     shown = capsys.readouterr().out
     assert (tmp_path / 'table.md').read_text() in shown
     assert '| Frozen() | 1,200 | 0.100 | 0.500 | 1 | 0.60 |' in shown
-    assert '| 0.250 ± 0.071 | 0.500 ± 0.000 | 2 | 0.60 |' in markdown([lora, frozen])
+    assert '| 0.250 ± 0.071 | 0.500 ± 0.000 | 2 | 0.60 |' in tool.markdown([lora, frozen])
 
 
-def test_what_is_no_finished_training(trained, tmp_path):
+def test_what_is_no_finished_training(trained, tool, tmp_path):
     with pytest.raises(MissingFileError, match='has not ended'):
-        compare([trained('lora', 0)])
+        tool.compare([trained('lora', 0)])
     (tmp_path / 'empty').mkdir()
     with pytest.raises(MissingFileError, match='no config of a training'):
-        compare([tmp_path / 'empty'])
+        tool.compare([tmp_path / 'empty'])

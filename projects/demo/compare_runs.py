@@ -1,26 +1,35 @@
-"""Finished trainings compared: scores by method over seeds, and what trains."""
+"""A table of finished trainings: scores by method, over seeds, and what trains.
 
+    for method in lora flora bitfit; do
+        for seed in 0 1 2; do
+            python tools/train.py CONFIG --method $method --work-dir runs/$method/$seed \\
+                --cfg-options randomness.seed=$seed
+        done
+    done
+    python projects/demo/compare_runs.py runs/*/* --out runs/table.md
+"""
+
+import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
+from mmpeft.engine.building import adapt, build_model
+from mmpeft.engine.config import find_hook, read_config
+from mmpeft.engine.launch import run
+from mmpeft.engine.method_argument import methods_in
 from mmpeft.errors import MissingFileError
 from mmpeft.registry import METHODS
-
-from .building import adapt, build_model
-from .config import find_hook, read_config
-from .method_argument import methods_in
 
 SCORES = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'dota/mAP', 'accuracy/top1')
 
 
-def compare(folders: Iterable[str | Path]) -> list[dict]:
+def compare(folders):
     """Work directories of trainings, those of equal methods in one row.
 
     Args:
-        folders: Each with the config that training wrote, and its logs.
+        folders (list[str | Path]): Each with the config that training wrote, and its logs.
 
     Returns:
         ``method``, ``runs``, ``parameters`` that train in the target module,
@@ -54,7 +63,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict]:
     return sorted(rows, key=lambda row: -next(iter(row['scores'].values()))[0])
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows):
     """The rows of :func:`compare` as a table."""
     names = list(rows[0]['scores'])
     lines = [['method', 'parameters', *names, 'runs', 's/step']]
@@ -91,3 +100,20 @@ def _parameters(cfg):
 
 def _spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('work_dirs', nargs='+', help='of trainings on one task')
+    parser.add_argument('--out', type=Path, help='file to write the table to')
+    args = parser.parse_args()
+    table = markdown(compare(args.work_dirs))
+    print(table)
+    if args.out:
+        args.out.write_text(f'{table}\n')
+
+
+if __name__ == '__main__':
+    run(main)
