@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mmpeft
 from mmpeft.analysis.comparison import default_bound, observe, table
-from mmpeft.engine.inference import init_model, saved_meta
+from mmpeft.engine.inference import init_model, read_saved
 from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
 from mmpeft.engine.merging import compare_merged, merged, refuse_existing, write_merged
 from mmpeft.engine.trial_images import trial_batch
@@ -86,7 +86,8 @@ def main():
                 'than the bound. Nothing was written. Give a larger --bound if such differences '
                 'do no harm, or --write-failed to write anyway.'
             )
-    config_out = write_merged(args.out, plain, state, saved_meta(args.checkpoint))
+    meta = read_saved(args.checkpoint).content.get('meta')
+    config_out = write_merged(args.out, plain, state, meta)
     size = args.out.stat().st_size / 2**20
     print(f'merged {adapters:,} adapter parameters: {args.out} ({size:.1f} MiB), {config_out}')
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
@@ -13,7 +14,7 @@ from mmpeft.injection.summary import Summary
 from mmpeft.registry import METHODS
 
 from .config import find_hook
-from .injections import hook_injections, inject_all
+from .injections import inject_all, injections
 from .packages import import_task
 
 
@@ -21,7 +22,7 @@ def build_model(cfg: Config, meta: bool = False) -> nn.Module:
     """The model of a config, without adapters and without its pretrained weights.
 
     Args:
-        cfg: With ``model``; its package is imported and registered.
+        cfg: Its package is imported and registered.
         meta: Without memory for parameters, unless the model's own code reads
             numbers off tensors (mmdet's Swin and mmseg's MiT do, for their
             drop-path rates).
@@ -31,8 +32,7 @@ def build_model(cfg: Config, meta: bool = False) -> nn.Module:
     """
     if not cfg.get('model'):
         raise UsageError(f'{cfg.filename} has no model. Give the config of a whole run.')
-    import_task(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    _enter_scope(cfg)
     if meta:
         try:
             with torch.device('meta'):
@@ -42,13 +42,16 @@ def build_model(cfg: Config, meta: bool = False) -> nn.Module:
     return MODELS.build(copy.deepcopy(cfg.model))
 
 
-def adapt(model: nn.Module, cfg: Config, rank: int | None = None) -> Summary:
-    """Inject what the hook of a config says, from the weights that the model has.
+def adapt(
+    model: nn.Module, cfg: Config, rank: int | None = None, manifest: Mapping | None = None
+) -> Summary:
+    """Inject what the hook of a model's config says, from the weights that the model has.
 
     Args:
-        model: From :func:`build_model`.
-        cfg: Its config.
+        model: Without adapters.
+        cfg: With a PEFTHook.
         rank: In place of the rank or budget of its methods.
+        manifest: See :func:`~mmpeft.engine.injections.inject_all`.
 
     Raises:
         UsageError: The config has no hook, or ``rank`` is given and a method
@@ -60,24 +63,23 @@ def adapt(model: nn.Module, cfg: Config, rank: int | None = None) -> Summary:
             f'{cfg.filename} has no PEFTHook, so nothing is adapted. Add --method, such as '
             '--method flora.'
         )
-    found = hook_injections(hook)
+    found = injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
     if rank is not None:
         found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
-    return inject_all(model, found, hook.get('execution', 'auto'))
+    return inject_all(model, found, hook.get('execution', 'auto'), manifest)
 
 
 def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
     """The model of a config with its adapters, from random weights.
 
     Args:
-        cfg: See :func:`adapt`.
-        recompute: The backbone's ``with_cp``. The result is None if it is to
-            recompute and has no such argument.
+        cfg: With a PEFTHook.
+        recompute: The backbone's ``with_cp``; None is returned if it has no
+            such argument and is to recompute.
     """
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone.pop('checkpoint', None)  # not read here, and InternViT prepares for it
-    import_task(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    _enter_scope(cfg)
     with MODELS.switch_scope_and_registry(None) as registry:
         kind = registry.get(cfg.model.backbone.type)
     if 'with_cp' in inspect.signature(kind).parameters:
@@ -87,6 +89,11 @@ def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
     model = build_model(cfg)
     adapt(model, cfg)
     return model
+
+
+def _enter_scope(cfg):
+    import_task(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
 
 
 def _with_rank(method, rank):

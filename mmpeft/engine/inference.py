@@ -20,11 +20,10 @@ from mmpeft.checkpoint.manifest import attach_adapters
 from mmpeft.checkpoint.validation import check_whole
 from mmpeft.errors import UsageError
 
-from .building import build_model
+from .building import adapt, build_model
 from .config import compose, find_hook
-from .injections import hook_injections, inject_all
 from .launch import check_checkpoint
-from .loading import Source, complete, fetch_checkpoint, load_base
+from .loading import Source, complete, load_base, read_source
 
 
 def init_model(
@@ -57,7 +56,7 @@ def init_model(
         UsageError: The checkpoint does not fit the config.
     """
     cfg = compose(config, method, options)
-    source = None if checkpoint is None else _source(str(checkpoint))
+    source = None if checkpoint is None else read_saved(checkpoint)
     with _quiet(), _seeded(cfg):
         model = revert_sync_batchnorm(build_model(cfg))
         _fill(model, cfg, source)
@@ -71,16 +70,16 @@ def init_model(
     return model.to(device).eval()
 
 
-def saved_meta(checkpoint: str | Path) -> dict:
-    """What a checkpoint says of its run; empty for an adapter file."""
+def read_saved(checkpoint: str | Path) -> Source:
+    """Read a checkpoint, or an adapter file as a checkpoint.
+
+    Raises:
+        UsageError: The file does not exist, or is neither.
+    """
     path = str(checkpoint)
-    return {} if _is_adapter_file(path) else dict(fetch_checkpoint(path).get('meta') or {})
-
-
-def _source(path):
     check_checkpoint(path)
     if not _is_adapter_file(path):
-        return Source(path, fetch_checkpoint(path))
+        return read_source(path)
     manifest, state = read_adapter(path)
     return Source(path, dict(meta=dict(mmpeft=manifest), state_dict=state))
 
@@ -104,7 +103,7 @@ def _fill(model, cfg, source):
         if hook:
             _note(f'{source.path} holds no adapters: the model has none, whatever the config says.')
     elif hook:
-        inject_all(model, hook_injections(hook), hook.get('execution', 'auto'), manifest)
+        adapt(model, cfg, manifest=manifest)
     else:
         if is_former(manifest):
             manifest = upgraded(model, manifest, source.content['state_dict'])

@@ -1,6 +1,7 @@
 """The injections that the arguments of PEFTHook ask for, in order."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from torch import nn
 
@@ -24,14 +25,11 @@ def injections(
     """Arguments of :func:`mmpeft.inject`, once for each method.
 
     Args:
-        method: A method, or a list of methods and of
+        method: One, or a list of methods and of
             ``dict(method=..., targets=..., unfreeze=...)``.
         targets: Of all methods; a method's own are merged into them.
             ``module`` is ``'backbone'`` unless given.
         unfreeze: Of all methods without their own.
-
-    Returns:
-        Dicts with ``method``, ``targets`` and ``unfreeze``.
 
     Raises:
         UsageError: The list is empty, or a method, target or key is invalid.
@@ -56,18 +54,13 @@ def injections(
     return found
 
 
-def hook_injections(hook: Mapping) -> list[dict]:
-    """:func:`injections` of what a config says of its PEFTHook."""
-    return injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
-
-
 def inject_all(
     model: nn.Module,
     given: Sequence[dict],
     execution: str = 'auto',
     manifest: Mapping | None = None,
 ) -> Summary:
-    """Inject several methods, one after another.
+    """Call :func:`mmpeft.inject` once for each of :func:`injections`.
 
     Args:
         model: Without adapters, on its base.
@@ -76,28 +69,19 @@ def inject_all(
         manifest: What a checkpoint that is loaded afterwards says of its
             adapters. The adapters stay empty until then, and arguments that
             ``given`` leaves open are those of the manifest.
-
-    Returns:
-        The summary of the adapted model.
-
-    Raises:
-        UsageError: See :func:`mmpeft.inject`.
     """
-    for number, each in enumerate(given):
-        method = _followed(each['method'], manifest, number)
-        empty = manifest is not None
-        summary = inject(model, **each | dict(method=method), empty=empty, execution=execution)
+    stored = manifest['injections'] if manifest else ()
+    for each, theirs in zip_longest(given, stored[: len(given)]):
+        if theirs is not None and isinstance(each['method'], Mapping):
+            version = legacy.VERSION if legacy.is_former(manifest) else manifest['version']
+            theirs = checked_method(theirs['method'], version)
+            each = each | dict(method=_followed(each['method'], theirs))
+        summary = inject(model, **each, empty=manifest is not None, execution=execution)
     return summary
 
 
-def _followed(method, manifest, number):
+def _followed(method, theirs):
     """A method whose open arguments are those of a checkpoint, whatever the present defaults."""
-    if manifest is None or not isinstance(method, Mapping):
-        return method
-    if number >= len(manifest['injections']):
-        return method  # check_fits says what differs
-    version = legacy.VERSION if legacy.is_former(manifest) else manifest['version']
-    theirs = checked_method(manifest['injections'][number]['method'], version)
     if type(theirs).__name__ != method['type']:
         return method
     given = {getattr(theirs, 'renamed', {}).get(name, name) for name in method}

@@ -1,6 +1,6 @@
 """What a checkpoint is to a model, its base or its adapters, and how both get into the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,44 +19,34 @@ from mmpeft.injection.site import adapter_parameters
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that is going to be loaded into a model.
-
-    Attributes:
-        path: Of the file.
-        content: As the file has it.
-    """
+    """A checkpoint that is going to be loaded into a model."""
 
     path: str
     content: dict
 
     @cached_property
     def manifest(self) -> dict | None:
-        """What it says of its adapters, checked; None if it has none.
-
-        Raises:
-            UsageError: What it says is invalid.
-        """
+        """See :func:`manifest_of`."""
         return manifest_of(self.content)
 
-    @property
-    def holds_base(self) -> bool:
-        """Whether the weights that adapters are on are in it."""
-        return self.manifest is None or bool(self.manifest.get('holds_base'))
 
-
-def fetch_checkpoint(path: str | Path) -> dict:
+def read_source(path: str | Path) -> Source:
     """Read a checkpoint from a local file, or from an address by mmengine's own loaders.
 
     Raises:
         UsageError: See :func:`~mmpeft.checkpoint.safe_load.read_checkpoint`.
     """
-    if '://' in str(path):
-        return _load_checkpoint(str(path), map_location='cpu')
-    return read_checkpoint(path)
+    path = str(path)
+    remote = '://' in path
+    return Source(path, _load_checkpoint(path, 'cpu') if remote else read_checkpoint(path))
 
 
-def manifest_of(checkpoint: dict) -> dict | None:
-    """See :attr:`Source.manifest`."""
+def manifest_of(checkpoint: Mapping) -> dict | None:
+    """What a checkpoint says of its adapters; None if it has none.
+
+    Raises:
+        UsageError: What it says is invalid.
+    """
     manifest = (checkpoint.get('meta') or {}).get('mmpeft')
     if manifest is not None:
         check = legacy.check_former if legacy.is_former(manifest) else check_manifest
@@ -79,30 +69,31 @@ def load_base(
 
     Args:
         model: Without adapters.
-        source: That is loaded into it afterwards, if any.
+        source: What is loaded into it afterwards, if anything.
         base_checkpoint: Of the whole plain model.
         init_weights: Puts the model's own weights in.
         always_init: Call it although the source holds the base: training may
             start from a checkpoint of other heads.
 
     Returns:
-        The checkpoint that the base is from; None for the model's own weights.
+        The path of the checkpoint that the base is from; None for the model's
+        own weights.
 
     Raises:
-        MissingFileError: A file does not exist.
-        UsageError: A file is no checkpoint.
+        UsageError: A file does not exist or is no checkpoint.
     """
-    if source is not None and source.manifest is None:
-        checkpoint, content = source.path, source.content
+    manifest = source and source.manifest
+    if source is None or manifest is not None:
+        path = base_checkpoint or (manifest or {}).get('base_checkpoint')
+        base = _read_base(path) if path else None
     else:
-        of_source = source.manifest.get('base_checkpoint') if source else None
-        checkpoint = base_checkpoint or of_source
-        content = _read_base(checkpoint) if checkpoint else None
-    if always_init or source is None or not source.holds_base:
+        base = source
+    if always_init or source is None or not (base is source or manifest.get('holds_base')):
         init_weights()
-    if content is not None:
-        _load_checkpoint_to_model(model, content, revise_keys=[(r'^module\.', '')])
-    return checkpoint
+    if base is None:
+        return None
+    _load_checkpoint_to_model(model, base.content)
+    return base.path
 
 
 def complete(
@@ -112,10 +103,10 @@ def complete(
 
     Args:
         model: With adapters, on its base.
-        checkpoint: With adapters, or of the plain model; changed in place. Its
-            state dicts then have all keys of the model's.
+        checkpoint: With adapters, or of the plain model. Its state dicts are
+            changed in place and then have all keys of the model's.
         check_base: Refuse adapters of another base.
-        name: What to call it in errors.
+        name: What to call the checkpoint in errors.
 
     Raises:
         UsageError: The adapters do not fit the model.
@@ -126,20 +117,19 @@ def complete(
         check_base = check_base and not manifest.get('holds_base')
         check_fits(model, state, manifest, name, check_base)
     prefixed = all(key.startswith('module.') for key in state)
-    _replace(state, fill_frozen(model, state, 'module.' if prefixed else ''))
+    _fill(model, state, 'module.' if prefixed else '')
     if manifest is None:
         adapters = {id(p) for p in adapter_parameters(model)}
         for key, value in model.state_dict(keep_vars=True).items():
             if id(value) in adapters:
                 state.setdefault(key, value.detach())
     if 'ema_state_dict' in checkpoint:
-        averaged = checkpoint['ema_state_dict']
-        _replace(averaged, fill_frozen(model, averaged, 'module.'))
+        _fill(model, checkpoint['ema_state_dict'], 'module.')
 
 
 def _read_base(checkpoint):
     try:
-        return fetch_checkpoint(checkpoint)
+        return read_source(checkpoint)
     except MissingFileError as error:
         raise MissingFileError(
             f'The base checkpoint {checkpoint!r}, which the adapters start from, does not '
@@ -147,6 +137,7 @@ def _read_base(checkpoint):
         ) from error
 
 
-def _replace(state, content):
+def _fill(model, state, prefix):
+    filled = fill_frozen(model, state, prefix)
     state.clear()
-    state.update(content)
+    state.update(filled)

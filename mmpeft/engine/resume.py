@@ -6,10 +6,10 @@ from pathlib import Path
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmpeft.checkpoint.safe_load import read_checkpoint, saved_at
+from mmpeft.checkpoint.safe_load import saved_at
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
-from .loading import Source, fetch_checkpoint
+from .loading import Source, read_source
 
 BESIDE = ('.safetensors', '.json')
 """Suffixes of the adapter files that lie beside checkpoints."""
@@ -21,51 +21,38 @@ def pending_source(runner: Runner) -> Source | None:
     Where the Runner is to find the newest, it is found here and set.
 
     Raises:
-        UsageError: A file is no checkpoint, or all that there are are damaged.
-        MissingFileError: There is no such file.
+        UsageError: A file does not exist or is no checkpoint, or all that there
+            are are damaged.
     """
     if runner._has_loaded:
         return None
-    if runner._load_from is None and runner._resume:
-        path, content = newest_checkpoint(runner)
-        runner._load_from = path
-        return None if path is None else Source(path, content)
-    if runner._load_from is None:
-        return None
-    return Source(str(runner._load_from), fetch_checkpoint(runner._load_from))
+    if runner._load_from is not None:
+        return read_source(runner._load_from)
+    source = _newest(runner) if runner._resume else None
+    runner._load_from = source and source.path
+    return source
 
 
-def newest_checkpoint(runner: Runner) -> tuple[str | None, dict | None]:
+def _newest(runner):
     """The newest intact checkpoint of a run.
 
     mmengine's ``last_checkpoint`` may be incomplete after a crash, or name a
     damaged file. So all checkpoints are looked at, in the order of the time
     that they say they were saved.
-
-    Args:
-        runner: Gives ``work_dir`` and the folders of its checkpoint hooks.
-
-    Returns:
-        Its path and content; None and None if there are no checkpoints.
-
-    Raises:
-        UsageError: There are checkpoints, and all are damaged.
-        MissingFileError: ``last_checkpoint`` names a file that does not
-            exist, and there is no other.
     """
     last = find_latest_checkpoint(runner.work_dir)
     if last and '://' in last:
-        return last, fetch_checkpoint(last)
+        return read_source(last)
     damaged = []
     for path in sorted(_candidates(runner, last), key=_order, reverse=True):
         try:
-            checkpoint = read_checkpoint(path)
+            source = read_source(path)
         except DamagedFileError as error:
             damaged.append(str(path))
             runner.logger.warning(f'{error} It is skipped.')
             continue
-        if 'message_hub' in checkpoint:
-            return str(path), checkpoint
+        if 'message_hub' in source.content:
+            return source
     if damaged:
         raise UsageError(
             f'There is no intact checkpoint to resume from: {", ".join(damaged)} are damaged. '
@@ -76,7 +63,7 @@ def newest_checkpoint(runner: Runner) -> tuple[str | None, dict | None]:
             f'{runner.work_dir}/last_checkpoint names {last!r}, which does not exist, and there '
             'is no other checkpoint to resume from. Set load_from to its new place.'
         )
-    return None, None
+    return None
 
 
 def _order(path):

@@ -9,6 +9,7 @@ optimizer and schedulers. Loading and resuming then find the structure.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -23,13 +24,11 @@ from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
 from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
 
-from .adapter_checkpoint import AdapterCheckpointHook
 from .allocation_hook import AllocationHook
-from .checkpoint_files import keep_whole
+from .checkpoints import AdapterCheckpointHook
 from .monitors.finite import FiniteMonitor
 from .monitors.frozen import FrozenMonitor
 from .monitors.gradients import GradientMonitor
-from .monitors.monitor import Monitor
 from .monitors.movement import MovementMonitor
 from .monitors.ranks import RankMonitor
 from .optimizer import check_optimized, rebuild_optimizer
@@ -37,6 +36,7 @@ from .unwrap import unwrap
 
 
 @HOOKS.register_module()
+@dataclass(eq=False)
 class PEFTHook(Hook):
     """Fine-tune a model by adapters, in ``train``, ``val`` and ``test``.
 
@@ -74,29 +74,20 @@ class PEFTHook(Hook):
 
     priority = 'HIGHEST'
 
-    def __init__(
-        self,
-        method: Methods,
-        targets: Mapping | None = None,
-        unfreeze: str | Sequence[str] = (),
-        base_checkpoint: str | None = None,
-        save_frozen: bool = False,
-        save_adapters: bool = True,
-        check_base: bool = True,
-        execution: str = 'auto',
-        check_iters: int = 10,
-        nonfinite_iters: int = 3,
-        check_frozen: bool = True,
-    ):
-        self.injections = injections(method, targets, unfreeze)
-        self.base_checkpoint = base_checkpoint
-        self.save_frozen = save_frozen
-        self.save_adapters = save_adapters
-        self.check_base = check_base
-        self.execution = execution
-        self.check_iters = check_iters
-        self.nonfinite_iters = nonfinite_iters
-        self.check_frozen = check_frozen
+    method: Methods
+    targets: Mapping | None = None
+    unfreeze: str | Sequence[str] = ()
+    base_checkpoint: str | None = None
+    save_frozen: bool = False
+    save_adapters: bool = True
+    check_base: bool = True
+    execution: str = 'auto'
+    check_iters: int = 10
+    nonfinite_iters: int = 3
+    check_frozen: bool = True
+
+    def __post_init__(self):
+        self._injections = injections(self.method, self.targets, self.unfreeze)
         self._weights = ExitStack()
         self._prepared = False
 
@@ -113,11 +104,8 @@ class PEFTHook(Hook):
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             rebuild_optimizer(runner)
             model.register_forward_hook(_add_penalty, with_kwargs=True)
-            for monitor in self._monitors(runner):
-                runner.register_hook(monitor)
-            runner.register_hook(AllocationHook())
-            saved = self.base_checkpoint, self.save_frozen, self.save_adapters
-            runner.register_hook(AdapterCheckpointHook(keep_whole(runner), *saved), 'LOWEST')
+            for hook in self._helpers(runner):
+                runner.register_hook(hook)
 
     def _adapt(self, runner, trains):
         source = pending_source(runner)
@@ -136,18 +124,20 @@ class PEFTHook(Hook):
             runner.model, source, self.base_checkpoint, runner._init_model_weights, trains
         )
         manifest = source and source.manifest
-        summary = inject_all(runner.model, self.injections, self.execution, manifest)
+        summary = inject_all(runner.model, self._injections, self.execution, manifest)
         runner.logger.info(str(summary))
 
-    def _monitors(self, runner) -> Iterator[Monitor]:
-        optim_wrapper = runner.optim_wrapper
-        yield FiniteMonitor(optim_wrapper, self.nonfinite_iters, self.check_iters)
+    def _helpers(self, runner) -> Iterator[Hook]:
+        yield FiniteMonitor(runner.optim_wrapper, self.nonfinite_iters, self.check_iters)
         yield GradientMonitor(self.check_iters)
-        yield MovementMonitor(optim_wrapper.optimizer, self.check_iters)
+        yield MovementMonitor(runner.optim_wrapper.optimizer, self.check_iters)
         if self.check_frozen:
             yield FrozenMonitor(self.check_iters)
         if runner.distributed:
             yield RankMonitor(self.check_iters)
+        yield AllocationHook()
+        saved = self.base_checkpoint, self.save_frozen, self.save_adapters
+        yield AdapterCheckpointHook(runner, *saved)
 
     def before_train(self, runner):
         """Check that the optimizer has the adapters; let recomputed modules get gradients."""
