@@ -32,8 +32,8 @@ def compose(
 
     The method replaces what the config says of ``method``; whatever else it
     says of the hook stays. A config without the hook gets one that adapts its
-    ``backbone``, and two settings that suit a backbone that trains are changed
-    (see :func:`_suit_adapters`). What is changed beside the method is printed.
+    ``backbone``, and two settings that suit a backbone that trains are changed.
+    What is changed beside the method is printed.
 
     Args:
         config: A file, ``package::path`` for one that a package ships, or a
@@ -42,22 +42,20 @@ def compose(
         options: By dotted keys, as ``--cfg-options`` gives them.
 
     Raises:
-        MissingFileError: There is no such config.
-        UsageError: A package is missing, the method is unknown, or its
-            arguments are those of another method.
+        UsageError: The config or a package is missing, the method is unknown,
+            or its arguments are those of another method.
     """
     cfg = read_config(config)
     if method is not None:
         _set_method(cfg, read_method(method))
     if options:
-        before = [each.get('type') for each in methods_in(find_hook(cfg) or {})]
+        before = _types_in(cfg)
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(options)))
         except (TypeError, KeyError, IndexError) as error:
             raise UsageError(f'--cfg-options do not fit the config: {error}') from error
-        after = list(methods_in(find_hook(cfg) or {}))
-        if [each.get('type') for each in after] != before:
-            _check_arguments(after, before)
+        if _types_in(cfg) != before:
+            _check_methods(cfg, before)
     for node in dicts_in(cfg._cfg_dict):
         node.pop('_delete_', None)  # stays where there was nothing to delete
     return cfg
@@ -112,8 +110,7 @@ def dicts_in(node) -> Iterator[dict]:
 def run_name(config: str | Path | Config, method: str | Mapping | list | None = None) -> str:
     """Method and config in one relative path, such as ``flora/convnext_coco``.
 
-    Without a method it is the path of the config below ``configs``, whose
-    folder is the method.
+    Without a method, the path of the config below ``configs``.
     """
     file = config.filename if isinstance(config, Config) else str(config).replace('::', '/configs/')
     parts = Path(file or 'config').resolve().with_suffix('').parts
@@ -187,21 +184,20 @@ def _suit_adapters(cfg):
             value.lr_mult = 1.0
 
 
-def _check_arguments(methods, before):
-    for method in methods:
-        kind = METHODS.get(method.type)
-        if kind is None:
+def _types_in(cfg):
+    return [each['type'] for each in methods_in(find_hook(cfg) or {})]
+
+
+def _check_methods(cfg, before):
+    for method in methods_in(find_hook(cfg)):
+        try:
+            METHODS.build(method)
+        except UsageError as error:
             raise UsageError(
-                f'There is no method {method.type!r}. {near(method.type, METHODS.module_dict)}'
-            )
-        wrong = sorted(set(method) - {'type'} - _arguments(kind))
-        if wrong:
-            raise UsageError(
-                f'--cfg-options sets the type of a method to {method.type}, and the config gives '
-                f'it {", ".join(wrong)}, which {method.type} does not have (the config is for '
-                f'{", ".join(map(str, before))}). Replace the whole method by --method, or add '
-                'default_hooks.peft.method._delete_=True to --cfg-options.'
-            )
+                f'--cfg-options: {error} The config is for {", ".join(before)}. Replace the whole '
+                'method by --method, or add default_hooks.peft.method._delete_=True to '
+                '--cfg-options.'
+            ) from error
 
 
 def _arguments(kind):

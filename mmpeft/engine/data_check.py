@@ -7,16 +7,13 @@ from mmengine.config import Config
 
 
 def missing_data(cfg: Config, splits: Sequence[str]) -> list[tuple[str, str]]:
-    """What the datasets and metrics of a config name and the disk lacks.
+    """Key and path of what the datasets and metrics of a config name and the disk lacks.
 
-    Remote files and other storage backends are not looked for.
+    Each path comes once. Remote files and other storage backends are not looked for.
 
     Args:
         cfg: With ``<split>_dataloader`` and ``<split>_evaluator``.
         splits: Of ``'train'``, ``'val'``, ``'test'``.
-
-    Returns:
-        Key in the config and path, in the config's order, each path once.
     """
     named = []
     for split in splits:

@@ -73,15 +73,11 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
 
     Args:
         args: ``config`` and what :func:`add_arguments` adds.
-        splits: Of ``'train'``, ``'val'``, ``'test'``: those whose data must be
-            there.
-
-    Returns:
-        With ``--method``, ``--cfg-options``, ``launcher`` and ``work_dir`` set.
+        splits: Of ``'train'``, ``'val'``, ``'test'``, whose data must be there.
 
     Raises:
-        UsageError: The config, data or a package that it needs is missing, or
-            method and options do not fit.
+        UsageError: The config, data or a package is missing, or method and
+            options do not fit.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = compose(args.config, args.method, args.cfg_options)
@@ -96,15 +92,15 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
 
 
 def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
-    """Refuse a local checkpoint that does not exist, or that a config cannot load.
+    """Refuse a checkpoint that does not exist, or that a config cannot load.
 
     Args:
-        path: Of the checkpoint; addresses are not checked.
+        path: Addresses are not checked.
         cfg: Refuses adapters if it has no PEFTHook: mmengine would skip them.
 
     Raises:
-        MissingFileError: There is no such file.
-        UsageError: It has adapters, and the config has no place for them.
+        UsageError: There is no such file, or the config has no place for what
+            is in it.
     """
     if '://' in str(path):
         return
@@ -127,8 +123,8 @@ def enable_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
     Raises:
-        UsageError: There is no accelerator, or the config has an optimizer
-            wrapper that is neither ``OptimWrapper`` nor ``AmpOptimWrapper``.
+        UsageError: There is no accelerator, or the optimizer wrapper is neither
+            ``OptimWrapper`` nor ``AmpOptimWrapper``.
     """
     if get_device() == 'cpu':
         raise UsageError('--amp needs an accelerator, and torch sees none here. Leave --amp out.')

@@ -20,9 +20,9 @@ from mmpeft.interop.mmpretrain import mmpretrain_convnext
 def plain_config(cfg: Config) -> Config:
     """The config of the model without adapters; building it fetches nothing."""
     plain = Config(cfg.to_dict(), filename=cfg.filename)
-    for name, hook in (cfg.get('default_hooks') or {}).items():
-        if _is_ours(hook):
-            plain.default_hooks.pop(name)
+    hooks = plain.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if _is_ours(hook)]:
+        del hooks[name]
     if 'custom_hooks' in cfg:
         plain.custom_hooks = [hook for hook in plain.custom_hooks if not _is_ours(hook)]
     for key in ('peft', 'load_from', 'resume', 'launcher', 'work_dir'):
@@ -36,15 +36,12 @@ def plain_config(cfg: Config) -> Config:
 def merged(
     model: nn.Module, cfg: Config, backbone: str = 'timm'
 ) -> tuple[Config, dict[str, Tensor]]:
-    """Merge the adapters of a model.
+    """Merge a model's adapters, in place; config and state dict of the plain model.
 
     Args:
-        model: With adapters; changed in place.
-        cfg: Its config.
+        model: With adapters.
+        cfg: Of the adapted model.
         backbone: ``'mmpretrain'`` makes timm's ConvNeXt mmpretrain's.
-
-    Returns:
-        Config and state dict of the plain model.
 
     Raises:
         UsageError: A method cannot be merged, or the backbone cannot be
@@ -60,7 +57,7 @@ def merged(
 def compare_merged(
     before: Mapping, plain: Config, state: Mapping[str, Tensor], batch: Any
 ) -> list[Difference]:
-    """Compare the model of a merged config and checkpoint with the adapted one.
+    """Compare the model of :func:`merged` with the adapted one.
 
     Args:
         before: What the adapted model made of the batch, by
@@ -77,15 +74,12 @@ def compare_merged(
 def write_merged(
     path: Path, plain: Config, state: Mapping[str, Tensor], meta: Mapping | None = None
 ) -> Path:
-    """Write a plain checkpoint, and its config beside it.
+    """Write a plain checkpoint ``OUT.pth``, and its config ``OUT.py``, which is returned.
 
     Args:
-        path: Of the checkpoint, ``OUT.pth``.
+        path: Of the checkpoint.
         plain: From :func:`merged`, as ``state``.
         meta: Of the checkpoint that was merged.
-
-    Returns:
-        The path of the config, ``OUT.py``.
 
     Raises:
         UnwrittenFileError: The disk is full or cannot be written to.
@@ -99,11 +93,7 @@ def write_merged(
 
 
 def refuse_existing(*paths: Path) -> None:
-    """Refuse to replace files.
-
-    Raises:
-        UsageError: One of them exists.
-    """
+    """Raise UsageError if one of the files exists."""
     taken = [str(path) for path in paths if path.exists()]
     if taken:
         raise UsageError(f'{" and ".join(taken)} exist already. Name another, or --overwrite.')

@@ -14,23 +14,19 @@ from .packages import package_configs
 
 
 def read_method(method: str | Mapping | list) -> dict:
-    """Arguments of PEFTHook that a method stands for.
+    """The ``method``, ``targets`` and ``unfreeze`` of PEFTHook that a method stands for.
 
     Args:
         method: The name of a file of ``configs/_base_/methods``; a method such
-            as ``dict(type='LoRA', rank=4)``; a dict of the hook's ``method``,
-            ``targets`` and ``unfreeze``; or a list for its ``method``. The
-            last three also as text in Python's or JSON's notation, which is
-            parsed and not executed.
-
-    Returns:
-        With ``method``, and ``targets`` and ``unfreeze`` where they are given.
+            as ``dict(type='LoRA', rank=4)``; a dict of the hook's arguments;
+            or a list for its ``method``. The last three also as text in
+            Python's or JSON's notation, which is parsed and not executed.
 
     Raises:
         UsageError: There is no such file, or the text is none of the above.
     """
     if isinstance(method, str):
-        if not re.fullmatch(r'[\w-]+', method.strip()):
+        if not _is_name(method):
             return read_method(_literal(method))
         files = method_files()
         if method.strip() not in files:
@@ -40,9 +36,10 @@ def read_method(method: str | Mapping | list) -> dict:
             )
         hook = Config.fromfile(files[method.strip()]).peft.to_dict()
         return {key: value for key, value in hook.items() if key != 'type'}
-    if isinstance(method, Mapping) and 'type' not in method and 'method' in method:
+    keys = method if isinstance(method, Mapping) else ()
+    if 'method' in keys and 'type' not in keys:
         return dict(method)
-    if not isinstance(method, list) and not (isinstance(method, Mapping) and 'type' in method):
+    if 'type' not in keys and not isinstance(method, list):
         raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {method!r}.")
     return dict(method=method)
 
@@ -55,10 +52,10 @@ def method_files() -> dict[str, Path]:
 
 def method_name(method: str | Mapping | list) -> str:
     """A method as part of a path: its file's name, or type and arguments."""
-    if isinstance(method, str) and re.fullmatch(r'[\w-]+', method.strip()):
+    if _is_name(method):
         return method.strip()
     found = [
-        f'{m["type"].lower()}' + ''.join(f'_{k}-{v}' for k, v in m.items() if k != 'type')
+        m['type'].lower() + ''.join(f'_{k}-{v}' for k, v in m.items() if k != 'type')
         for m in methods_in(read_method(method))
     ]
     return re.sub(r'[^\w.+-]', '', '+'.join(found))[:100]
@@ -71,6 +68,10 @@ def methods_in(hook: Mapping) -> Iterator[dict]:
         each = each.get('method', each) if isinstance(each, dict) else None
         if isinstance(each, dict) and isinstance(each.get('type'), str):
             yield each
+
+
+def _is_name(method):
+    return isinstance(method, str) and re.fullmatch(r'[\w-]+', method.strip())
 
 
 def _literal(text):

@@ -18,14 +18,11 @@ INSTALL = dict(
 
 
 def package_configs(package: str, asked_by: str) -> Path:
-    """The folder of configs that an installed package ships.
-
-    Args:
-        package: A key of :data:`INSTALL`, or ``'mmpeft'``.
-        asked_by: The config that names the package, for the error.
+    """The folder of configs that a package of :data:`INSTALL`, or mmpeft, ships.
 
     Raises:
-        UsageError: The package is unknown, not installed, or ships no configs.
+        UsageError: The package, which ``asked_by`` names, is unknown, not
+            installed, or ships no configs.
     """
     if package != 'mmpeft' and package not in INSTALL:
         raise UsageError(f'{asked_by}: {package!r} is unknown. {near(package, INSTALL)}')
@@ -42,8 +39,7 @@ def find_config(name: str) -> Path:
     """The file of a config such as ``mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py``.
 
     Raises:
-        UsageError: The package is not installed.
-        MissingFileError: It has no such config.
+        UsageError: The package is not installed, or has no such config.
     """
     package, _, path = name.partition('::')
     folder = package_configs(package, name)

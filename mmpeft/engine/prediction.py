@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mmengine.infer import BaseInferencer
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -19,11 +18,11 @@ PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 def load_on_one_base(
     adapters: Mapping[str, tuple[str, str]], device: str = 'cpu'
 ) -> tuple[dict[str, nn.Module], int]:
-    """Load models one after another that share their frozen backbone.
+    """Load models that share their frozen backbone.
 
     Args:
         adapters: Config and checkpoint, or adapter file, by name.
-        device: Where they go.
+        device: Where the models go.
 
     Returns:
         The models by name, and the bytes that are shared.
@@ -45,8 +44,8 @@ def pictures_in(paths: Iterable[Path]) -> list[str]:
     """The pictures among files and folders.
 
     Raises:
-        MissingFileError: A path does not exist, or a folder holds none.
-        UsageError: The predictions of two would be written under one name.
+        UsageError: A path does not exist, a folder holds none, or the
+            predictions of two would be written under one name.
     """
     by_stem = {}
     for path in paths:
@@ -79,25 +78,15 @@ def predict(
         batch_size: Pictures at once.
         score_thr: The lowest score of boxes that are drawn.
     """
-    tool = inferencer(model)
-    segments = model.cfg.default_scope == 'mmseg'
-    options = {} if segments else dict(pred_score_thr=score_thr, no_save_pred=False)
-    tool(list(pictures), batch_size=batch_size, out_dir=str(folder), **options)
-    classes = list(model.dataset_meta['classes'])
-    (folder / 'classes.json').write_text(json.dumps(classes, indent=1, ensure_ascii=False))
-
-
-def inferencer(model: nn.Module) -> BaseInferencer:
-    """The inferencer of a model's package.
-
-    Args:
-        model: From :func:`~mmpeft.engine.inference.init_model`.
-    """
     scope = model.cfg.default_scope
     if scope == 'mmseg':
         from mmseg.apis import MMSegInferencer as Inferencer
+
+        options = {}
     else:
         from mmdet.apis import DetInferencer as Inferencer
+
+        options = dict(pred_score_thr=score_thr, no_save_pred=False)
     init_default_scope(scope)
 
     class Ready(Inferencer):
@@ -105,4 +94,7 @@ def inferencer(model: nn.Module) -> BaseInferencer:
             return model
 
     device = str(next(model.parameters()).device)
-    return Ready(model.cfg, device=device, scope=scope, show_progress=False)
+    tool = Ready(model.cfg, device=device, scope=scope, show_progress=False)
+    tool(list(pictures), batch_size=batch_size, out_dir=str(folder), **options)
+    classes = list(model.dataset_meta['classes'])
+    (folder / 'classes.json').write_text(json.dumps(classes, indent=1, ensure_ascii=False))

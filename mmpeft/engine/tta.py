@@ -22,8 +22,7 @@ class FlipTTA(BaseTTAModel):
         nms: As in the detector's ``test_cfg``, e.g. ``dict(type='nms',
             iou_threshold=0.5)``; ``nms_rotated`` for rotated boxes.
         max_per_img: The most instances to keep.
-        **kwargs: ``module``, the detector; see
-            :class:`mmengine.model.BaseTTAModel`.
+        **kwargs: See :class:`mmengine.model.BaseTTAModel`.
     """
 
     def __init__(self, nms: Mapping, max_per_img: int, **kwargs):
@@ -32,15 +31,7 @@ class FlipTTA(BaseTTAModel):
         self.max_per_img = max_per_img
 
     def merge_preds(self, data_samples_list: list[list]) -> list:
-        """Merge each image's views.
-
-        Args:
-            data_samples_list: For each image its views, ``DetDataSample`` in
-                the original image's scale.
-
-        Returns:
-            One ``DetDataSample`` an image.
-        """
+        """One ``DetDataSample`` an image, of those of its views in the image's own scale."""
         return [self._merge(views) for views in data_samples_list]
 
     def _merge(self, views):
@@ -75,15 +66,12 @@ def _unflipped(view):
 
 
 def enable_tta(cfg: Config) -> None:
-    """Test each image as it is and flipped.
+    """Change a config to test each image as it is and flipped.
 
-    The config's ``tta_model`` and ``tta_pipeline`` are used if it has them.
+    Its own ``tta_model`` and ``tta_pipeline`` are used if it has them.
     Otherwise the model is mmseg's, or :class:`FlipTTA` with the detector's own
     suppression, and the pipeline is the test pipeline with flips after its
     last resize.
-
-    Args:
-        cfg: Changed in place.
     """
     scope = 'mmdet' if cfg.default_scope == 'mmrotate' else cfg.default_scope
     dataset = cfg.test_dataloader.dataset

@@ -95,7 +95,7 @@ def test_options_come_last():
 
 def test_another_type_over_the_arguments_of_a_method():
     options = {'default_hooks.peft.method.type': 'LoRA'}
-    expected = 'kernel_rank, which LoRA does not have.*for FLoRA.*--method.*_delete_=True'
+    expected = "LoRA has no argument 'kernel_rank'.*for FLoRA.*--method.*_delete_=True"
     with pytest.raises(UsageError, match=expected):
         compose(FLORA, None, options)
     replaced = options | {'default_hooks.peft.method._delete_': True}

@@ -7,18 +7,13 @@ from mmpeft.training.allocation import allocate
 
 
 class AllocationHook(Hook):
-    """Runs the allocators of a model's methods around each step, and keeps their state.
-
-    Attributes:
-        allocation: See :func:`mmpeft.allocate`; from the start of training.
-    """
+    """Runs the allocators of a model's methods around each step, and keeps their state."""
 
     def __init__(self):
         self.allocation = None
         self._resumed = None
 
     def after_load_checkpoint(self, runner, checkpoint):
-        """Take the state that a checkpoint has."""
         self._resumed = checkpoint.get('mmpeft_allocation')
 
     def before_train(self, runner):
@@ -30,10 +25,8 @@ class AllocationHook(Hook):
             self.allocation.load_state_dict(self._resumed)
 
     def after_train(self, runner):
-        """Stop them."""
         self.allocation.close()
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Store their state with the optimizer's."""
         if 'optimizer' in checkpoint and self.allocation is not None:
             checkpoint['mmpeft_allocation'] = self.allocation.state_dict()

@@ -13,7 +13,7 @@ def rebuild_optimizer(runner: Runner) -> None:
     """Build a Runner's optimizer and schedulers again from its config.
 
     Raises:
-        UsageError: The Runner was not made from a config.
+        UsageError: The Runner was made without a config.
     """
     if 'optim_wrapper' not in runner.cfg:
         raise UsageError(

@@ -36,7 +36,7 @@ class SeedHook(Hook):
             )
 
     def before_train_epoch(self, runner):
-        """Seed the sampler and the workers of the epoch."""
+        """Seed the sampler and the workers."""
         _seed(runner, 'epoch', runner.epoch)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):

@@ -1,11 +1,9 @@
 """Whether losses, gradients and weights are finite."""
 
-from collections.abc import Mapping
 from math import isfinite
 
 import torch
 from mmengine.optim import OptimWrapper
-from torch import Tensor
 
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.engine.hooks.unwrap import unwrap
@@ -30,11 +28,8 @@ class FiniteMonitor(Monitor):
 
     Args:
         optim_wrapper: Whose steps are guarded.
-        nonfinite_iters: Steps in a row that stop the run.
+        nonfinite_iters: Steps in a row that stop the run; at least 1.
         check_iters: See :class:`Monitor`.
-
-    Raises:
-        UsageError: ``nonfinite_iters`` is less than 1.
     """
 
     def __init__(self, optim_wrapper: OptimWrapper, nonfinite_iters: int, check_iters: int):
@@ -58,16 +53,11 @@ class FiniteMonitor(Monitor):
                 parameter.grad = None
 
     def before_train(self, runner):
-        """Check the layers from the start if one such step stops the run."""
         self._check_layers(runner)
-        self._from_start = set(nonfinite(dict(unwrap(runner.model).named_buffers())))
+        self._from_start = set(_nonfinite(dict(unwrap(runner.model).named_buffers())))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Count, once the step that this iteration is part of is done.
-
-        Raises:
-            TrainingError: There were too many in a row.
-        """
+        """Count, once the step that this iteration is part of is done."""
         losses = {k: float(v) for k, v in (outputs or {}).items() if 'loss' in k}
         self._losses |= {k: v for k, v in losses.items() if not isfinite(v)}
         if runner.optim_wrapper.should_update():
@@ -123,22 +113,17 @@ class FiniteMonitor(Monitor):
         return _refusal(runner, self._nonfinite(adapter_state_dict(unwrap(runner.model))))
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """The same for everything that is about to be saved, averaged weights included.
-
-        Raises:
-            TrainingError: Something is not finite.
-        """
+        """The same for everything that is about to be saved, averaged weights included."""
         states = (checkpoint.get(part, {}) for part in ('state_dict', 'ema_state_dict'))
         problem = _refusal(runner, [name for state in states for name in self._nonfinite(state)])
         if problem:
             raise TrainingError(problem)
 
     def _nonfinite(self, state):
-        return [k for k in nonfinite(state) if k.removeprefix('module.') not in self._from_start]
+        return [k for k in _nonfinite(state) if k.removeprefix('module.') not in self._from_start]
 
 
-def nonfinite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the floating tensors in a state dict that are not finite."""
+def _nonfinite(state):
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
 
 

@@ -22,17 +22,16 @@ class FrozenMonitor(Monitor):
     """
 
     def before_train(self, runner):
-        """Record the base."""
-        base = self._base(runner)
+        base = self._base(runner, frozen_keys(unwrap(runner.model)))
         self._digests = digests(base)
         self._beginnings = {key: _beginning(value).clone() for key, value in base.items()}
         self._checked = runner.iter
 
     def check(self, runner):
         """Tensors that changed since the last check."""
-        base = self._base(runner, self._beginnings)
+        base = self._base(runner, self._digests)
         now = digests(base)
-        changed = [key for key in self._beginnings if now.get(key) != self._digests[key]]
+        changed = [key for key in self._digests if now.get(key) != self._digests[key]]
         since, self._checked = self._checked, runner.iter + 1
         if not changed:
             return None
@@ -46,10 +45,8 @@ class FrozenMonitor(Monitor):
             'default_hooks.peft.check_frozen=False if it may move.'
         )
 
-    def _base(self, runner, keys=None):
-        model = unwrap(runner.model)
-        state = model.state_dict()
-        keys = frozen_keys(model) if keys is None else keys
+    def _base(self, runner, keys):
+        state = unwrap(runner.model).state_dict()
         return {key: state[key] for key in keys if key in state}
 
     def _change(self, key, base):

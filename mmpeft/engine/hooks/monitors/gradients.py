@@ -21,7 +21,6 @@ class GradientMonitor(Monitor):
     """
 
     def before_train(self, runner):
-        """Register hooks on the adapters' parameters."""
         adapters = named_adapters(unwrap(runner.model))
         self.reached = dict.fromkeys(adapters)
         self._handles = [
@@ -40,14 +39,13 @@ class GradientMonitor(Monitor):
     def is_due(self, runner):
         """After ``check_iters`` iterations, and under DDP after the first."""
         unused_fail = not runner.cfg.get('find_unused_parameters')
-        first = self.iterations == 1 and is_model_wrapper(runner.model) and unused_fail
-        return first or self.iterations == self.check_iters
+        early = is_model_wrapper(runner.model) and unused_fail
+        return self.iterations in ((1, self.check_iters) if early else (self.check_iters,))
 
     def after_train_epoch(self, runner):
-        """Nothing; short runs are checked at their end."""
+        """Not yet: short runs are checked at their end."""
 
     def after_train(self, runner):
-        """Check a run that had fewer iterations."""
         if self.iterations < self.check_iters:
             self.stop_if_wrong(runner)
             self._close(runner)

@@ -32,7 +32,6 @@ class Monitor(Hook):
         return self.iterations == self.check_iters or _saves(runner)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Check if it is due."""
         self.iterations += 1
         if self.is_due(runner):
             self.stop_if_wrong(runner)
@@ -42,11 +41,7 @@ class Monitor(Hook):
         self.stop_if_wrong(runner)
 
     def stop_if_wrong(self, runner: Runner) -> None:
-        """Check now.
-
-        Raises:
-            TrainingError: Something is wrong on one of the ranks.
-        """
+        """Check now, and raise TrainingError if something is wrong on one of the ranks."""
         problems = all_gather_object(self.check(runner))
         on_all = len(set(problems)) == 1
         for rank, problem in enumerate(problems):

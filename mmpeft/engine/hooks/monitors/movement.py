@@ -30,7 +30,6 @@ class MovementMonitor(Monitor):
         optimizer.register_step_post_hook(self._after_step)
 
     def before_train(self, runner):
-        """Record where the adapters start."""
         self._adapters = named_adapters(unwrap(runner.model))
         self._steps = dict.fromkeys(self._adapters, 0)
         self._start = self._values(self._adapters)
@@ -56,7 +55,7 @@ class MovementMonitor(Monitor):
         return bool(self._rates)
 
     def after_train_epoch(self, runner):
-        """Nothing; adapters have not had their steps yet."""
+        """Not yet: adapters may not have had their steps."""
 
     def check(self, runner):
         """Adapters with the learning rate 0, or that the optimizer lost."""
@@ -96,10 +95,5 @@ class MovementMonitor(Monitor):
         return [name for name in names if name not in moved]
 
     def _values(self, names):
-        return digests(
-            {
-                f'{name}.{k}': p
-                for name in names
-                for k, p in self._adapters[name]._parameters.items()
-            }
-        )
+        parameters = {name: self._adapters[name]._parameters.items() for name in names}
+        return digests({f'{name}.{k}': p for name, held in parameters.items() for k, p in held})

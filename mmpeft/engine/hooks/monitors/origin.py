@@ -1,19 +1,16 @@
 """Where in a network values that are not finite appear first."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class Origin:
-    """Checks all layers in forward and backward for NaN and infinity.
+    """Checks all layers of a model, from here on, in forward and backward for NaN and infinity.
 
     It waits for the device at each layer, so it is for a few iterations only.
-
-    Args:
-        model: Whose layers are checked from here on.
 
     Attributes:
         first_output: The first layer, in order of execution, whose output has
@@ -46,10 +43,10 @@ class Origin:
 
     def _forward_hook(self, name):
         def hook(module, args, kwargs, output):
-            for kind in nonfinite_kinds(output) - self.first_output.keys():
-                in_input = kind in nonfinite_kinds((args, kwargs))
+            for kind in _nonfinite_kinds(output) - self.first_output.keys():
+                in_input = kind in _nonfinite_kinds((args, kwargs))
                 (self.first_input if in_input else self.first_output).setdefault(kind, name)
-            for tensor in tensors_in(output):
+            for tensor in _tensors_in(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(self._gradient_hook(f'the output of {name}'))
 
@@ -84,20 +81,13 @@ class Origin:
         return ' '.join(found) or 'No layer could be checked.'
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> list[Tensor]:
     """The floating tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
-def nonfinite_kinds(value: Any) -> set[str]:
-    """Which of NaN and infinity the tensors in a value have."""
-    tensors = [tensor for tensor in tensors_in(value) if not tensor.isfinite().all()]
+def _nonfinite_kinds(value):
+    tensors = [tensor for tensor in _tensors_in(value) if not tensor.isfinite().all()]
     kinds = dict(NaN=torch.isnan, infinity=torch.isinf)
     return {kind for kind, test in kinds.items() if any(test(t).any() for t in tensors)}

@@ -19,14 +19,16 @@ class RankMonitor(Monitor):
     """
 
     def before_train(self, runner):
-        """Compare everything, the frozen base included."""
         self._frozen = set(frozen_keys(unwrap(runner.model)))
         self.stop_if_wrong(runner)
         self._frozen = set()
 
     def check(self, runner):
         """The first tensor that differs, and between which ranks."""
-        tensors = self._tensors(unwrap(runner.model))
+        model = unwrap(runner.model)
+        held = self._frozen | adapter_keys(model).keys()
+        state = model.state_dict(keep_vars=True)
+        tensors = {key: v for key, v in state.items() if v.requires_grad or key in held}
         all_ranks = all_gather_object(digests(tensors))
         names = dict.fromkeys([*tensors, *(name for each in all_ranks for name in each)])
         wrong = [name for name in names if len({each.get(name) for each in all_ranks}) > 1]
@@ -46,11 +48,3 @@ class RankMonitor(Monitor):
             'or decided something on one rank alone. Give all ranks the same files, and make '
             'random draws and decisions from what all of them have.'
         )
-
-    def _tensors(self, model):
-        held = adapter_keys(model)
-        return {
-            key: value
-            for key, value in model.state_dict(keep_vars=True).items()
-            if value.requires_grad or key in held or key in self._frozen
-        }
