@@ -35,7 +35,7 @@ def parse_args():
         ('from', 'folder of peft', 'OUT.pth or OUT.safetensors'),
     ):
         one = ways.add_parser(way)
-        one.add_argument('config', help='config of the model, with a PEFTHook')
+        add_arguments(one)
         one.add_argument('source', type=Path, help=source)
         one.add_argument('out', type=Path, help=out)
         base = one.add_mutually_exclusive_group()
@@ -45,7 +45,6 @@ def parse_args():
             '--inference', action='store_true', help='drop what matters in training only: dropout'
         )
         one.add_argument('--overwrite', action='store_true', help='replace files that exist')
-        add_arguments(one)
     return parser.parse_args()
 
 

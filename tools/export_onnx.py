@@ -43,7 +43,7 @@ from mmpeft.interop.onnx import (
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Export a network to ONNX, adapters merged')
-    parser.add_argument('config', help='config that the checkpoint was trained with')
+    add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint with adapters, or an adapter file')
     parser.add_argument('out', type=Path, help='file to write, OUT.onnx')
     parser.add_argument('--part', choices=PARTS, default='backbone', help='see above')
@@ -54,7 +54,6 @@ def parse_args():
         '--bound', type=float, default=BOUNDS[torch.float32], help='largest relative difference'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
-    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -67,7 +66,7 @@ def main():
     part = Part(prepared(init_model(cfg, args.checkpoint), plain_config(cfg)), args.part)
     batches = random_images(part, size, args.batch, args.dynamic)
     with exporting(part, args.out, batches, args.dynamic) as outputs:
-        found = [quantity(name, [theirs], [ours]) for name, theirs, ours in outputs]
+        found = [quantity(name, [(theirs, ours)]) for name, theirs, ours in outputs]
         print(table(found, args.bound))
         failed = [row.name for row in found if row.exceeds(args.bound)]
         if failed:

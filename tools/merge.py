@@ -27,7 +27,7 @@ from mmpeft.errors import UsageError
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Merge adapters into a plain checkpoint')
-    parser.add_argument('config', help='config that the checkpoint was trained with')
+    add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint with adapters, or adapter file')
     parser.add_argument('out', type=Path, help='plain checkpoint to write, OUT.pth')
     parser.add_argument(
@@ -55,7 +55,6 @@ def parse_args():
     parser.add_argument(
         '--write-failed', action='store_true', help='write OUT even if the check fails'
     )
-    add_arguments(parser)
     return parser.parse_args()
 
 

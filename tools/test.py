@@ -15,12 +15,8 @@ from mmpeft.errors import UsageError
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Test (and evaluate) a detector or segmentor')
-    parser.add_argument(
-        'config',
-        help='config file, or package::path such as mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco',
-    )
-    parser.add_argument('checkpoint', help='checkpoint file')
     add_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out', help='where predictions go: a .pkl file, for mmseg a folder of label images'
     )

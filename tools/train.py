@@ -23,10 +23,6 @@ from mmpeft.engine.launch import (
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Train a detector or segmentor')
-    parser.add_argument(
-        'config',
-        help='config file, or package::path such as mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco',
-    )
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import UsageError
 
-from .instances import corners_of, masks_of, paired
+from .instances import corners_of, paired
 
 DECISIONS = 0.01
 """The share of decisions that may differ."""
@@ -56,17 +57,14 @@ def default_bound(module: nn.Module) -> float:
 
 @torch.no_grad()
 def observe(model: nn.Module, batch: Any) -> dict:
-    """What a model makes of a batch in evaluation.
+    """The ``maps`` of all calls of a model's backbone, and its ``predictions``, in evaluation.
 
     Args:
         model: Of mmengine, with ``test_step`` and a ``backbone``.
         batch: As a dataloader gives it; is not changed.
-
-    Returns:
-        ``maps``, of all calls of the backbone, and ``predictions``.
     """
     maps = []
-    handle = model.backbone.register_forward_hook(lambda *call: maps.extend(_tensors(call[-1])))
+    handle = model.backbone.register_forward_hook(lambda *call: maps.extend(tree_leaves(call[-1])))
     was_training = model.training
     model.eval()
     try:
@@ -90,29 +88,29 @@ def differences(one: Mapping, other: Mapping) -> list[Difference]:
     levels = {}  # of equal channels and size, over all crops of a sliding window
     for pair in zip(one['maps'], other['maps'], strict=True):
         levels.setdefault(f'backbone {"x".join(map(str, pair[0].shape[1:]))}', []).append(pair)
-    found = [_quantity(name, pairs) for name, pairs in levels.items()]
+    found = [quantity(name, pairs) for name, pairs in levels.items()]
     pairs = list(zip(one['predictions'], other['predictions'], strict=True))
     if pairs and 'pred_instances' in pairs[0][0]:
         found += _instances([(a.pred_instances, b.pred_instances) for a, b in pairs])
     if pairs and 'seg_logits' in pairs[0][0]:
         logits = [(a.seg_logits.data, b.seg_logits.data) for a, b in pairs]
-        found.append(_quantity('logits', logits))
+        found.append(quantity('logits', logits))
     if pairs and 'pred_sem_seg' in pairs[0][0]:
         maps = [(a.pred_sem_seg.data, b.pred_sem_seg.data) for a, b in pairs]
         found.append(_pixels('segmentation map', maps))
     return found
 
 
-def quantity(name: str, one: Iterable[Tensor], other: Iterable[Tensor]) -> Difference:
-    """The largest difference of tensors, absolute and relative to the largest of ``other``.
+def quantity(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+    """The largest difference in pairs, absolute and relative to the largest second value.
 
     Raises:
-        UsageError: Their numbers or shapes differ.
+        UsageError: The shapes of a pair differ.
     """
-    one, other = list(one), list(other)
-    if [value.shape for value in one] != [value.shape for value in other]:
+    pairs = list(pairs)
+    if any(a.shape != b.shape for a, b in pairs):
         raise UsageError(f'{name}: the models give tensors of other shapes.')
-    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
+    pairs = [(a.double(), b.double()) for a, b in pairs if a.numel()]
     # torch's maximum keeps NaN, which Python's does not.
     zero = torch.zeros((), dtype=torch.float64)
     absolute = torch.stack([zero, *((a - b).abs().max().cpu() for a, b in pairs)]).max().item()
@@ -130,17 +128,6 @@ def table(found: Iterable[Difference], bound: float) -> str:
         numbers = f'{absolute:>10} {row.relative:10.2e} {row._allowed(bound):8.0e}'
         lines.append(f'{row.name:24} {numbers}  {row.of}{mark}')
     return '\n'.join(lines)
-
-
-def _tensors(output):
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-def _quantity(name, pairs):
-    return quantity(name, *map(list, zip(*pairs, strict=True)))
 
 
 def _pixels(name, pairs):
@@ -162,8 +149,8 @@ def _instances(images):
         boxes.append((ours, theirs.gather(1, nearest)))
         scores.append((a.scores[rows], b.scores[columns]))
         if 'masks' in a:
-            masks.append((masks_of(a)[rows], masks_of(b)[columns]))
+            masks.append((torch.as_tensor(a.masks)[rows], torch.as_tensor(b.masks)[columns]))
     of = f'{unpaired} of {total} instances'
     found = [Difference('instances without pair', unpaired / max(total, 1), None, of)]
-    found += [_quantity('corners of boxes', boxes), _quantity('scores', scores)]
+    found += [quantity('corners of boxes', boxes), quantity('scores', scores)]
     return found + ([_pixels('masks', masks)] if masks else [])

@@ -44,15 +44,12 @@ class Explanation:
 
 
 def explain(model: nn.Module, forward: Callable[[], object]) -> list[Explanation]:
-    """Watch a forward pass and note which kernel each adapted layer runs.
+    """Each use of an adapted linear layer or convolution in a forward pass, in order.
 
     Args:
         model: After :func:`mmpeft.inject`.
         forward: Runs the model once, such as ``lambda: model(images)``; fake
             tensors will do.
-
-    Returns:
-        One entry for each use of an adapted linear layer or convolution, in the order of use.
     """
     found = []
 

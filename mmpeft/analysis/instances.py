@@ -4,7 +4,6 @@ Boxes are compared by their corners, in any order, because a rotated box has
 several descriptions.
 """
 
-import numpy as np
 import torch
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
@@ -15,19 +14,16 @@ NEAR = 0.01
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """The four corners of boxes.
+    """The four corners of boxes, (N, 4, 2).
 
     Args:
         boxes: (N, 4) as x1, y1, x2, y2, or (N, 5) as x, y, w, h and an angle
             in radians.
-
-    Returns:
-        (N, 4, 2)
     """
-    signs = boxes.new_tensor([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
     if boxes.shape[-1] == 4:
-        centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        return centre[:, None] + signs * size[:, None]
+        low, high = boxes.split(2, -1)
+        boxes = torch.cat([(low + high) / 2, high - low, boxes.new_zeros(len(boxes), 1)], -1)
+    signs = boxes.new_tensor([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
     across, up = (signs * boxes[:, None, 2:4]).unbind(-1)
     cos, sin = boxes[:, 4:].cos(), boxes[:, 4:].sin()
     return boxes[:, None, :2] + torch.stack([across * cos - up * sin, across * sin + up * cos], -1)
@@ -41,8 +37,7 @@ def paired(a: InstanceData, b: InstanceData) -> tuple[Tensor, Tensor]:
     ours, theirs = corners_of(a), corners_of(b)
     size = torch.cdist(theirs, theirs).flatten(1)
     size = size.amax(1).clamp_min(1e-6) if len(b) else size.sum(1)
-    none = torch.zeros(0, dtype=torch.long, device=a.labels.device)
-    rows, columns = [none], [none]
+    pairs = [torch.zeros(2, 0, dtype=torch.long, device=a.labels.device)]
     for label in a.labels.unique().tolist():
         i, j = (a.labels == label).nonzero()[:, 0], (b.labels == label).nonzero()[:, 0]
         apart = torch.cdist(ours[i, None], theirs[None, j]).amin(-1).amax(-1) / size[j]
@@ -51,17 +46,10 @@ def paired(a: InstanceData, b: InstanceData) -> tuple[Tensor, Tensor]:
         cost = apart.nan_to_num(nan=1.0, posinf=1.0).clamp_max(2 * NEAR).cpu().numpy()
         first, second = linear_sum_assignment(cost)
         near = cost[first, second] <= NEAR
-        rows.append(i[first[near]])
-        columns.append(j[second[near]])
-    return torch.cat(rows), torch.cat(columns)
+        pairs.append(torch.stack([i[first[near]], j[second[near]]]))
+    return torch.cat(pairs, 1).unbind()
 
 
 def corners_of(instances: InstanceData) -> Tensor:
     """The corners of the boxes of instances in float64, (N, 4, 2)."""
     return corners(getattr(instances.bboxes, 'tensor', instances.bboxes).double())
-
-
-def masks_of(instances: InstanceData) -> Tensor:
-    """The masks of instances, (N, H, W)."""
-    masks = instances.masks
-    return masks if isinstance(masks, Tensor) else torch.from_numpy(np.asarray(masks))

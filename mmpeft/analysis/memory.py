@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from rich.table import Table
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,6 @@ class Memory:
     optimizer: int
     saved: int
     recomputed: int | None
-
-    @property
-    def fixed(self) -> int:
-        """What does not depend on the images."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, int, int]) -> Memory:
@@ -85,15 +79,10 @@ def built_without_data(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeT
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
     """Bytes that a forward pass keeps for backward, parameters and buffers not counted.
 
-    Args:
-        model: With data, or without.
-        images: Its input.
-
-    Returns:
-        Of the whole pass, and by the path of each module that runs in it.
+    Of the whole pass, and by the path of each module that runs in it.
     """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    seen, running, by_module, handles = {}, [], defaultdict(int), []
+    seen, running, by_module = {}, [], defaultdict(int)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -109,28 +98,24 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
     def leave(*_):
         running.pop()
 
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(path)))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    del outputs
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(enter(path)).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        model(images)
     return sum(storage.nbytes() for storage in seen.values()), dict(by_module)
 
 
 def table(rows: Iterable[tuple[str, Memory]]) -> Table:
     """A line for each named prediction, in GiB."""
-    names = [field.name for field in fields(Memory)]
-    result = Table('run', *names, 'total', 'total, recomputing', title='GiB')
+    columns = [field.name for field in fields(Memory)]
+    result = Table('run', *columns, 'total', 'total, recomputing', title='GiB')
     for name, memory in rows:
-        values = [getattr(memory, name) for name in names]
-        totals = [memory.fixed + memory.saved]
-        totals += [None if memory.recomputed is None else memory.fixed + memory.recomputed]
-        result.add_row(name, *('-' if v is None else f'{v / GIB:.2f}' for v in values + totals))
+        *fixed, saved, recomputed = astuple(memory)
+        values = [*fixed, saved, recomputed, sum(fixed) + saved]
+        values.append(None if recomputed is None else sum(fixed) + recomputed)
+        result.add_row(name, *('-' if v is None else f'{v / 2**30:.2f}' for v in values))
     return result
 
 

@@ -1,13 +1,12 @@
 """Tables of adapted weights and of what they cost in parameters."""
 
 import csv
-import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.summary import Summary
@@ -21,10 +20,7 @@ Summaries = Mapping[int | None, Summary]
 
 def layer_table(summary: Summary, title: str) -> Table:
     """One line a weight; weights with fewer parameters than their adapter stand out."""
-    table = Table(title=title)
-    table.add_column('weight', overflow='fold')
-    for column in ('kind', 'shape'):
-        table.add_column(column)
+    table = Table(Column('weight', overflow='fold'), 'kind', 'shape', title=title)
     for column in ('parameters', 'adapter', 'share'):
         table.add_column(column, justify='right')
     for row in summary.rows:
@@ -53,36 +49,29 @@ def kind_table(summaries: Summaries) -> Table:
 
 
 def check_format(path: Path) -> None:
-    """Raise UsageError unless :func:`write` knows the format."""
+    """Raise UsageError unless the format is one of :data:`FORMATS`."""
     if path.suffix not in FORMATS:
         raise UsageError(f'{path}: the name must end in {", ".join(FORMATS)}.')
 
 
 def write(path: Path, summaries: Summaries) -> None:
-    """Write all rows, and in ``.json`` and ``.md`` the totals, as the file's name says.
-
-    Raises:
-        UsageError: The format is none of :data:`FORMATS`.
-    """
-    check_format(path)
+    """Write all rows, and in ``.json`` and ``.md`` the totals, into a file of :data:`FORMATS`."""
     rows = [(rank, row) for rank, summary in summaries.items() for row in summary.rows]
     if path.suffix == '.json':
         content = [dict(rank=rank) | summary.to_dict() for rank, summary in summaries.items()]
-        text = json.dumps(content, indent=2)
+        path.write_text(json.dumps(content, indent=2))
     elif path.suffix == '.csv':
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator='\n')
-        writer.writerow(COLUMNS)
-        for rank, row in rows:
-            own = _cells(rank, row)[:5]
-            writer.writerow([*own, row.weight, row.adapter, row.adapter / row.weight])
-        text = buffer.getvalue()
+        with path.open('w', newline='') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(COLUMNS)
+            for rank, row in rows:
+                own = _cells(rank, row)[:5]
+                writer.writerow([*own, row.weight, row.adapter, row.adapter / row.weight])
     else:
         lines = [COLUMNS, ['---'] * len(COLUMNS), *(_cells(rank, row) for rank, row in rows)]
         totals = ', '.join(f'{s.adapters:,}' for s in summaries.values())
         text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-        text += f'\n\nadapter parameters: {totals}\n'
-    path.write_text(text)
+        path.write_text(f'{text}\n\nadapter parameters: {totals}\n')
 
 
 def _cells(rank, row):

@@ -36,8 +36,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what changes a config: ``--method`` and ``--cfg-options``."""
+def add_config_arguments(parser: argparse.ArgumentParser, **config) -> None:
+    """Add ``config``, and what changes it: ``--method`` and ``--cfg-options``."""
+    parser.add_argument(
+        'config',
+        help='config file, or package::path such as mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco',
+        **config,
+    )
     parser.add_argument(
         '--method',
         help="a method in place of the config's: a file of configs/_base_/methods, or a dict such "

@@ -98,9 +98,9 @@ def test_corners():
 
 def test_quantities():
     one, other = torch.tensor([1.0, 4.0]), torch.tensor([1.5, 2.0])
-    row = quantity('x', [one], [other])
+    row = quantity('x', [(one, other)])
     assert (row.absolute, row.relative) == (2, 1) and row.exceeds(0.99) and not row.exceeds(1)
-    assert quantity('x', [torch.tensor([math.nan])], [one[:1]]).exceeds(1e9)
+    assert quantity('x', [(torch.tensor([math.nan]), one[:1])]).exceeds(1e9)
     assert 'EXCEEDED' in table([row], 0.5) and 'EXCEEDED' not in table([row], 1)
     with pytest.raises(UsageError, match='other shapes'):
-        quantity('x', [one], [one[:1]])
+        quantity('x', [(one, one[:1])])

@@ -25,11 +25,10 @@ from mmpeft.execution import CHOICES
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Explain how adapted layers are computed')
-    parser.add_argument('config', help='config file, or package::path')
+    add_config_arguments(parser)
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1344], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--execution', choices=CHOICES, help="instead of the config's")
-    add_config_arguments(parser)
     return parser.parse_args()
 
 
@@ -39,9 +38,8 @@ def main():
     hook = find_hook(cfg)
     if args.execution and hook is not None:
         hook.execution = args.execution
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        model, mode = built_without_data(lambda: build_adapted(cfg))
+    warnings.simplefilter('ignore')
+    model, mode = built_without_data(lambda: build_adapted(cfg))
     with mode:
         images = torch.randn(args.batch, 3, *args.size)
         show(explain(model.backbone, lambda: model.backbone(images)))

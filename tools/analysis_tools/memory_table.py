@@ -12,6 +12,7 @@ counted.
 import argparse
 import sys
 import warnings
+from functools import partial
 
 from rich.console import Console
 
@@ -23,22 +24,20 @@ from mmpeft.engine.launch import add_config_arguments, run
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Predict the memory that training takes')
-    parser.add_argument('configs', nargs='+', help='config files, or package::path')
+    add_config_arguments(parser, nargs='+')
     parser.add_argument('--size', type=int, nargs=2, default=[504, 504], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, nargs='+', default=[1], help='images a GPU')
-    add_config_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    warnings.simplefilter('ignore')
     rows = []
-    for config in args.configs:
+    for config in args.config:
         cfg = compose(config, args.method, args.cfg_options)
         for batch in args.batch:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                memory = predict(lambda cp, cfg=cfg: build_adapted(cfg, cp), (batch, 3, *args.size))
+            memory = predict(partial(build_adapted, cfg), (batch, 3, *args.size))
             rows.append((f'{config}, {batch}', memory))
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
 

@@ -22,12 +22,11 @@ from mmpeft.engine.launch import add_config_arguments, run
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Count the parameters that a config adapts')
-    parser.add_argument('config', help='config file, or package::path')
+    add_config_arguments(parser)
     parser.add_argument(
         '--rank', type=int, nargs='+', help="ranks in place of the config's; totals are compared"
     )
     parser.add_argument('--out', type=Path, help='write all rows to a .csv, .json or .md file')
-    add_config_arguments(parser)
     return parser.parse_args()
 
 
@@ -36,10 +35,9 @@ def main():
     if args.out:
         check_format(args.out)
     cfg = compose(args.config, args.method, args.cfg_options)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # oversized adapters are marked in the table
-        ranks = args.rank or [None]
-        summaries = {rank: adapt(build_model(cfg, meta=True), cfg, rank) for rank in ranks}
+    warnings.simplefilter('ignore')  # oversized adapters are marked in the table
+    ranks = args.rank or [None]
+    summaries = {rank: adapt(build_model(cfg, meta=True), cfg, rank) for rank in ranks}
     console = Console(width=None if sys.stdout.isatty() else 120)
     title = ' '.join(str(word) for word in (args.config, args.method) if word)
     console.print(layer_table(summaries[ranks[0]], title))
