@@ -21,11 +21,8 @@ die() { printf '\nerror: %s\n' "$*" | fold -s -w 80 >&2; exit 1; }
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
-        if "$candidate" -c 'import ensurepip, sys, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+        "$candidate" -c 'import ensurepip, sys, venv
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$candidate" && return
     done
     die "${PYTHON:-none of python3.11, python3.12, python3.10 and python3} is no Python" \
         "3.10 to 3.12 with its venv module. Install one (on Debian and Ubuntu:" \
@@ -44,24 +41,21 @@ drop_half_installed() {
 # 'cuda' when the operators of mmcv can be compiled for it and used, else 'cpu'.
 mmcv_operators() {
     "$py" - <<'EOF'
-import os, re, subprocess, sys
+import os, subprocess, sys
 import torch
 
 if not (torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'):
     sys.exit(print('cpu'))
 from torch.utils.cpp_extension import CUDA_HOME
 
-release = None
-if CUDA_HOME and os.path.exists(f'{CUDA_HOME}/bin/nvcc'):
-    text = subprocess.run([f'{CUDA_HOME}/bin/nvcc', '--version'], capture_output=True, text=True)
-    release = re.search(r'release (\d+)', text.stdout)
-major = torch.version.cuda and torch.version.cuda.split('.')[0]
-fits = bool(release and release[1] == major)
-if not fits:
-    print(f'warning: no nvcc of CUDA {major} was found for the GPU, so mmcv gets operators for the '
-          f'CPU only. To train on the GPU install the CUDA {torch.version.cuda} toolkit, set '
-          'CUDA_HOME to it and run `make reinstall`.', file=sys.stderr)
-print('cuda' if fits else 'cpu')
+version = torch.version.cuda or 'none'
+found = subprocess.getoutput(f'"{CUDA_HOME}/bin/nvcc" --version')
+if f'release {version.split(".")[0]}.' in found:
+    sys.exit(print('cuda'))
+print(f'warning: no nvcc of CUDA {version} was found for the GPU, so mmcv gets operators for the '
+      'CPU only. To train on the GPU install its toolkit, set CUDA_HOME to it and run '
+      '`make reinstall`.', file=sys.stderr)
+print('cpu')
 EOF
 }
 
@@ -71,10 +65,8 @@ mmcv_works() {
 import importlib.metadata, sys
 import mmcv.ops
 
-pinned = open('requirements/mmcv.txt').read().split('==')[1].strip()
-compiled = mmcv.ops.get_compiling_cuda_version()
-assert importlib.metadata.version('onedl-mmcv') == pinned
-assert sys.argv[1] == 'cpu' or compiled != 'not available'
+assert f"=={importlib.metadata.version('onedl-mmcv')}\n" in open('requirements/mmcv.txt').read()
+assert sys.argv[1] == 'cpu' or mmcv.ops.get_compiling_cuda_version() != 'not available'
 EOF
 }
 
@@ -88,7 +80,7 @@ try_wheel() {
 # index), else compiled. Wheels are kept by torch version and operators, which
 # pip's own cache does not tell apart.
 install_mmcv() {
-    local ops jobs store log
+    local ops jobs store log headers
     ops=$(mmcv_operators)
     mmcv_works "$ops" && return
     store=${XDG_CACHE_HOME:-$HOME/.cache}/mmpeft/mmcv-$(sed -n 's/.*==//p' requirements/mmcv.txt)-$(
@@ -99,13 +91,10 @@ install_mmcv() {
     try_wheel "$ops" "$store"/*.whl >"$log" 2>&1 && return
     try_wheel "$ops" -r requirements/mmcv.txt >"$log" 2>&1 && return
 
-    command -v "${CXX:-c++}" >/dev/null ||
-        die "mmcv has to be compiled and there is no C++ compiler. Install one (on Debian and" \
-            "Ubuntu: apt install g++) and run the command again."
-    "$py" -c 'import os, sysconfig, sys
-sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-        die "mmcv has to be compiled and the headers of Python are missing. Install them" \
-            "(on Debian and Ubuntu: apt install python3-dev) and run the command again."
+    headers=$("$py" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    command -v "${CXX:-c++}" >/dev/null && [ -e "$headers/Python.h" ] ||
+        die "mmcv has to be compiled, and a C++ compiler or the headers of Python are missing." \
+            "Install both (on Debian and Ubuntu: apt install g++ python3-dev) and run this again."
     # 2 GB a compiler; nproc without the limit that `make test` may have set.
     jobs=${MAX_JOBS:-$(awk -v cores="$(env -u OMP_NUM_THREADS nproc)" '/MemAvailable/ {
         n = int($2 / 2e6); if (n > cores) n = cores; print n < 1 ? 1 : n }' /proc/meminfo)}

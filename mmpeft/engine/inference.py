@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -175,12 +175,8 @@ def _seeded(cfg) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without a line for every parameter that ``init_weights`` sets."""
-    loggers = list(MMLogger._instance_dict.values()) or [MMLogger.get_instance('mmengine')]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
+    with ExitStack() as stack:
+        for logger in MMLogger._instance_dict.values() or [MMLogger.get_instance('mmengine')]:
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -33,11 +33,7 @@ def rebuild_optimizer(runner: Runner) -> None:
 
 
 def check_optimized(runner: Runner, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse an optimizer that does not have all of some parameters.
-
-    Raises:
-        UsageError: The config's constructor leaves some out.
-    """
+    """Raise UsageError if some parameters are not in a Runner's optimizer."""
     groups = runner.optim_wrapper.optimizer.param_groups
     optimized = {id(p) for group in groups for p in group['params']}
     lost = [p for p in parameters if id(p) not in optimized]

@@ -21,10 +21,10 @@ from mmpeft.engine.resume import pending_source
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
 from mmpeft.registry import HOOKS
+from mmpeft.training.allocation import allocate
 from mmpeft.training.penalty import penalty
 from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
 
-from .allocation_hook import AllocationHook
 from .checkpoints import AdapterCheckpointHook
 from .monitors.finite import FiniteMonitor
 from .monitors.frozen import FrozenMonitor
@@ -68,8 +68,8 @@ class PEFTHook(Hook):
             that stop the run.
         check_frozen: Stop the run if something frozen changes.
 
-    Raises:
-        UsageError: The method or the targets are wrong.
+    Attributes:
+        allocation: See :func:`mmpeft.allocate`; from the start of training.
     """
 
     priority = 'HIGHEST'
@@ -90,6 +90,7 @@ class PEFTHook(Hook):
         self._injections = injections(self.method, self.targets, self.unfreeze)
         self._weights = ExitStack()
         self._prepared = False
+        self.allocation = self._allocated = None
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
@@ -135,22 +136,35 @@ class PEFTHook(Hook):
             yield FrozenMonitor(self.check_iters)
         if runner.distributed:
             yield RankMonitor(self.check_iters)
-        yield AllocationHook()
         saved = self.base_checkpoint, self.save_frozen, self.save_adapters
         yield AdapterCheckpointHook(runner, *saved)
 
     def before_train(self, runner):
-        """Check that the optimizer has the adapters; let recomputed modules get gradients."""
+        """Check the optimizer, let recomputed modules get gradients, start the allocators."""
         model = unwrap(runner.model)
         check_optimized(runner, adapter_parameters(model))
         for module in recomputed_modules(model, runner.cfg.get('activation_checkpointing') or ()):
             let_inputs_require_grad(module)
+        steps = runner.max_iters // runner.optim_wrapper._accumulative_counts
+        self.allocation = allocate(model, runner.optim_wrapper.optimizer, steps)
+        if runner._resume and self._allocated is not None:
+            self.allocation.load_state_dict(self._allocated)
+
+    def after_train(self, runner):
+        """Stop the allocators."""
+        self.allocation.close()
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Store the allocators' state with the optimizer's."""
+        if 'optimizer' in checkpoint and self.allocation is not None:
+            checkpoint['mmpeft_allocation'] = self.allocation.state_dict()
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Check an adapter checkpoint and complete it with the base of this model."""
         model = unwrap(runner.model)
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
+        self._allocated = checkpoint.get('mmpeft_allocation')
 
     def _keep_weights(self, runner, *_):
         """Build adapted weights once for a whole evaluation."""

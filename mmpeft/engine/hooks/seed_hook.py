@@ -16,13 +16,11 @@ class SeedHook(Hook):
 
     mmengine keeps no random states in its checkpoints, so drop path, dropout
     and augmentation differ after a resume. Here the states follow from the
-    Runner's seed, the rank and the iteration: a run that was stopped at a
-    checkpoint and resumed equals one without a stop, bit by bit, on the same
-    number of processes. That holds for data that is loaded in the main process
-    (``num_workers=0``) and, in epoch-based runs, for workers that are started
-    at each epoch (``persistent_workers=False``). The random states of
-    persistent workers cannot be restored, so their augmentation after a resume
-    is another draw.
+    Runner's seed, the rank and the iteration: a run that was resumed equals one
+    without a stop, bit by bit, on the same number of processes. That holds for
+    data that is loaded in the main process (``num_workers=0``) and, in
+    epoch-based runs, by workers that are started at each epoch. Those of
+    ``persistent_workers`` augment by another draw after a resume.
     """
 
     priority = 'HIGHEST'

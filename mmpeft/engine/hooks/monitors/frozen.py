@@ -29,9 +29,9 @@ class FrozenMonitor(Monitor):
 
     def check(self, runner):
         """Tensors that changed since the last check."""
-        base = self._base(runner, self._digests)
+        base = self._base(runner, self._beginnings)
         now = digests(base)
-        changed = [key for key in self._digests if now.get(key) != self._digests[key]]
+        changed = [key for key in self._beginnings if now.get(key) != self._digests[key]]
         since, self._checked = self._checked, runner.iter + 1
         if not changed:
             return None
@@ -50,11 +50,9 @@ class FrozenMonitor(Monitor):
         return {key: state[key] for key in keys if key in state}
 
     def _change(self, key, base):
-        if key not in base:
-            return 'the model no longer has it'
-        before, after = self._beginnings[key], _beginning(base[key])
+        before, after = self._beginnings[key], _beginning(base.get(key, torch.empty(0)))
         if before.shape != after.shape:
-            return f'its shape is now {tuple(base[key].shape)}'
+            return 'it is gone or has another shape'
         (places,) = torch.where(before != after)
         if not len(places):
             return f'past its first {KEPT} elements'
