@@ -2,9 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from mmengine.config import Config
@@ -43,15 +41,16 @@ def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2) 
         items = [data[index] for index in range(min(count, len(data)))]
         return pseudo_collate(items), f'{len(items)} images of the test data'
     steps = _pipeline(dataset, cfg.get('default_scope'))
-    with ExitStack() as stack:
-        words = 'the given images'
-        if not images:
-            size = _size(steps, cfg.model)
-            images = _noise(Path(stack.enter_context(TemporaryDirectory())), size, count)
-            words = f'{count} images of noise, {size[0]}x{size[1]} (the test data is not there)'
-        pipeline = Compose(steps)
-        items = [pipeline(dict(img_path=str(p), img_id=i)) for i, p in enumerate(images)]
-    return pseudo_collate(items), words
+    if images:
+        words, items = 'the given images', [dict(img_path=str(path)) for path in images]
+    else:
+        width, height = _size(steps, cfg.model)
+        words = f'{count} images of noise, {width}x{height} (the test data is not there)'
+        shapes = dict(img_shape=(height, width), ori_shape=(height, width))
+        items = [dict(shapes, img=_noise(width, height, seed)) for seed in range(count)]
+        del steps[0]  # which reads a file, and gives such a dict
+    pipeline = Compose(steps)
+    return pseudo_collate([pipeline(dict(each, img_id=i)) for i, each in enumerate(items)]), words
 
 
 def _pipeline(dataset, scope):
@@ -70,15 +69,9 @@ def _size(steps, model):
     return tuple(map(int, size))
 
 
-def _noise(folder, size, count):
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    paths = [folder / f'{index}.png' for index in range(count)]
-    for path in paths:
-        # Blocks and grain: on noise of single pixels most maps would be near zero.
-        blocks = random.integers(0, 192, (size[1] // 16 + 1, size[0] // 16 + 1, 3))
-        picture = np.kron(blocks, np.ones((16, 16, 1)))[: size[1], : size[0]]
-        grain = random.integers(0, 64, picture.shape)
-        Image.fromarray((picture + grain).astype(np.uint8)).save(path)
-    return paths
+def _noise(width, height, seed):
+    """Blocks and grain: on noise of single pixels most maps would be near zero."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 192, (height // 16 + 1, width // 16 + 1, 3))
+    picture = np.kron(blocks, np.ones((16, 16, 1)))[:height, :width]
+    return (picture + random.integers(0, 64, picture.shape)).astype(np.uint8)
