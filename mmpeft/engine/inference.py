@@ -52,8 +52,8 @@ def init_model(
         In evaluation mode, with ``cfg`` and ``dataset_meta``.
 
     Raises:
-        MissingFileError: The config, the checkpoint or the base does not exist.
-        UsageError: The checkpoint does not fit the config.
+        UsageError: The config, the checkpoint or the base does not exist, or
+            they do not fit each other.
     """
     cfg = compose(config, method, options)
     source = None if checkpoint is None else read_saved(checkpoint)
@@ -128,11 +128,11 @@ def _load_all(model, source):
     """Load a state dict that has all that the model has."""
     state = source.content.get('state_dict', source.content)
     state = {key.removeprefix('module.'): value for key, value in state.items()}
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    given, own = _shapes(state), _shapes(model.state_dict())
     wrong = [
-        f'{key}: {_shape(state, key)} in the file, {_shape(own, key)} in the model'
-        for key in own.keys() | (state.keys() if source.manifest else set())
-        if _shape(state, key) != _shape(own, key) and not key.endswith('num_batches_tracked')
+        f'{key}: {given.get(key, "none")} in the file, {own.get(key, "none")} in the model'
+        for key in own.keys() | (given.keys() if source.manifest else set())
+        if given.get(key) != own.get(key)
     ]
     if wrong:
         raise UsageError(
@@ -140,14 +140,15 @@ def _load_all(model, source):
             f'another shape, such as {min(wrong)}. Give the config that it was trained with, '
             'heads and classes included.'
         )
-    unused = sorted(state.keys() - model.state_dict().keys())
+    unused = sorted(given.keys() - own.keys())
     if unused:
         _note(f'{source.path}: {len(unused)} tensors are not in the model, such as {unused[0]}.')
     model.load_state_dict(state, strict=False)
 
 
-def _shape(state, key):
-    return tuple(state[key].shape) if key in state else 'none'
+def _shapes(state):
+    kept = {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+    return {key: tuple(value.shape) for key, value in kept.items()}
 
 
 def _dataset_meta(cfg, saved):

@@ -19,12 +19,11 @@ from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmpeft.checkpoint.safe_load import read_checkpoint
 from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
 from .config import compose, dicts_in, find_hook, run_name
 from .data_check import describe, missing_data
-from .loading import manifest_of
+from .loading import read_source
 from .packages import import_task
 
 
@@ -114,7 +113,7 @@ def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
             f'there is no checkpoint {str(path)!r} in {Path.cwd()}. Give a file that training '
             'saved, such as work_dirs/<config>/epoch_12.pth.'
         )
-    manifest = manifest_of(read_checkpoint(path)) if cfg and find_hook(cfg) is None else None
+    manifest = read_source(path).manifest if cfg and find_hook(cfg) is None else None
     if manifest is not None:
         methods = ', '.join(each['method']['type'] for each in manifest['injections'])
         raise UsageError(
