@@ -110,12 +110,10 @@ def quantity(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
     pairs = list(pairs)
     if any(a.shape != b.shape for a, b in pairs):
         raise UsageError(f'{name}: the models give tensors of other shapes.')
-    pairs = [(a.double(), b.double()) for a, b in pairs if a.numel()]
-    # torch's maximum keeps NaN, which Python's does not.
-    zero = torch.zeros((), dtype=torch.float64)
-    absolute = torch.stack([zero, *((a - b).abs().max().cpu() for a, b in pairs)]).max().item()
-    size = torch.stack([zero, *(b.abs().max().cpu() for _, b in pairs)]).max().item()
-    of = f'{sum(b.numel() for _, b in pairs):,} numbers'
+    sides = [[pair[side].double().flatten().cpu() for pair in pairs] for side in (0, 1)]
+    one, other = (torch.cat([torch.zeros(1, dtype=torch.float64), *side]) for side in sides)
+    absolute, size = (one - other).abs().max().item(), other.abs().max().item()
+    of = f'{len(other) - 1:,} numbers'
     return Difference(name, absolute / size if size else absolute, absolute, of)
 
 

@@ -30,10 +30,9 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet in OWN:
-            self.count += OWN[packet](*args, **kwargs)
-        elif packet in flop_registry:
-            self.count += flop_registry[packet](*args, **kwargs, out_val=out)
+        formula = OWN.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.count += formula(*args, **kwargs, out_val=out)
         return out
 
 
