@@ -14,8 +14,6 @@ from mmpeft.execution.select import select_kernel
 
 from .operations import Operations
 
-BUILT = 'weight built'
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -67,7 +65,7 @@ def explain(model: nn.Module, forward: Callable[[], object]) -> list[Explanation
 
 def _explained(path, layer, x, y):
     kernel = select_kernel(layer, x) if is_enabled(layer) else None
-    name, spec = kernel.name if kernel else BUILT, layer.parametrizations.weight[0].spec
+    name, spec = kernel.name if kernel else 'weight built', layer.parametrizations.weight[0].spec
     floor = 2 * _positions(x if spec.transposed else y, layer) * spec.numel
     extra = _multiply_adds(layer, x) - floor
     return Explanation(path, type(layer).__name__, _positions(y, layer), name, floor, extra)

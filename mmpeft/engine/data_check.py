@@ -1,6 +1,7 @@
 """Whether the files that a config's datasets name exist."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -15,14 +16,9 @@ def missing_data(cfg: Config, splits: Sequence[str]) -> list[tuple[str, str]]:
         cfg: With ``<split>_dataloader`` and ``<split>_evaluator``.
         splits: Of ``'train'``, ``'val'``, ``'test'``.
     """
-    named = []
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
-            named += _dataset_paths(loader.dataset, f'{split}_dataloader.dataset')
-        named += _evaluator_paths(cfg.get(f'{split}_evaluator'), f'{split}_evaluator')
+    keys = [f'{split}_{part}' for split in splits for part in ('dataloader', 'evaluator')]
     missing = {}
-    for key, path in named:
+    for key, path in (found for each in keys for found in _paths(cfg.get(each), each)):
         if not Path(path).exists():
             missing.setdefault(path, key)
     return [(key, path) for path, key in missing.items()]
@@ -42,36 +38,21 @@ def describe(missing: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _dataset_paths(dataset, key):
-    inner = dataset.get('dataset')
-    if isinstance(inner, dict):
-        return _dataset_paths(inner, f'{key}.dataset')
-    if isinstance(dataset.get('datasets'), (list, tuple)):
-        return [
-            found
-            for i, each in enumerate(dataset.datasets)
-            for found in _dataset_paths(each, f'{key}.datasets.{i}')
-        ]
-    root = dataset.get('data_root') or ''
-    if dataset.get('backend_args') or '://' in root:
-        return []
-    prefix = dataset.get('data_prefix') or {}
+def _paths(node, key) -> Iterator[tuple[str, str]]:
+    """Key and path of each file that a dataset or metric names, and those inside of it."""
+    if isinstance(node, (list, tuple)):
+        for i, each in enumerate(node):
+            yield from _paths(each, f'{key}.{i}')
+    if not isinstance(node, dict):
+        return
+    for inner in ('dataset', 'datasets'):
+        yield from _paths(node.get(inner), f'{key}.{inner}')
+    prefix = node.get('data_prefix') or {}
     prefix = {'': prefix} if isinstance(prefix, str) else prefix
-    named = [('ann_file', dataset.get('ann_file'))]
-    named += [(f'data_prefix.{name}'.rstrip('.'), value) for name, value in prefix.items()]
-    # As in mmengine, a relative name is below data_root, and an absolute one stands alone.
-    return [(f'{key}.{name}', str(Path(root) / path)) for name, path in named if _is_local(path)]
-
-
-def _evaluator_paths(evaluator, key):
-    several = isinstance(evaluator, (list, tuple))
-    return [
-        (f'{key}.{i}.ann_file' if several else f'{key}.ann_file', metric['ann_file'])
-        for i, metric in enumerate(evaluator if several else [evaluator])
-        if isinstance(metric, dict) and not metric.get('backend_args')
-        if _is_local(metric.get('ann_file'))
-    ]
-
-
-def _is_local(path):
-    return isinstance(path, str) and path != '' and '://' not in path
+    named = {f'data_prefix.{name}'.rstrip('.'): path for name, path in prefix.items()}
+    for name, path in (dict(ann_file=node.get('ann_file')) | named).items():
+        if isinstance(path, str) and path and not node.get('backend_args'):
+            # As in mmengine, a relative name is below data_root, and an absolute one stands alone.
+            path = os.path.join(node.get('data_root') or '', path)
+            if '://' not in path:
+                yield f'{key}.{name}', str(Path(path))

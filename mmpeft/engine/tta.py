@@ -78,15 +78,10 @@ def enable_tta(cfg: Config) -> None:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     dataset.pipeline = cfg.get('tta_pipeline') or _flip_pipeline(dataset.pipeline, scope)
-    wrapper = cfg.get('tta_model')
-    if not wrapper:
-        wrapper = dict(type='mmseg.SegTTAModel')
-        if scope == 'mmdet':
-            test_cfg = cfg.model.test_cfg
-            test_cfg = test_cfg.get('rcnn', test_cfg)
-            wrapper = dict(
-                type='mmpeft.FlipTTA', nms=test_cfg.nms, max_per_img=test_cfg.max_per_img
-            )
+    wrapper = cfg.get('tta_model') or dict(type='mmseg.SegTTAModel')
+    if scope == 'mmdet' and not cfg.get('tta_model'):
+        last = cfg.model.test_cfg.get('rcnn', cfg.model.test_cfg)
+        wrapper = dict(type='mmpeft.FlipTTA', nms=last.nms, max_per_img=last.max_per_img)
     cfg.model = dict(**wrapper, module=cfg.model)
 
 
