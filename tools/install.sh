@@ -29,15 +29,6 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$
         "apt install python3-venv python3-dev) or name one: make install PYTHON=/path/to/python3.11"
 }
 
-# An interrupted pip leaves packages that lack files but look installed: it
-# writes INSTALLER after a package's own files.
-drop_half_installed() {
-    local info
-    for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
-        [ -e "$info/INSTALLER" ] || rm -rf "$info"
-    done
-}
-
 # 'cuda' when the operators of mmcv can be compiled for it and used, else 'cpu'.
 mmcv_operators() {
     "$py" - <<'EOF'
@@ -122,7 +113,11 @@ if ! "$py" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"/lib/python3*/site-packages/pip{,-*}  # half of one, left by an interruption
     "$python" -m venv "$venv"
 fi
-drop_half_installed
+# An interrupted pip leaves packages that lack files but look installed: it
+# writes INSTALLER after a package's own files.
+for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
+    [ -e "$info/INSTALLER" ] || rm -rf "$info"
+done
 say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on disk, minutes)'
 "${pip[@]}" install -q --no-deps -r requirements/build.txt
 "${pip[@]}" install --no-deps --only-binary :all: \
