@@ -6,22 +6,24 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .classes import Fast
 from .cpu import onednn
+from .function import is_transformed
 from .recompute import tag_for_recompute
 from .response_norm import response_norm
 
 
-class FrozenLinear:
+class FrozenLinear(Fast):
     """A linear layer without adapter."""
 
     def forward(self, x):
         autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or not onednn.pays(x, self.weight) or not _is_passed_through(self, x):
+        if autocast or not _is_passed_through(self, x) or not onednn.pays(x, self.weight):
             return super().forward(x)
         return onednn.FrozenLinear.apply(x, self.weight, self.bias)
 
 
-class FrozenResponseNorm:
+class FrozenResponseNorm(Fast):
     """timm's global response normalization."""
 
     def forward(self, x):
@@ -30,13 +32,14 @@ class FrozenResponseNorm:
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
 
 
-class Recomputable:
+class Recomputable(Fast):
     """A norm or an activation whose output costs little to compute again."""
 
     def forward(self, x):
         y = super().forward(x)
-        is_widened = torch.promote_types(x.dtype, y.dtype) == y.dtype
-        if y is x or not is_widened or not _is_passed_through(self, x):
+        if y is x or not _is_passed_through(self, x):
+            return y
+        if torch.promote_types(x.dtype, y.dtype) != y.dtype:
             return y
         return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
 
@@ -67,7 +70,7 @@ def kind_for(layer: nn.Module) -> type | None:
 
 def _is_passed_through(layer, x):
     """Whether a gradient flows through a layer to its input, and none to its parameters."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if is_transformed() or not (torch.is_grad_enabled() and x.requires_grad):
         return False
     own = layer.parameters(recurse=False)
     return not parametrize.is_parametrized(layer) and not any(p.requires_grad for p in own)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from mmpeft.methods.precision import outside_autocast
 
@@ -22,8 +22,9 @@ class FastFunction:
         last of them may be y; it becomes None if later layers change y in place.
     ``gradients(needs, dy, x, *tensors, *saved)`` returns the gradients of x and the tensors, where
         ``needs`` says that they are needed. Trailing ones that do not exist may be omitted.
-    ``reference(x, *tensors)`` returns y, computed by torch. Its derivatives are taken where
-        gradients are differentiated again (``create_graph=True``).
+    ``reference(x, *tensors)`` returns y, computed by torch's operations alone. It takes the place
+        of the others where these are transformed (:func:`is_transformed`) and where gradients are
+        differentiated again (``create_graph=True``).
 
     Where ``recomputes_input``, backward may recompute x instead of saving it.
     """
@@ -32,7 +33,24 @@ class FastFunction:
 
     def __call__(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         """y, with its gradients."""
+        if is_transformed():
+            return self.reference(x, *tensors)
+        if not torch.is_grad_enabled():
+            with outside_autocast(x.device.type):
+                return self.forward(x, *tensors)[0]
         return _Recorded.apply(self, x, *tensors)
+
+
+def is_transformed() -> bool:
+    """Whether torch records or transforms operations instead of running them one by one.
+
+    This is so in ``torch.compile``, ``torch.export``, ``torch.jit.trace``, the transforms of
+    ``torch.func`` and forward-mode differentiation. They take torch's own operations alone.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    recorded = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return recorded or forward_ad._current_level >= 0
 
 
 class _Recorded(Function):
@@ -45,10 +63,7 @@ class _Recorded(Function):
         output = torch.ops.aten._unsafe_view(y, y.shape)
         ctx.function, ctx.changed = function, None
         if saved and saved[-1] is y:
-            if torch.compiler.is_compiling():
-                saved = (*saved[:-1], None)
-            else:
-                ctx.changed = changes_of(output)
+            ctx.changed = changes_of(output)
         ctx.restore, kept = save_or_recompute(x, function.recomputes_input)
         ctx.ends = len(kept), len(kept) + len(tensors)
         ctx.save_for_backward(*kept, *tensors, *saved)

@@ -9,15 +9,12 @@ from torch.nn.utils import parametrize
 
 from mmpeft.methods.spec import ConvGeometry
 
+from .classes import Fast, change_class, is_changed, restore_class
 from .frozen import kind_for
 from .select import AUTO, PLAIN, has_one_adapter, select_kernel
 
 
-class _Fast:
-    """Marks the classes that are made here."""
-
-
-class _Adapted:
+class Adapted(Fast):
     """A layer whose forward runs the kernel selected for its input."""
 
     execution = AUTO
@@ -34,41 +31,34 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
     Other layers are left unchanged. ``execution`` is one of :data:`mmpeft.execution.CHOICES`.
     """
     known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
-    if execution == PLAIN or isinstance(layer, _Fast) or type(layer).forward not in known:
+    if execution == PLAIN or is_changed(layer) or type(layer).forward not in known:
         return
     if parametrize.is_parametrized(layer, 'weight') and has_one_adapter(layer):
         spec, geometry = layer.parametrizations.weight[0].spec, None
         if not isinstance(layer, nn.Linear):
             geometry = ConvGeometry.of(layer, spec)
-        _change_class(layer, _Adapted, execution=execution, geometry=geometry)
+        change_class(layer, Adapted, execution=execution, geometry=geometry)
 
 
 def enable_frozen(root: nn.Module) -> None:
     """Let frozen layers without adapters compute faster, or have less saved for backward."""
     for layer in root.modules():
-        if not isinstance(layer, _Fast) and not parametrize.is_parametrized(layer):
+        if not is_changed(layer) and not parametrize.is_parametrized(layer):
             kind = kind_for(layer)
             if kind is not None:
-                _change_class(layer, kind)
+                change_class(layer, kind)
 
 
 def disable(layer: nn.Module) -> None:
     """Undo :func:`enable` or :func:`enable_frozen`."""
-    if isinstance(layer, _Fast):
-        layer.__class__ = type(layer).__bases__[2]
+    restore_class(layer, Fast)
 
 
 def is_enabled(layer: nn.Module) -> bool:
     """Whether a layer with an adapter selects kernels."""
-    return isinstance(layer, _Adapted)
+    return isinstance(layer, Adapted)
 
 
 def execution_of(layer: nn.Module) -> str:
     """How a layer with an adapter was enabled."""
     return getattr(layer, 'execution', PLAIN)
-
-
-def _change_class(layer, mixin, **attributes):
-    kind = type(layer)
-    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-    layer.__class__ = type(kind.__name__, (_Fast, mixin, kind), content)

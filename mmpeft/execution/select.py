@@ -6,14 +6,17 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.methods import WeightAdapter
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
+from mmpeft.methods.spec import CONVOLUTIONS
 
 from .conv import TuckerConv
 from .cpu import depthwise
+from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, tag_for_recompute
@@ -36,39 +39,47 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         layer: Enabled, and with one adapter on its weight.
         x: (..., in) of a linear layer, (N, in, *size) of a convolution.
     """
-    if not torch.is_grad_enabled() or not has_one_adapter(layer):
+    if not has_one_adapter(layer):
         return None
     adapter, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-    spec, geometry, positions = adapter.spec, layer.geometry, x.numel() // x.shape[-1]
-    if geometry is not None:
-        if x.ndim != len(spec.shape):
-            return None
-        positions = x.numel() // x.shape[1] // prod(geometry.stride)
-        if 'depthwise' in spec.kinds:
-            run = partial(_run_depthwise, layer, geometry)
-            pays = depthwise.pays(layer, geometry, x)
-            return Kernel('kernel gradient as a convolution', run) if pays else None
-    if not spec.is_plain or original.requires_grad:
+    spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
+    if geometry is not None and x.ndim != len(spec.shape):
+        return None
+    if 'depthwise' in spec.kinds:
+        pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
+        run = partial(_run_depthwise, layer, geometry)
+        return Kernel('kernel gradient as a convolution', run) if pays else None
+    if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
     with outside_autocast(adapter.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
+    is_thin = form.update == 'additive' and form.magnitude is None
+    if is_transformed():
+        is_thin = is_thin and layer.execution != MERGED
+        return Kernel('composed', partial(_run_composed, layer, form)) if is_thin else None
 
     out, features, *kernel_size = spec.shape
+    positions = x.numel() // x.shape[-1 if geometry is None else 1]
+    if geometry is not None:
+        positions //= prod(geometry.stride)
     branch = layer.execution == BRANCH
     if layer.execution == AUTO:
         branch = branch_pays(positions, out, features, *kernel_size)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        branch = branch and form.update == 'additive' and form.magnitude is None
         thin = form.update == 'additive' and thin_pays(out, features, form.rank)
-        name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
-        return Kernel(name, partial(_run_linear, layer, geometry, form, branch))
-    if form.update != 'additive' or form.magnitude is not None:
+        name = (
+            f'thin products, {WHERE[branch and is_thin]}'
+            if thin
+            else 'dense gradient, nothing kept'
+        )
+        return Kernel(name, partial(_run_linear, layer, geometry, form, branch and is_thin))
+    if not is_thin:
         return None
-    if layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
+    if trains and layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
-    branch = branch and form.core is not None and form.down is not None
+    branch = trains and branch and form.core is not None and form.down is not None
     run = partial(_run_conv, layer, geometry, form, branch)
     return Kernel(f'thin convolutions, {WHERE[branch]}', run)
 
@@ -100,6 +111,28 @@ def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) ->
         inner = len(form.down)
         cost = 2 * (rank * out + inner * features) + 3 * taps * rank * inner
     return 2 * cost < taps * out * features
+
+
+def _run_composed(layer, form, x):
+    """The layer with an additive update beside it, by torch's operations alone."""
+    chain, geometry = layer.parametrizations.weight, layer.geometry
+    with outside_autocast(x.device.type):
+        form = form.dropped(chain[0].spec)
+        if geometry is None:
+            up, down = form.matrices()
+            core = None
+        else:
+            form = form.with_core(layer.kernel_size)
+            up, core, down = form.up, form.core, form.down
+        up = up * form.scale
+    up, core, down = (t if t is None else t.to(x.dtype) for t in (up, core, down))
+    if geometry is None:
+        narrow = F.linear(F.linear(x, down), up)
+        return F.linear(x, chain.original, layer.bias) + narrow
+    ones, pointwise = (1,) * len(layer.kernel_size), CONVOLUTIONS[len(layer.kernel_size)]
+    narrow = x if down is None else pointwise(x, down.view(*down.shape, *ones))
+    narrow = pointwise(geometry.convolve(narrow, core), up.view(*up.shape, *ones))
+    return geometry.convolve(x, chain.original, layer.bias) + narrow
 
 
 def _run_linear(layer, geometry, form, branch, x):

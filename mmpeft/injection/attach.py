@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from mmpeft import execution
 from mmpeft.errors import UsageError
+from mmpeft.execution.classes import allow_pickling
 from mmpeft.methods import ActivationAdapter, WeightAdapter
 
 from .calls import unwatch
@@ -127,6 +128,7 @@ def _parametrize(site):
     _own_class(layer)
     layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
     parametrize.register_parametrization(layer, tensor, site.adapter, unsafe=True)
+    allow_pickling(layer)
     layer.parametrizations.training = layer.training
     layer.parametrizations[tensor].training = layer.training
     execution.enable(layer, site.execution)

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmpeft import execution
 from mmpeft.errors import UsageError, near
+from mmpeft.execution.classes import change_class, restore_class
 from mmpeft.methods import Method
 
 from .site import adapter_parameters
@@ -113,7 +114,7 @@ def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_key(name): p for name, p in named if id(p) not in adapters}
 
 
-class _FrozenStatistics:
+class FrozenStatistics:
     """A norm layer in evaluation mode; ``peft_mode`` is the mode that was asked for."""
 
     def train(self, mode=True):
@@ -129,17 +130,16 @@ def freeze_statistics(module: nn.Module) -> None:
     new = newly_initialized(module)
     for path, layer in layers(module):
         held = isinstance(layer, STATISTICS) and not is_below(path, new)
-        if held and not isinstance(layer, _FrozenStatistics):
-            kind = type(layer)
-            layer.__class__ = type(kind.__name__, (_FrozenStatistics, kind), {})
+        if held and not isinstance(layer, FrozenStatistics):
+            change_class(layer, FrozenStatistics)
             layer.train(layer.training)
 
 
 def release_statistics(module: nn.Module) -> None:
     """Undo :func:`freeze_statistics`."""
     for layer in module.modules():
-        if isinstance(layer, _FrozenStatistics):
-            layer.__class__ = type(layer).__bases__[1]
+        if isinstance(layer, FrozenStatistics):
+            restore_class(layer, FrozenStatistics)
             layer.train(layer.__dict__.pop('peft_mode'))
 
 

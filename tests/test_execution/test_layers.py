@@ -35,7 +35,7 @@ def test_plain_execution_changes_no_class_but_torchs_parametrize(network):
     names = {kind.__name__ for kind in classes(network)}
     torchs = {'ParametrizationList', 'ParametrizedLinear', 'ParametrizedConv2d', 'ModuleDict'}
     assert names - before == torchs | {'WeightAdapter'}
-    assert not any(isinstance(m, execution.layers._Fast) for m in network.modules())
+    assert not any(isinstance(m, Fast) for m in network.modules())
 
 
 def test_a_copy_computes_by_its_own_weights(network):

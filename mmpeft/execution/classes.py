@@ -1,0 +1,78 @@
+"""Layers that change their class, as parametrized ones do, and can be copied and pickled.
+
+Such a class is made for one layer and has no name by which pickle could import it. What is pickled
+is the class below it and the steps that lead from there.
+"""
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class Changed:
+    """The first base of the classes that are made here."""
+
+    def __reduce_ex__(self, protocol):
+        return reduce_layer(self, protocol)
+
+
+class Fast:
+    """The base of the mixins that compute the same faster."""
+
+
+def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
+    """Put a mixin before the class of a layer, in place.
+
+    Args:
+        layer: Any module.
+        mixin: Its methods come before those of the layer's class.
+        attributes: Of the new class.
+    """
+    kind = type(layer)
+    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
+    layer.__class__ = type(kind.__name__, (Changed, mixin, kind), content)
+
+
+def restore_class(layer: nn.Module, mixin: type = object) -> None:
+    """Undo the last :func:`change_class` of a layer, if it was by this mixin."""
+    if is_changed(layer) and issubclass(type(layer).__bases__[1], mixin):
+        layer.__class__ = type(layer).__bases__[2]
+
+
+def is_changed(layer: nn.Module) -> bool:
+    """Whether the last change of a layer's class was by :func:`change_class`."""
+    return type(layer).__bases__[0] is Changed
+
+
+def allow_pickling(layer: nn.Module) -> None:
+    """Let a layer be pickled that ``parametrize.register_parametrization`` has changed."""
+    type(layer).__reduce_ex__ = reduce_layer
+
+
+def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
+    """What pickle stores of a layer, as ``__reduce_ex__`` returns it."""
+    kind, steps = type(layer), []
+    while kind.__bases__[0] is Changed or _is_parametrized(kind):
+        own = {k: v for k, v in vars(kind).items() if not k.startswith('__')}
+        if _is_parametrized(kind):
+            steps.append((None, [k for k, v in own.items() if isinstance(v, property)]))
+        else:
+            steps.append((kind.__bases__[1], own))
+        kind = kind.__bases__[-1]
+    return _rebuild, (kind, steps[::-1]), vars(layer)
+
+
+def _rebuild(kind, steps):
+    layer = kind.__new__(kind)
+    for mixin, content in steps:
+        if mixin is not None:
+            change_class(layer, mixin, **content)
+            continue
+        parametrize._inject_new_class(layer)
+        allow_pickling(layer)
+        for tensor in content:
+            parametrize._inject_property(layer, tensor)
+    return layer
+
+
+def _is_parametrized(kind):
+    return len(kind.__bases__) == 1 and kind.__name__ == f'Parametrized{kind.__base__.__name__}'
