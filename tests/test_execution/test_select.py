@@ -93,13 +93,6 @@ def test_a_method_that_redefines_what_it_computes_does_not_inherit_the_form():
         assert select_kernel(layer[0], torch.randn(3, 6).double()) is None
 
 
-def test_where_no_gradient_is_recorded_the_weight_is_built():
-    model, x = adapted(TABLE['linear'], METHODS['lora']), TABLE['linear'].input()
-    assert select_kernel(model[0], x) is not None
-    with torch.no_grad():
-        assert select_kernel(model[0], x) is None
-
-
 def test_weights_that_train_beside_their_adapter_get_their_gradient():
     model, x = adapted(TABLE['linear'], METHODS['lora']), TABLE['linear'].input()
     model[0].parametrizations.weight.original.requires_grad_()
@@ -139,15 +132,6 @@ def test_what_kernels_say_of_themselves():
         'thin products, as a branch',
         'thin products, as a branch',
     ]
-
-
-@pytest.mark.parametrize('name', ['flora', 'liera', 'dora'])
-def test_compiled_without_graph_breaks(name):
-    model, x = adapted(LARGE['large_linear'], METHODS[name]), LARGE['large_linear'].input()
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    found = results(model, x, compiled)
-    with plain(model):
-        assert_equal(found, results(model, x), 1e-10)
 
 
 def test_under_ddp(tmp_path):

@@ -1,0 +1,120 @@
+"""Layers with changed classes are copied and pickled, and are adapted layers afterwards."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from timm.models.convnext import ConvNeXt
+from torch import nn
+
+import mmpeft
+from tests.cases import METHODS, randomize
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = [through_pickle, through_torch_save, copy.deepcopy]
+
+
+class Network(nn.Module):
+    """Frozen norms with statistics, fast frozen layers, and layers to adapt."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.blocks = ConvNeXt(
+            in_chans=8, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None,
+            num_classes=4,
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.blocks(self.stem(x))
+
+
+def names(model):
+    return [type(module).__name__ for module in model.modules()]
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 32, 32)
+
+
+def adapted(name):
+    model = Network()
+    try:
+        mmpeft.inject(model, METHODS[name])
+    except mmpeft.errors.UsageError as error:
+        assert 'insertion point' in str(error), name  # tokens, in a network of convolutions
+        mmpeft.inject(model.blocks.head.fc, METHODS['lora'])
+    randomize(model, 0.03)
+    return model
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+@pytest.mark.parametrize('name', METHODS)
+def test_the_same_adapted_model(name, x):
+    model = adapted(name)
+    y = model.eval()(x)
+    for way in WAYS:
+        other = way(model)
+        assert torch.equal(other(x), y)
+        assert list(other.state_dict()) == list(model.state_dict())
+        assert names(other) == names(model)
+        assert modes(other.train()) == modes(model.train())
+        assert modes(other.eval()) == modes(model.eval())
+        assert str(mmpeft.summary(other)) == str(mmpeft.summary(model))
+        other.train()(x).sum().backward() if other.peft[0].method.adapts else None
+        mmpeft.remove(other)
+        assert names(other) == names(Network())
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_copy_has_tensors_of_its_own(way, x):
+    model = adapted('dora').eval()
+    other, y = way(model), model(x)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert torch.equal(model(x), y)
+    assert not torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_after_a_reversible_merge(way, x):
+    model = adapted('flora').eval()
+    y = model(x)
+    mmpeft.merge(model, reversible=True)
+    merged = model(x)
+    other = way(model)
+    assert torch.equal(other(x), merged)
+    assert torch.equal(mmpeft.unmerge(other)(x), y)
+
+
+def test_two_methods_and_a_norm_that_is_adapted(x):
+    model = adapted('lora')
+    mmpeft.inject(model, dict(type='FLoRA', rank=1), dict(kinds=['norm']))
+    randomize(model, 0.03)
+    y = model.eval()(x)
+    for way in WAYS:
+        other = way(model)
+        assert torch.equal(other(x), y)
+        assert modes(other.train()) == modes(model.train())
+        model.eval()
+        mmpeft.remove(other)
+        assert names(other) == names(Network())

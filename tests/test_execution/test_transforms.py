@@ -1,0 +1,190 @@
+"""What torch records or transforms is computed by torch's operations alone, and is the same."""
+
+import pytest
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vmap
+
+import mmpeft
+from mmpeft import execution
+from tests.cases import METHODS, randomize
+from tests.comparing import assert_equal, plain, results
+from tests.test_execution.tables import LARGE, NORMAL, adapted
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+
+NETWORKS = dict(
+    vit=lambda: VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=4
+    ),
+    convnext=lambda: ConvNeXt(
+        depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None, num_classes=4
+    ),
+    resnet=lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 8, 16, 16)),
+)
+FAMOUS = ('lora_channel', 'flora', 'liera', 'dora')
+OTHERS = [name for name in METHODS if name not in FAMOUS]
+CASES = ('large_linear', 'pointwise_strided', 'kernel', 'circular', 'large_depthwise', 'sequence')
+FORMS = ('lora', 'lora_channel', 'flora', 'lotr', 'liera', 'flora_lie_exact', 'dora', 'vera')
+
+
+def network(kind, name, dtype=torch.float32):
+    torch.default_generator.manual_seed(0)
+    model = NETWORKS[kind]().to(dtype)
+    try:
+        mmpeft.inject(model, METHODS[name])
+    except mmpeft.errors.UsageError as error:
+        pytest.skip(str(error)) if 'insertion point' in str(error) else pytest.fail(str(error))
+    randomize(model, 0.02)
+    return model
+
+
+def assert_compiled(kind, name):
+    model, x = network(kind, name), torch.randn(2, 3, 32, 32)
+    model(x)  # the first pass checks activation adapters
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    for mode in (True, False):
+        model.train(mode)
+        with torch.set_grad_enabled(mode):
+            torch.default_generator.manual_seed(1)
+            expected = model(x)
+            torch.default_generator.manual_seed(1)
+            found = compiled(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', FAMOUS)
+@pytest.mark.parametrize('kind', NETWORKS)
+def test_compiled_without_graph_breaks(kind, name):
+    assert_compiled(kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize('kind', NETWORKS)
+def test_all_methods_compiled_without_graph_breaks(kind, name):
+    assert_compiled(kind, name)
+
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('case', ['large_linear', 'kernel'])
+def test_gradients_of_compiled_layers(case, name):
+    model, x = adapted(LARGE[case], METHODS[name]), LARGE[case].input()
+    found = results(model, x, torch.compile(model, backend='aot_eager', fullgraph=True))
+    with plain(model):
+        assert_equal(found, results(model, x), 1e-10)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('name', FAMOUS)
+def test_exported(name, strict):
+    model, x = network('convnext', name).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('name', FAMOUS)
+def test_traced_with_gradients(name):
+    model, x = network('convnext', name).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scripted_after_merging():
+    model, x = network('resnet', 'flora').eval(), torch.randn(2, 3, 32, 32)
+    mmpeft.merge(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def function_of(model, x):
+    """A scalar of a model's parameters, and the parameters that train."""
+    held = {k: v.detach() for k, v in model.named_parameters()}
+    trained = {k: held[k] for k, v in model.named_parameters() if v.requires_grad}
+
+    def function(parameters, x=x):
+        return functional_call(model, held | parameters, (x,)).square().sum()
+
+    return function, trained
+
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('case', CASES)
+def test_transforms_of_torch_func(case, name):
+    model, x = adapted(LARGE[case], METHODS[name]), LARGE[case].input()
+    function, trained = function_of(model, x)
+    tangents = {k: torch.randn_like(v) for k, v in trained.items()}
+    images = torch.stack([x, 2 * x, -x])
+
+    def transformed():
+        of_images = vmap(grad(function), in_dims=(None, 0), randomness='same')(trained, images)
+        product = jvp(grad(function), (trained,), (tangents,))[1]
+        with forward_ad.dual_level():
+            dual = {k: forward_ad.make_dual(v, tangents[k]) for k, v in trained.items()}
+            forward = forward_ad.unpack_dual(function(dual)).tangent
+        return {
+            **{f'vmap {k}': v for k, v in of_images.items()},
+            **{f'hessian {k}': v for k, v in product.items()},
+            'forward': forward,
+        }
+
+    found = transformed()
+    with plain(model):
+        assert_equal(found, transformed(), 1e-10)
+
+
+def test_a_hessian():
+    model, x = adapted(LARGE['without_bias'], METHODS['flora']), torch.randn(3, 12).double()
+    function, trained = function_of(model, x)
+    name = next(iter(trained))
+
+    def of_one(value):
+        return function(trained | {name: value})
+
+    found = hessian(of_one)(trained[name])
+    with plain(model):
+        torch.testing.assert_close(found, hessian(of_one)(trained[name]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('way', execution.CHOICES)
+@pytest.mark.parametrize('name', NORMAL)
+@pytest.mark.parametrize('case', CASES)
+def test_without_gradients(case, name, way):
+    model, x = adapted(LARGE[case], METHODS[name], way=way), LARGE[case].input()
+    with torch.no_grad():
+        found = model(x)
+        with plain(model):
+            torch.testing.assert_close(found, model(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+def test_nothing_that_was_computed_before_is_used_again(context):
+    model, x = adapted(LARGE['large_linear'], METHODS['dora']), LARGE['large_linear'].input()
+    model.eval()
+
+    def check():
+        with context():
+            found = model(x)
+            with plain(model):
+                assert torch.equal(
+                    torch.round(found, decimals=9), torch.round(model(x), decimals=9)
+                )
+        return found
+
+    adapter = model[0].parametrizations.weight[0]
+    outputs = [check()]
+    adapter.lora_B.data[0, 0] += 1
+    outputs.append(check())
+    adapter.lora_B.data = adapter.lora_B.data + 1
+    outputs.append(check())
+    model[0].parametrizations.weight.original.data[0, 0] += 1
+    outputs.append(check())
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+    outputs.append(check())
+    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
