@@ -5,7 +5,7 @@
 #
 # Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota) choose
 # what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest; PYTHON (3.10 to
-# 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see tools/install.sh).
+# 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see requirements/install.sh).
 
 VENV ?= .venv
 METHOD ?=
@@ -14,7 +14,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 
 # The name of the stamp holds what was installed: a changed lock installs again.
-LOCK := $(shell cat requirements/*.txt tools/install.sh setup.py | sha256sum | cut -c 1-12)
+LOCK := $(shell cat requirements/*.txt requirements/install.sh setup.py | sha256sum | cut -c 1-12)
 STAMP := $(VENV)/installed-$(LOCK)
 
 .PHONY: demo test docs install reinstall lint format clean distclean help
@@ -34,7 +34,7 @@ docs: $(STAMP)
 install: $(STAMP)
 
 $(STAMP):
-	@tools/install.sh $(VENV)
+	@requirements/install.sh $(VENV)
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

@@ -204,7 +204,7 @@ def test_wheel_serves_its_configs(tmp_path):
 
 def test_install_names_a_python_that_does_not_do(tmp_path):
     done = run(
-        ROOT / 'tools/install.sh',
+        ROOT / 'requirements/install.sh',
         tmp_path / 'venv',
         env={'PYTHON': '/bin/false', 'PATH': '/usr/bin:/bin'},
     )
@@ -214,11 +214,11 @@ def test_install_names_a_python_that_does_not_do(tmp_path):
 
 
 def test_make_installs_again_only_when_the_lock_changes(tmp_path):
-    for path in ('Makefile', 'setup.py', 'tools/install.sh'):
+    for path in ('Makefile', 'setup.py', 'requirements/install.sh'):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
-    install = tmp_path / 'tools/install.sh'
+    install = tmp_path / 'requirements/install.sh'
     install.write_text('#!/bin/sh\necho installing; mkdir -p "$1"; test ! -e interrupted\n')
     make = ['make', 'install', 'VENV=venv']
 

@@ -8,12 +8,10 @@ optimizer and schedulers. Loading and resuming then find the structure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from torch.nn.utils import parametrize
 
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
@@ -88,7 +86,6 @@ class PEFTHook(Hook):
 
     def __post_init__(self):
         self._injections = injections(self.method, self.targets, self.unfreeze)
-        self._weights = ExitStack()
         self._prepared = False
         self.allocation = self._allocated = None
 
@@ -165,17 +162,6 @@ class PEFTHook(Hook):
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
         self._allocated = checkpoint.get('mmpeft_allocation')
-
-    def _keep_weights(self, runner, *_):
-        """Build adapted weights once for a whole evaluation."""
-        self._forget_weights()
-        self._weights.enter_context(parametrize.cached())
-
-    def _forget_weights(self, *_, **__):
-        self._weights.close()
-
-    before_val_epoch = before_test_epoch = _keep_weights
-    after_val_epoch = after_test_epoch = before_train_epoch = _forget_weights
 
 
 def _add_penalty(model, args, kwargs, losses):

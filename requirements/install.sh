@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the pinned stack of requirements/ and mmpeft itself (editable).
 #
-#     tools/install.sh VENV
+#     requirements/install.sh VENV
 #
 # Called by the Makefile. Safe to repeat and to interrupt: what is there is
 # kept, what is missing is added. Environment:
@@ -11,7 +11,7 @@
 #   FORCE_CUDA=1    compile mmcv's CUDA operators on a machine without a GPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=$(realpath -ms "${1:?usage: tools/install.sh VENV}")
+venv=$(realpath -ms "${1:?usage: requirements/install.sh VENV}")
 py=$venv/bin/python
 pip=(env PIP_USER=0 "$py" -m pip --disable-pip-version-check)
 
