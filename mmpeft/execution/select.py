@@ -56,30 +56,26 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
     is_thin = form.update == 'additive' and form.magnitude is None
-    if is_transformed():
-        is_thin = is_thin and layer.execution != MERGED
-        return Kernel('composed', partial(_run_composed, layer, form)) if is_thin else None
-
     out, features, *kernel_size = spec.shape
     positions = x.numel() // x.shape[-1 if geometry is None else 1]
     if geometry is not None:
         positions //= prod(geometry.stride)
     branch = layer.execution == BRANCH
     if layer.execution == AUTO:
-        branch = branch_pays(positions, out, features, *kernel_size)
+        branch = is_transformed() or branch_pays(positions, out, features, *kernel_size)
+    if is_transformed() or not trains:
+        run = partial(_run_composed, layer, form)
+        return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
         thin = form.update == 'additive' and thin_pays(out, features, form.rank)
-        name = (
-            f'thin products, {WHERE[branch and is_thin]}'
-            if thin
-            else 'dense gradient, nothing kept'
-        )
-        return Kernel(name, partial(_run_linear, layer, geometry, form, branch and is_thin))
+        branch = branch and is_thin
+        name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
+        return Kernel(name, partial(_run_linear, layer, geometry, form, branch))
     if not is_thin:
         return None
-    if trains and layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
+    if layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
-    branch = trains and branch and form.core is not None and form.down is not None
+    branch = branch and form.core is not None and form.down is not None
     run = partial(_run_conv, layer, geometry, form, branch)
     return Kernel(f'thin convolutions, {WHERE[branch]}', run)
 
