@@ -1,6 +1,6 @@
 """Random lives of adapters: after every step the model is what an account of its own says.
 
-A life is a random network of a random dtype and random steps. 50 run by
+A life is a random network of a random dtype and random steps. 16 run by
 default, always the same. ``MMPEFT_LIVES=2000`` runs that many others, and longer
 ones; with ``-s`` it prints how often each step, method and dtype occurred.
 """
@@ -725,12 +725,13 @@ FURTHER = (
 )
 
 
+@pytest.mark.slow
 def test_lives():
     COUNTS.clear()
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=LIVES or 50,
+            max_examples=LIVES or 16,
             stateful_step_count=25 if LIVES else 20,
             derandomize=not LIVES,
             database=None,

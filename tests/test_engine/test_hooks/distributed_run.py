@@ -1,8 +1,12 @@
-"""One process of a run: ``distributed_run.py WORK_DIR BATCH METHOD``, under torchrun or not."""
+"""One process of several runs: ``distributed_run.py FOLDER BATCH METHODS``, under torchrun or not.
+
+METHODS is a JSON list; run N works in FOLDER/N.
+"""
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -10,14 +14,14 @@ from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
 
 
-def main(work_dir, batch, method):
-    torch.set_num_threads(1)
+def train(work_dir, batch, method):
     distributed = 'WORLD_SIZE' in os.environ
+    torch.manual_seed(0)
     config = toy_config(
         work_dir,
-        json.loads(method),
+        method,
         **{
-            'experiment_name': 'distributed',
+            'experiment_name': f'distributed{work_dir.name}',
             'launcher': 'pytorch' if distributed else 'none',
             'model.backbone.dropout': 0.0,
             'train_dataloader.batch_size': int(batch),
@@ -31,6 +35,12 @@ def main(work_dir, batch, method):
     rank = os.environ.get('RANK', 0)
     torch.save(model.state_dict(), f'{work_dir}/rank{rank}.pth')
     torch.save(runner.val(), f'{work_dir}/metrics{rank}.pth')
+
+
+def main(folder, batch, methods):
+    torch.set_num_threads(1)
+    for number, method in enumerate(json.loads(methods)):
+        train(Path(folder) / str(number), batch, method)
 
 
 if __name__ == '__main__':

@@ -35,34 +35,37 @@ def launch(processes, script, *arguments):
     )
 
 
-def run(work_dir, processes, batch, method):
-    work_dir.mkdir()
-    done = launch(processes, SCRIPT, work_dir, batch, json.dumps(method))
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(work_dir / f'rank{rank}.pth') for rank in range(processes)]
+METHODS = [
+    dict(type='FLoRA', rank=2, scale=1.0),
+    dict(type='DoRA', rank=2),
+    dict(type='LoTR', rank=2),
+    dict(type='AdaLoRA', rank=1, warmup=1, settle=1, every=1),
+    dict(type='PiSSA', rank=2),
+]
 
 
-@pytest.mark.parametrize(
-    'method',
-    [
-        dict(type='FLoRA', rank=2, scale=1.0),
-        dict(type='DoRA', rank=2),
-        dict(type='LoTR', rank=2),
-        dict(type='AdaLoRA', rank=1, warmup=1, settle=1, every=1),
-        dict(type='PiSSA', rank=2),
-    ],
-    ids=str,
-)
-def test_two_processes_train_what_one_would(method, tmp_path):
-    (one,) = run(tmp_path / 'one', 1, 4, method)
-    first, second = run(tmp_path / 'two', 2, 2, method)
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Folders of all methods' runs, in one process and in two."""
+    folder = tmp_path_factory.mktemp('runs')
+    for name, processes, batch in (('one', 1, 4), ('two', 2, 2)):
+        done = launch(processes, SCRIPT, folder / name, batch, json.dumps(METHODS))
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize('number', range(len(METHODS)), ids=[m['type'] for m in METHODS])
+def test_two_processes_train_what_one_would(number, runs):
+    folders = [runs / name / str(number) for name in ('one', 'two')]
+    one = torch.load(folders[0] / 'rank0.pth')
+    first, second = (torch.load(folders[1] / f'rank{rank}.pth') for rank in (0, 1))
     assert one.keys() == first.keys()
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
     moved = [k for k in one if k.endswith(('core', 'lora_B', 'lora_E'))]
     assert moved and any(one[k].any() for k in moved)
-    metrics = [torch.load(tmp_path / run) for run in ('one/metrics0.pth', 'two/metrics0.pth')]
+    metrics = [torch.load(folder / 'metrics0.pth') for folder in folders]
     torch.testing.assert_close(
         torch.tensor(metrics[0]['toy/scores']),
         torch.tensor(metrics[1]['toy/scores']),
