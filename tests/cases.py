@@ -66,6 +66,12 @@ METHODS = dict(
     full=dict(type='Full'),
 )
 
+# One of each kind, for what needs no full product.
+FAMILIES = (
+    *('flora', 'lora_channel', 'liera', 'dora', 'pissa', 'vera', 'adalora', 'svdiff', 'ssb'),
+    *('diff_pruning', 'fish', 'bitfit', 'houlsby', 'vpt', 'full', 'frozen'),
+)
+
 
 @dataclass(frozen=True)
 class Layer:

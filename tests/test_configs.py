@@ -129,6 +129,7 @@ def _plain(node):
     return pytest.approx(node) if isinstance(node, float) else node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dataset', SCOPES)
 def test_trains_and_predicts(dataset):
     cfg = shrink(with_method('flora', dataset))

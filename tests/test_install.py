@@ -67,6 +67,7 @@ def setup_arguments():
     return arguments
 
 
+@pytest.mark.slow
 def run(*command, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 

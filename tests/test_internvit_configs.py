@@ -59,6 +59,7 @@ def test_recipe():
     assert cfg.model.backbone.drop_path == 0.4 and cfg.model.backbone.with_cp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['flora', 'dora', 'full'])
 def test_small_models_learn_and_predict(method):
     cfg = read(method)

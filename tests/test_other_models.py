@@ -406,6 +406,7 @@ def test_tables_of_relative_positions_can_be_thawed():
         assert not block.norm1.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_rates():
     """The backbone's own, not a tenth of it; and layer by layer by the names that layers have."""
     keys = {f'backbone.stages.{stage}': dict(lr_mult=0.5 ** (3 - stage)) for stage in range(4)}

@@ -67,6 +67,7 @@ def test_a_file_loads_into_the_plain_network_and_is_saved_anew(name, expected, t
     assert frozen == [name for name, p in again.named_parameters() if not p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ADAPTERS)
 def test_a_file_loads_into_a_network_that_the_user_adapted(name, expected):
     case = ADAPTERS[name]
@@ -103,6 +104,7 @@ def test_layouts_are_the_same_on_linear_layers(expected):
     assert_is(model, V030 / case['file'], expected['adapters/tied_lora'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_a_checkpoint_is_tested_by_the_config_of_its_run(name, expected, tmp_path):
     case = CHECKPOINTS[name]

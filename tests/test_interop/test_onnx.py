@@ -21,7 +21,7 @@ from mmpeft.interop.onnx import (
 from mmpeft.models import InternViT
 from tests.cases import randomize
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 TINY = dict(depth=2, width=32, heads=2, hidden=64, image_size=56)
 

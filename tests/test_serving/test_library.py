@@ -1,6 +1,7 @@
 """Several adapters on one base: switching between them leaves the base unchanged."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ from tests.networks import Tied, assert_same, snapshot
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
-@pytest.mark.parametrize('first', ADAPTERS)
-@pytest.mark.parametrize('second', ADAPTERS)
+@pytest.mark.parametrize('first, second', pairwise([*ADAPTERS, next(iter(ADAPTERS))]))
 def test_one_after_the_other_and_none_equal_three_models(adapters, models, base, x, first, second):
     for _ in range(2):
         for name in (first, second):

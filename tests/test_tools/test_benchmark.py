@@ -78,6 +78,7 @@ def call(monkeypatch, tmp_path):
     return tool
 
 
+@pytest.mark.slow
 def step_of(name, workload, rank=2, **kwargs):
     model = variants.build(name, workload.build(), rank)
     return steps.Step(model, workload.batch(), **kwargs)
@@ -399,6 +400,7 @@ def test_documents(tmp_path):
     assert path.read_text() == 'no marks'
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_stored_results():
     """docs/performance.md and docs/images are what report.py makes of docs/benchmark."""
     files = sorted((ROOT / 'docs/benchmark').glob('*.jsonl'))
@@ -437,6 +439,7 @@ def test_unknown_names(arguments, hint, call):
 ONE_OF_EACH_NETWORK = {w.text.split(',')[0]: name for name, w in workloads.WORKLOADS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH_NETWORK.values())
 def test_named_workloads_are_what_their_names_say(name):
     workload = workloads.find(name)

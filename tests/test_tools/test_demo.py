@@ -31,6 +31,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['flora', 'frozen', 'vpt_deep', "dict(type='LoRA', rank=4)"])
 def test_a_method_can_be_run(method, experiment, place):
     run = experiment.Experiment(method, 'coco', seed=0)
@@ -68,6 +69,7 @@ def test_unknown_names_are_refused(method, task, expected, experiment):
     assert expected in str(error.value)
 
 
+@pytest.mark.slow
 def test_tools_are_called_with_the_composed_config(experiment, place):
     run = experiment.Experiment('flora', 'coco', seed=3)
     words = ' '.join(map(str, run.training().command))

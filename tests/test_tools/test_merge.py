@@ -10,7 +10,7 @@ from mmpeft.engine.config import read_config
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 TASKS = dict(
     coco=['corners of boxes', 'scores', 'masks'],

@@ -144,6 +144,8 @@ from mmengine.dist import get_rank
 from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
 
+pytestmark = pytest.mark.slow
+
 runner = build_runner(
     toy_config({folder!r}, **{{'launcher': 'pytorch', 'experiment_name': 'alone'}})
 )

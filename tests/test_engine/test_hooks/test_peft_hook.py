@@ -16,7 +16,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.weights import plain_key
 from mmpeft.methods import ActivationMethod, Adapter
-from tests.cases import METHODS
+from tests.cases import FAMILIES, METHODS
 from tests.toy import (
     by_iterations,
     same,
@@ -31,7 +31,7 @@ from tests.toy import (
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', FAMILIES)
 def test_training_moves_what_should_move(name, tmp_path):
     config = METHODS[name]
     on_activations = isinstance(mmpeft.METHODS.build(config), ActivationMethod)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.cases import METHODS
+from tests.cases import FAMILIES, METHODS
 from tests.toy_runs import run
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', FAMILIES)
 def test_a_run_that_is_well_has_no_warnings(name, tmp_path, warned):
     changes = {
         'model.backbone.block': True,
