@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import UsageError
@@ -14,6 +14,8 @@ ORIGINAL = '.original'
 MARK = f'{PARAMETRIZATIONS}.'
 
 CONVOLUTION = 'in_channels', 'out_channels', 'groups', 'kernel_size'
+# A linear layer that stores (in, out), in GPT-2 and its kin.
+CONV1D = 'transformers.pytorch_utils.Conv1D'
 KINDS = {
     nn.Linear | nn.MultiheadAttention: 'linear',
     nn.Embedding | nn.EmbeddingBag: 'embedding',
@@ -112,10 +114,17 @@ def _spec(module, name, tensor) -> WeightSpec | None:
         transposed = getattr(module, 'transposed', False)
         return WeightSpec(shape, kinds, *widths, tuple(shape[2:]), groups, transposed)
     if 'linear' in kinds and tensor.ndim == 2:
-        return WeightSpec(shape, kinds, shape[1], shape[0])
+        turned = _is_a(module, CONV1D)
+        out, features = reversed(shape) if turned else shape
+        return WeightSpec(Size((out, features)), kinds, features, out, fan_in_fan_out=turned)
     if 'embedding' in kinds:
         return WeightSpec(shape, kinds, shape[0], shape[1], padding_idx=module.padding_idx)
     return None
+
+
+def _is_a(module, name) -> bool:
+    """Whether a module is of a class that is named, not imported."""
+    return any(f'{c.__module__}.{c.__qualname__}' == name for c in type(module).__mro__)
 
 
 def _kinds(module) -> frozenset[str]:
@@ -129,4 +138,6 @@ def _kinds(module) -> frozenset[str]:
     for types, kind in KINDS.items():
         if isinstance(module, types):
             return frozenset({kind})
+    if _is_a(module, CONV1D):
+        return frozenset({'linear'})
     return frozenset({'norm'} if 'norm' in type(module).__name__.lower() else ())
