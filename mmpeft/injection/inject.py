@@ -75,7 +75,10 @@ def inject(
     watch(model)
     if isinstance(method, Ranked):  # other methods have no argument for their size
         _warn_oversized(Summary(summary_rows(sites)))
-    return summary(model)
+    result = summary(model)
+    if method.adapts:
+        _warn_unknown(result)
+    return result
 
 
 def _check_beside_earlier(model, method, module):
@@ -114,6 +117,18 @@ def _trained(root, patterns):
             raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
         trained += matches
     return tuple(dict.fromkeys(trained))
+
+
+def _warn_unknown(summary):
+    if summary.unknown_share > 0.5:
+        largest = sorted(summary.unknown, key=summary.unknown.get, reverse=True)[:3]
+        warnings.warn(
+            f'{summary.unknown_share:.0%} of the parameters in {summary.module or "the model"!r} '
+            f'belong to no layer that is known ({", ".join(largest)}; the summary lists them all), '
+            'stay frozen and are not adapted. Let them train themselves with unfreeze, or leave '
+            'them as they are and filter this warning.',
+            stacklevel=3,
+        )
 
 
 def _warn_oversized(summary):

@@ -94,6 +94,32 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
             yield name, spec
 
 
+def unknown_parameters(module: nn.Module) -> dict[str, int]:
+    """Elements of the frozen parameters that no method is defined on, by name below a module.
+
+    They have two and more dimensions and no known role: experts as one tensor, learned positions,
+    tables of windows. A convolution that computes its kernel from parameters of its own (e2cnn's)
+    counts as one, by its path. What is newly initialized is left out.
+    """
+    found, counted, done = {}, set(), newly_initialized(module)
+    for path, layer in layers(module):
+        if is_below(path, done):
+            continue
+        roles = dict(weights_of(layer))
+        own = {join(path, n): p for n, p in layer._parameters.items() if n not in roles}
+        own = {name: [p] for name, p in own.items() if p is not None and p.ndim > 1}
+        if hasattr(layer, 'groups') and hasattr(layer, 'kernel_size'):
+            if all(spec.is_bias for spec in roles.values()):
+                own = {path: list(layer.parameters())}
+                done.append(path)
+        for name, parameters in own.items():
+            frozen = {id(p): p.numel() for p in parameters if not p.requires_grad}
+            size = sum(n for key, n in frozen.items() if key not in counted)
+            counted |= frozen.keys()
+            found |= {name: size} if size else {}
+    return found
+
+
 def original_of(module: nn.Module, name: str) -> Tensor:
     """The stored parameter behind ``module.<name>``, parametrized or not."""
     if parametrize.is_parametrized(module, name):
@@ -132,7 +158,8 @@ def _kinds(module) -> frozenset[str]:
         kinds = {'conv'}
         if module.groups == module.in_channels > 1:
             kinds.add('depthwise')
-        if set(original_of(module, 'weight').shape[2:]) <= {1}:
+        weight = original_of(module, 'weight') if hasattr(module, 'weight') else None
+        if isinstance(weight, Tensor) and set(weight.shape[2:]) <= {1}:
             kinds.add('pointwise')
         return frozenset(kinds)
     for types, kind in KINDS.items():
