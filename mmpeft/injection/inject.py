@@ -14,6 +14,7 @@ from mmpeft.registry import METHODS
 from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
+from .quantized import refuse_quantized
 from .ranks import settle_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
@@ -56,13 +57,16 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, or an argument is unknown. The model is unchanged.
+            does not fit, an argument is unknown, or the target has quantized weights. The
+            model is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
     if execution not in CHOICES:
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
+    target_module(model, targets.module)
+    refuse_quantized(model, targets.module)
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
