@@ -14,6 +14,7 @@ from mmpeft.registry import METHODS
 from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
+from .guards import guard
 from .quantized import refuse_quantized
 from .ranks import settle_ranks
 from .site import adapters_of
@@ -77,6 +78,7 @@ def inject(
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
     watch(model)
+    guard(model)
     if isinstance(method, Ranked):  # other methods have no argument for their size
         _warn_oversized(Summary(summary_rows(sites)))
     result = summary(model)

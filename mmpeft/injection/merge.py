@@ -11,6 +11,7 @@ from mmpeft.errors import UsageError
 
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
+from .guards import guard, unguard
 from .site import Site
 from .ties import TIE, holders, tying_configs
 from .weights import join
@@ -84,6 +85,7 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     untied = _configs_to_untie(model, weights)
     for chain, *_ in weights:
         _merged(chain)
+    unguard(model)
     originals = []
     for chains in weights:
         merged = _merged(chains[0])
@@ -133,6 +135,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     attach(kept.sites)
     model.peft = kept.records
     del model.__dict__[MERGED]
+    guard(model)
     return model
 
 
