@@ -169,3 +169,83 @@ HF = dict(
         64,
     ),
 )
+
+
+def _unet(**changes):
+    def build():
+        import diffusers
+
+        return diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+            up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            **changes,
+        )
+
+    def inputs():
+        added = dict(text_embeds=torch.randn(2, 16), time_ids=torch.ones(2, 6))
+        return dict(
+            sample=torch.randn(2, 4, 8, 8),
+            timestep=torch.tensor([3, 5]),
+            encoder_hidden_states=torch.randn(2, 5, 8),
+            **(dict(added_cond_kwargs=added) if changes else {}),
+        )
+
+    return Network(build, inputs)
+
+
+LLAMA = WORDS | dict(num_attention_heads=4, num_key_value_heads=2)
+MORE = dict(
+    llama_tied=hf_network(
+        'LlamaForCausalLM', lambda: hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    ),
+    mixtral=hf_network(
+        'MixtralForCausalLM', lambda: hf.MixtralConfig(**LLAMA, num_local_experts=3, head_dim=4)
+    ),
+    llava=hf_network(
+        'LlavaForConditionalGeneration',
+        lambda: hf.LlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**VISION),
+            text_config=hf.LlamaConfig(**LLAMA | dict(max_position_embeddings=40)),
+            image_token_index=49,
+        ),
+        32,
+        input_ids=torch.tensor([[3, *[49] * 16, 4, 5]] * 2),
+    ),
+    mask2former=hf_network(
+        'Mask2FormerForUniversalSegmentation',
+        lambda: hf.Mask2FormerConfig(
+            backbone_config=hf.SwinConfig(
+                image_size=64,
+                embed_dim=8,
+                depths=(1, 1, 1, 1),
+                num_heads=(1, 1, 2, 2),
+                window_size=4,
+                out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+            ),
+            feature_size=32,
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            dim_feedforward=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            num_attention_heads=2,
+            num_queries=5,
+        ),
+        64,
+    ),
+    sd_unet=_unet(),
+    sdxl_unet=_unet(
+        addition_embed_type='text_time',
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+    ),
+)

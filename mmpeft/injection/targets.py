@@ -15,7 +15,7 @@ from mmpeft.registry import known_arguments
 from .point_selection import points_for
 from .site import Site
 from .ties import holders
-from .weights import is_below, join, layers, newly_initialized, weights_of
+from .weights import is_below, join, layers, lineage, newly_initialized, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def select(
     sites, names, seen = [], [], set()
     candidates = found
     if found is None:
-        candidates = _candidates(target_module(model, targets.module), method, targets)
+        candidates = _candidates(model, method, targets)
     for path, layer, tensor, spec in candidates:
         name = join(path, tensor)
         names.append(name)
@@ -140,9 +140,12 @@ def select(
     return sites if found is not None or targets.include else _whole_ties(model, sites)
 
 
-def _candidates(root, method, targets):
+def _candidates(model, method, targets):
+    root = target_module(model, targets.module)
     if isinstance(method, ActivationMethod):
-        for path, point in points_for(root, method, targets.kinds, targets.include).items():
+        above = [model.get_submodule(path) for path in lineage(targets.module)[-2::-1]]
+        points = points_for(root, method, targets.kinds, targets.include, above)
+        for path, point in points.items():
             yield path, root.get_submodule(path), '', point
         return
     new = newly_initialized(root)
