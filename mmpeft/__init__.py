@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
+from mmpeft.checkpoint.base_state import load_base, save_pretrained
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import merge, remove, unmerge
@@ -33,10 +34,12 @@ __all__ = [
     'init_model',
     'inject',
     'load_adapter',
+    'load_base',
     'merge',
     'penalty',
     'remove',
     'save_adapter',
+    'save_pretrained',
     'share_base',
     'summary',
     'unmerge',

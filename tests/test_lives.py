@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -196,6 +196,17 @@ class Life(RuleBasedStateMachine):
         """Whether what trains now belongs to no others."""
         return self.is_started() and not self.is_combined() and (self.is_free() or self.current)
 
+    def cuts_a_tie(self):
+        """Whether layers read one weight through different adapters."""
+        through = defaultdict(set)
+        for path, module in self.model.named_modules():
+            for chain in getattr(module, 'parametrizations', {}).values():
+                through[id(chain.original)].add(tuple(map(id, chain)))
+            if 'parametrizations' not in path:
+                for value in module._parameters.values():
+                    through[id(value)].add(())
+        return any(len(found) > 1 for found in through.values())
+
     def fitting_files(self):
         """Those of a network with the same ties, which a merge can have cut."""
         return [file for file in self.files if file[1].tied() == self.account.tied()]
@@ -374,7 +385,7 @@ class Life(RuleBasedStateMachine):
     @precondition(is_adapted)
     @rule()
     def merge_reversibly(self):
-        if self.account.acts or self.aside is not None:
+        if self.account.acts or self.aside is not None or self.cuts_a_tie():
             merge = lambda: mmpeft.merge(self.model, reversible=True)  # noqa: E731
             self._refused(self.model, merge, 'merge')
             return
@@ -403,7 +414,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.is_free() and (self.is_adapted() or self.aside is not None))
     @rule()
     def merge_for_good(self):
-        if self.account.acts:
+        if self.account.acts or self.cuts_a_tie():
             self._refused(self.model, lambda: mmpeft.merge(self.model), 'merge')
             return
         COUNTS['merge'] += 1

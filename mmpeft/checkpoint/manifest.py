@@ -15,6 +15,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.attach import attach, make_adapters
 from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_target
+from mmpeft.injection.guards import guard
 from mmpeft.injection.points import restore_point
 from mmpeft.injection.ranks import check_ranks
 from mmpeft.injection.site import Site, adapter_parameters, attached, sites_at
@@ -123,6 +124,7 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
             site.adapter.injection = number
         attach(sites)
     watch(model)
+    guard(model)
 
 
 def check_manifest(manifest: Mapping) -> None:

@@ -15,6 +15,7 @@ from mmpeft.execution.classes import allow_pickling
 from mmpeft.methods import ActivationAdapter, WeightAdapter
 
 from .calls import unwatch
+from .guards import unguard
 from .site import Site, adapters_of, attached, holder_of
 from .weights import ADAPTERS, PARAMETRIZATIONS
 
@@ -112,6 +113,7 @@ def detach_all(model: nn.Module) -> None:
     """
     detach(detachable(model))
     unwatch(model)
+    unguard(model)
 
 
 def moved_to(tensor: Tensor, like: Tensor) -> Tensor:

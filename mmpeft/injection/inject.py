@@ -14,6 +14,8 @@ from mmpeft.registry import METHODS
 from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
+from .guards import guard
+from .quantized import refuse_quantized
 from .ranks import settle_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
@@ -56,13 +58,16 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, or an argument is unknown. The model is unchanged.
+            does not fit, an argument is unknown, or the target has quantized weights. The
+            model is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
     if execution not in CHOICES:
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
+    target_module(model, targets.module)
+    refuse_quantized(model, targets.module)
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
@@ -73,9 +78,13 @@ def inject(
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
     watch(model)
+    guard(model)
     if isinstance(method, Ranked):  # other methods have no argument for their size
         _warn_oversized(Summary(summary_rows(sites)))
-    return summary(model)
+    result = summary(model)
+    if method.adapts:
+        _warn_unknown(result)
+    return result
 
 
 def _check_beside_earlier(model, method, module):
@@ -114,6 +123,18 @@ def _trained(root, patterns):
             raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
         trained += matches
     return tuple(dict.fromkeys(trained))
+
+
+def _warn_unknown(summary):
+    if summary.unknown_share > 0.5:
+        largest = sorted(summary.unknown, key=summary.unknown.get, reverse=True)[:3]
+        warnings.warn(
+            f'{summary.unknown_share:.0%} of the parameters in {summary.module or "the model"!r} '
+            f'belong to no layer that is known ({", ".join(largest)}; the summary lists them all), '
+            'stay frozen and are not adapted. Let them train themselves with unfreeze, or leave '
+            'them as they are and filter this warning.',
+            stacklevel=3,
+        )
 
 
 def _warn_oversized(summary):

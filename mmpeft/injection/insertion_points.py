@@ -7,6 +7,7 @@ only for query, key and value layers, which nothing else distinguishes.
 import inspect
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations, dropwhile, takewhile
@@ -48,12 +49,13 @@ class Search:
 
     Attributes:
         modules: All modules by path, without adapters.
+        above: The modules that hold the network, from the inner to the outer.
         layers: Roles of the linear layers and convolutions by path, without those inside
             ``nn.MultiheadAttention``, which never calls them.
     """
 
-    def __init__(self, root: nn.Module):
-        self.modules = dict(layers(root))
+    def __init__(self, root: nn.Module, above: Sequence[nn.Module] = ()):
+        self.modules, self.above = dict(layers(root)), above
         self.layers: dict[str, WeightSpec] = {}
         # Of each module, the layers in it by their paths below it.
         self._inside: dict[str, dict[str, WeightSpec]] = defaultdict(dict)
@@ -191,15 +193,16 @@ class Search:
         inside = [self.modules[p] for p in within(self.modules, path)]
         names = [name for m in inside for name in (*m._parameters, *m._buffers, *m._modules)]
         names += [name for m in inside for name in inspect.signature(m.forward).parameters]
-        windows = any(getattr(m, 'window_size', None) for m in inside)
+        # SAM has windows of size 0 where attention is global, on maps too.
+        windows = any(getattr(m, 'window_size', None) is not None for m in inside)
         batch_first = [m.batch_first for m in inside if hasattr(m, 'batch_first')] or [True]
         if windows or not any(batch_first) or any(map(POSITIONS.search, names)):
             return False
-        for top in lineage(path)[-2::-1]:
+        for top in (*(self.modules[p] for p in lineage(path)[-2::-1]), *self.above):
             # Images come in through a convolution, words through an embedding.
-            if self._has_conv(top):
+            if any(spec and 'conv' in spec.kinds for spec in map(layer_spec, top.modules())):
                 return True
-            if any(isinstance(m, nn.Embedding) for m in self.modules[top].modules()):
+            if any(isinstance(m, nn.Embedding) for m in top.modules()):
                 return False
         return True
 

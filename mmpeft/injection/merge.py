@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,10 @@ from mmpeft.errors import UsageError
 
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
+from .guards import guard, unguard
 from .site import Site
+from .ties import TIE, holders, tying_configs
+from .weights import join
 
 # Attribute of a model that was merged reversibly.
 MERGED = 'peft_merged'
@@ -18,11 +22,15 @@ MERGED = 'peft_merged'
 
 @dataclass(frozen=True)
 class Merged:
-    """What a reversible merge keeps: adapters, what ``model.peft`` was, and frozen weights."""
+    """What a reversible merge keeps: adapters, what ``model.peft`` was, and frozen weights.
+
+    ``untied`` are configs that tied a weight before.
+    """
 
     sites: list[Site]
     records: list[Injection]
     originals: list[tuple[nn.Module, str, nn.Parameter]]
+    untied: list[Any]
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -42,8 +50,9 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
 
     phi(W) is computed in float64 and rounded once to the weight's dtype. All
-    weights are checked before the first is changed. A weight that the model
-    also reads elsewhere without the adapters is unchanged there.
+    weights are checked before the first is changed. A head that is adapted and
+    tied to an embedding that is not is untied, in the config of a Hugging Face
+    model too (``tie_word_embeddings``), so that its file loads as it is.
 
     Args:
         model: Computes afterwards what it did in evaluation mode.
@@ -52,9 +61,9 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
             stays frozen. A second ``merge(model)`` drops them.
 
     Raises:
-        UsageError: A method cannot be merged, a merged weight has NaN or
-            infinite elements or exceeds its dtype, or a reversible merge would
-            be the second one. The model is unchanged.
+        UsageError: A method cannot be merged, a weight is tied to one that is adapted
+            otherwise, a merged weight has NaN or infinite elements or exceeds
+            its dtype, or a reversible merge would be the second one. The model is unchanged.
     """
     sites = detachable(model)
     fixed = [site for site in sites if not site.method.merges]
@@ -73,8 +82,10 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
             'base back.'
         )
     weights = _chains_by_weight(sites)
+    untied = _configs_to_untie(model, weights)
     for chain, *_ in weights:
         _merged(chain)
+    unguard(model)
     originals = []
     for chains in weights:
         merged = _merged(chains[0])
@@ -83,13 +94,15 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
                 originals.append((first.layer, first.tensor, first.original))
             detach([first])
             first.layer._parameters[first.tensor] = merged
+    for config in untied:
+        setattr(config, TIE, False)
     if not reversible:
         release(model)
         release(model, earlier.records if earlier else [])
         model.__dict__.pop(MERGED, None)
     elif records:
         del model.peft
-        setattr(model, MERGED, Merged(sites, records, originals))
+        setattr(model, MERGED, Merged(sites, records, originals, untied))
     return model
 
 
@@ -117,9 +130,12 @@ def unmerge(model: nn.Module) -> nn.Module:
         )
     for layer, name, original in kept.originals:
         layer._parameters[name] = moved_to(original, layer._parameters[name])
+    for config in kept.untied:
+        setattr(config, TIE, True)
     attach(kept.sites)
     model.peft = kept.records
     del model.__dict__[MERGED]
+    guard(model)
     return model
 
 
@@ -131,6 +147,27 @@ def _chains_by_weight(sites) -> list[list[list[Site]]]:
     for chain in chains.values():
         weights[(chain[0].tie_key, *(id(site.adapter) for site in chain))].append(chain)
     return list(weights.values())
+
+
+def _configs_to_untie(model, weights) -> list[Any]:
+    """The configs that tie what the merge gives different values."""
+    held, found = holders(model), []
+    for chains in weights:
+        first, readers = chains[0][0], held[chains[0][0].tie_key]
+        if len(chains) == len(readers):
+            continue
+        configs = tying_configs(model, first.original)
+        if not configs:
+            names = ' and '.join(join(path, name) for path, _, name in readers)
+            raise UsageError(
+                f'{names} are one tied weight, and {first.name} has an adapter that the others '
+                'do not have. The merged file of a model that ties them would lose one of them. '
+                'Adapt all of them alike (one mmpeft.inject whose targets select them all), leave '
+                f'it out (targets.exclude={first.name!r}), or keep the adapter in a file of its '
+                'own (mmpeft.save_adapter).'
+            )
+        found += configs
+    return list({id(config): config for config in found}.values())
 
 
 def _merged(chain: list[Site]) -> nn.Parameter:

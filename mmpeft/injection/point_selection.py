@@ -22,16 +22,18 @@ def points_for(
     method: ActivationMethod,
     kinds: Sequence[str] | None = None,
     include: Sequence[str] = (),
+    above: Sequence[nn.Module] = (),
 ) -> dict[str, InsertionPoint]:
     """All insertion points that a method could use below a module, by path.
 
     Warns where blocks have attention and no MLP was found, or the reverse. ``kinds`` and
-    ``include`` are those of :class:`~mmpeft.injection.targets.Targets`.
+    ``include`` are those of :class:`~mmpeft.injection.targets.Targets`; ``above`` are the modules
+    that hold ``root``, from the inner to the outer.
 
     Raises:
         UsageError: There is none, or a module that was named cannot be one.
     """
-    search, new = Search(root), newly_initialized(root)
+    search, new = Search(root, above), newly_initialized(root)
     found = search.find(*method.kinds)
     if kinds and len(kinds) == 1 and kinds[0] in method.kinds:
         found |= _named(search, kinds[0], include)

@@ -9,7 +9,7 @@ from torch import nn
 from mmpeft.methods.spec import KINDS, WeightSpec
 
 from .site import Site, adapters_of, attached, own_parameters
-from .weights import is_below, layers, newly_initialized, weights_of
+from .weights import is_below, join, layers, newly_initialized, unknown_parameters, weights_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Summary:
         unfrozen: Parameters of the target that train themselves.
         outside: Trainable parameters outside the target (neck, heads).
         skipped: How many weights of each kind in the target are not adapted.
+        unknown: Elements of what no method is defined on, by name; see
+            :func:`~mmpeft.injection.weights.unknown_parameters`.
     """
 
     rows: list[SummaryRow] = field(default_factory=list)
@@ -54,11 +56,17 @@ class Summary:
     unfrozen: int = 0
     outside: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
         """What trains in the target, as a fraction of its own parameters."""
         return (self.adapters + self.unfrozen) / max(self.base, 1)
+
+    @property
+    def unknown_share(self) -> float:
+        """What no method is defined on, as a fraction of the target's parameters."""
+        return sum(self.unknown.values()) / max(self.base, 1)
 
     @property
     def oversized(self) -> list[SummaryRow]:
@@ -76,6 +84,10 @@ class Summary:
             f'adapted in {self.module or "the model"}: {len(self.rows)} weights or modules'
             + ''.join(f'\n  {n} x {method}' for method, n in methods.most_common()),
             f'skipped: {skipped}',
+            *(
+                f'of no known layer, not adapted: {name}, {size:,} = {size / self.base:.2%}'
+                for name, size in self.unknown.items()
+            ),
             f'adapters {self.adapters:,} + unfrozen {self.unfrozen:,} '
             f'= {self.share:.2%} of the {self.base:,} parameters there',
             f'trainable outside (neck, heads): {self.outside:,}',
@@ -100,6 +112,11 @@ def summary(model: nn.Module) -> Summary:
         unfrozen=sum(p.numel() for p in own if p.requires_grad),
         outside=sum(p.numel() for p in outside if p.requires_grad),
         skipped=dict(sum(map(_skipped, roots), Counter())),
+        unknown={
+            join(path, name): size
+            for path, root in zip(modules, roots, strict=True)
+            for name, size in unknown_parameters(root).items()
+        },
     )
 
 

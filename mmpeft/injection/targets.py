@@ -1,6 +1,7 @@
 """Which weights and insertion points of a model a method adapts."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
@@ -13,7 +14,8 @@ from mmpeft.registry import known_arguments
 
 from .point_selection import points_for
 from .site import Site
-from .weights import is_below, join, layers, newly_initialized, weights_of
+from .ties import holders
+from .weights import is_below, join, layers, lineage, newly_initialized, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Targets:
             pattern of ``include`` that matches none of those found by structure names the
             modules whose whole path it matches.
         exclude_kinds: Kinds to skip.
-        include: Adapt only what matches one of these patterns.
+        include: Adapt only what matches one of these patterns. Without any, a weight that is
+            also tied to a layer which is not selected is left out, with a warning.
         exclude: Skip what matches one of these patterns.
         overrides: Arguments of the method where a pattern matches, such as
             ``{'stages_3': dict(rank=64)}``; later ones win.
@@ -99,17 +102,18 @@ def select(
             From all that the method is defined on and that is not newly initialized if None.
 
     Raises:
-        UsageError: Nothing is selected, a pattern matches nothing that the
-            method is defined on, an override is not an argument of the method, or the network
-            has no insertion point for it.
+        UsageError: Nothing is selected, or ties in part alone, a pattern matches nothing
+            that the method is defined on, an override is not an argument of the method, or
+            the network has no insertion point for it.
     """
     kinds = method.kinds if targets.kinds is None else targets.kinds
     below = targets.module or 'the model'
     patterns = targets.include + targets.exclude + tuple(targets.overrides)
     sites, names, seen = [], [], set()
+    candidates = found
     if found is None:
-        found = _candidates(target_module(model, targets.module), method, targets)
-    for path, layer, tensor, spec in found:
+        candidates = _candidates(model, method, targets)
+    for path, layer, tensor, spec in candidates:
         name = join(path, tensor)
         names.append(name)
         of_kind = kinds is None or spec.kinds.intersection(kinds)
@@ -133,12 +137,15 @@ def select(
             f'{len(names)} weights or insertion points that the method is defined on, none is of '
             f'kind {_listed(kinds)} and passes exclude_kinds, include and exclude of {targets}.'
         )
-    return sites
+    return sites if found is not None or targets.include else _whole_ties(model, sites)
 
 
-def _candidates(root, method, targets):
+def _candidates(model, method, targets):
+    root = target_module(model, targets.module)
     if isinstance(method, ActivationMethod):
-        for path, point in points_for(root, method, targets.kinds, targets.include).items():
+        above = [model.get_submodule(path) for path in lineage(targets.module)[-2::-1]]
+        points = points_for(root, method, targets.kinds, targets.include, above)
+        for path, point in points.items():
             yield path, root.get_submodule(path), '', point
         return
     new = newly_initialized(root)
@@ -146,6 +153,29 @@ def _candidates(root, method, targets):
         for tensor, spec in weights_of(layer):
             if method.accepts(spec) and not is_below(join(path, tensor), new):
                 yield path, layer, tensor, spec
+
+
+def _whole_ties(model, sites):
+    """The sites without weights that are also held where none of the sites is; warns of these."""
+    selected, held = {(site.layer, site.tensor) for site in sites}, holders(model)
+    beside = {
+        site: [join(p, name) for p, layer, name in held[site.tie_key] if layer is not site.layer]
+        for site in sites
+        if any((layer, name) not in selected for _, layer, name in held.get(site.tie_key, ()))
+    }
+    if beside:
+        site, others = next(iter(beside.items()))
+        message = (
+            f'{len(beside)} of {len(sites)} weights are tied to what the targets leave out, and '
+            f'are not adapted: {site.name} is also {" and ".join(others)}. To adapt a weight where '
+            f'it is selected alone, name it in targets.include ({site.name!r}); to adapt it '
+            'everywhere, let the targets select all its layers (targets.kinds, such as '
+            "'embedding' beside 'linear')."
+        )
+        if len(beside) == len(sites):
+            raise UsageError(message)
+        warnings.warn(message, stacklevel=4)
+    return [site for site in sites if site not in beside]
 
 
 def _overridden(method, overrides, matched):

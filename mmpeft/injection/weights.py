@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import UsageError
@@ -14,6 +14,8 @@ ORIGINAL = '.original'
 MARK = f'{PARAMETRIZATIONS}.'
 
 CONVOLUTION = 'in_channels', 'out_channels', 'groups', 'kernel_size'
+# A linear layer that stores (in, out), in GPT-2 and its kin.
+CONV1D = 'transformers.pytorch_utils.Conv1D'
 KINDS = {
     nn.Linear | nn.MultiheadAttention: 'linear',
     nn.Embedding | nn.EmbeddingBag: 'embedding',
@@ -92,6 +94,32 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
             yield name, spec
 
 
+def unknown_parameters(module: nn.Module) -> dict[str, int]:
+    """Elements of the frozen parameters that no method is defined on, by name below a module.
+
+    They have two and more dimensions and no known role: experts as one tensor, learned positions,
+    tables of windows. A convolution that computes its kernel from parameters of its own (e2cnn's)
+    counts as one, by its path. What is newly initialized is left out.
+    """
+    found, counted, done = {}, set(), newly_initialized(module)
+    for path, layer in layers(module):
+        if is_below(path, done):
+            continue
+        roles = dict(weights_of(layer))
+        own = {join(path, n): p for n, p in layer._parameters.items() if n not in roles}
+        own = {name: [p] for name, p in own.items() if p is not None and p.ndim > 1}
+        if hasattr(layer, 'groups') and hasattr(layer, 'kernel_size'):
+            if all(spec.is_bias for spec in roles.values()):
+                own = {path: list(layer.parameters())}
+                done.append(path)
+        for name, parameters in own.items():
+            frozen = {id(p): p.numel() for p in parameters if not p.requires_grad}
+            size = sum(n for key, n in frozen.items() if key not in counted)
+            counted |= frozen.keys()
+            found |= {name: size} if size else {}
+    return found
+
+
 def original_of(module: nn.Module, name: str) -> Tensor:
     """The stored parameter behind ``module.<name>``, parametrized or not."""
     if parametrize.is_parametrized(module, name):
@@ -112,10 +140,17 @@ def _spec(module, name, tensor) -> WeightSpec | None:
         transposed = getattr(module, 'transposed', False)
         return WeightSpec(shape, kinds, *widths, tuple(shape[2:]), groups, transposed)
     if 'linear' in kinds and tensor.ndim == 2:
-        return WeightSpec(shape, kinds, shape[1], shape[0])
+        turned = _is_a(module, CONV1D)
+        out, features = reversed(shape) if turned else shape
+        return WeightSpec(Size((out, features)), kinds, features, out, fan_in_fan_out=turned)
     if 'embedding' in kinds:
         return WeightSpec(shape, kinds, shape[0], shape[1], padding_idx=module.padding_idx)
     return None
+
+
+def _is_a(module, name) -> bool:
+    """Whether a module is of a class that is named, not imported."""
+    return any(f'{c.__module__}.{c.__qualname__}' == name for c in type(module).__mro__)
 
 
 def _kinds(module) -> frozenset[str]:
@@ -123,10 +158,13 @@ def _kinds(module) -> frozenset[str]:
         kinds = {'conv'}
         if module.groups == module.in_channels > 1:
             kinds.add('depthwise')
-        if set(original_of(module, 'weight').shape[2:]) <= {1}:
+        weight = original_of(module, 'weight') if hasattr(module, 'weight') else None
+        if isinstance(weight, Tensor) and set(weight.shape[2:]) <= {1}:
             kinds.add('pointwise')
         return frozenset(kinds)
     for types, kind in KINDS.items():
         if isinstance(module, types):
             return frozenset({kind})
+    if _is_a(module, CONV1D):
+        return frozenset({'linear'})
     return frozenset({'norm'} if 'norm' in type(module).__name__.lower() else ())

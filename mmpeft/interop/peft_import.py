@@ -12,6 +12,7 @@ from mmpeft.checkpoint.safe_patterns import check_patterns
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import attach, make_adapters
 from mmpeft.injection.freeze import freeze_target
+from mmpeft.injection.guards import guard
 from mmpeft.injection.site import Site, sites_at
 from mmpeft.injection.weights import layers, weights_of
 from mmpeft.methods.dora import DoRA
@@ -75,6 +76,7 @@ def from_peft(
     freeze_target(model, method, module, trained)
     sites = make_adapters(sites, empty=True)
     attach(sites)
+    guard(model)
     own = {key: value for key, value in model.state_dict().items() if key in saved}
     with torch.no_grad():
         for site, given in zip(sites, values, strict=True):

@@ -25,10 +25,11 @@ class WeightSpec:
 
     A convolution stores (out, in / groups, *kernel), a transposed one
     (in, out / groups, *kernel), a linear layer (out, in), an embedding
-    (in, out) with ``in`` the number of its entries.
+    (in, out) with ``in`` the number of its entries. GPT-2's Conv1D, a linear layer that
+    stores (in, out), is given to methods as (out, in).
 
     Attributes:
-        shape: Of the stored tensor.
+        shape: Of the tensor that methods see.
         kinds: Words of ``KINDS`` that a target may select the layer by.
         in_features: Input channels of the layer, over all groups.
         out_features: Output channels of the layer, over all groups.
@@ -37,6 +38,7 @@ class WeightSpec:
         transposed: Whether the convolution is.
         padding_idx: The entry of an embedding that stays as it is.
         is_bias: Whether the parameter is added, not multiplied.
+        fan_in_fan_out: Whether a linear layer stores the transpose of what methods see.
     """
 
     shape: Size
@@ -48,6 +50,7 @@ class WeightSpec:
     transposed: bool = False
     padding_idx: int | None = None
     is_bias: bool = False
+    fan_in_fan_out: bool = False
 
     @property
     def numel(self) -> int:

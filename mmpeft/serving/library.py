@@ -13,6 +13,7 @@ from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import attach, detach_all
 from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_again, release
+from mmpeft.injection.guards import guard
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
@@ -121,6 +122,7 @@ class AdapterLibrary:
             freeze_again(self.model, state.records)
             attach(state.sites)
             watch(self.model)
+            guard(self.model)
         self.current = name
         return self.model
 

@@ -122,7 +122,9 @@ def test_the_record_names_parameters_of_the_plain_model():
 
 def test_a_tied_parameter_has_all_its_names():
     model = Tied()
-    mmpeft.inject(model, dict(type='LoRA', rank=1), dict(kinds='embedding'), unfreeze='out')
+    mmpeft.inject(
+        model, dict(type='LoRA', rank=1), dict(include='embed', kinds='embedding'), unfreeze='out'
+    )
     assert model.peft[0].trained == ('out.weight',)
     assert plain_parameters(model).keys() == {'embed.weight', 'out.weight'}
     assert plain_parameters(model)['embed.weight'].requires_grad

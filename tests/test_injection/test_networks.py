@@ -43,7 +43,7 @@ EXPECTED = dict(
     hf_dinov2=(dict(attention=2, mlp=2), 13, dict(tokens=2)),
     hf_dinov3=(dict(attention=2, mlp=2), 13, {}),
     hf_t5=(dict(attention=6, mlp=4), 33, {}),
-    hf_gpt2=({}, 1, {}),
+    hf_gpt2=(dict(attention=2, mlp=2), 9, {}),
     hf_llama=(dict(attention=2, mlp=2), 15, {}),
     hf_clip=(dict(attention=4, mlp=4), 27, dict(tokens=2)),
     hf_clip_vision=(dict(attention=2, mlp=2), 13, dict(tokens=2)),

@@ -130,9 +130,11 @@ def test_shared_factors_stay_shared(adapters, models):
 def test_tied_weights_in_the_target(tmp_path):
     base, index = Tied().double(), torch.arange(9)
     networks, adapters = {}, mmpeft.AdapterLibrary(copy.deepcopy(base))
-    for name, kinds in dict(a=('linear', 'embedding'), b=('linear',)).items():
+    for name, include in dict(a=('out', 'embed'), b=('out',)).items():
         networks[name] = copy.deepcopy(base)
-        mmpeft.inject(networks[name], LORA['method'], dict(kinds=kinds))
+        mmpeft.inject(
+            networks[name], LORA['method'], dict(kinds=('linear', 'embedding'), include=include)
+        )
         randomize(networks[name])
         adapters.load(name, mmpeft.save_adapter(networks[name], tmp_path / f'{name}.safetensors'))
     networks[None] = base

@@ -1,0 +1,69 @@
+"""What warns of files that do not know of the adapters: plain state dicts, and save_pretrained."""
+
+import warnings
+
+from torch import nn
+
+from .site import attached
+from .weights import lineage
+
+SAVE = 'save_pretrained'
+
+
+def guard(model: nn.Module) -> None:
+    """Let an adapted model, and all modules above its adapters, warn of what would go wrong.
+
+    - ``load_state_dict`` of a plain state dict, which ``strict=False`` lets pass.
+    - ``save_pretrained`` of the model's own, whose file holds adapted weights under other names.
+
+    Copies and pickles of the model warn too.
+    """
+    unguard(model)
+    for path in {above for site in attached(model) for above in lineage(site.path)}:
+        module = model.get_submodule(path)
+        module.register_load_state_dict_pre_hook(_warn_of_plain)
+        if callable(getattr(type(module), SAVE, None)):
+            module.__dict__[SAVE] = _Save(module)
+
+
+def unguard(model: nn.Module) -> None:
+    """Undo :func:`guard`."""
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _warn_of_plain]:
+            del hooks[key]
+        if isinstance(module.__dict__.get(SAVE), _Save):
+            del module.__dict__[SAVE]
+
+
+def _warn_of_plain(module, state_dict, prefix, *rest):
+    if prefix and not hasattr(module, 'peft'):
+        return  # the module that load_state_dict was called on has warned
+    plain = [site.name for site in attached(module) if site.tensor]
+    plain = [name for name in dict.fromkeys(plain) if prefix + name in state_dict]
+    if plain:
+        warnings.warn(
+            f'{len(plain)} weights of this state dict, such as {prefix + plain[0]}, have other '
+            f'names in {type(module).__name__}, where they are adapted: load_state_dict leaves '
+            'them as they are in the model. Write mmpeft.load_base(model, state), or load it '
+            'before mmpeft.inject.',
+            stacklevel=4,
+        )
+
+
+class _Save:
+    """``save_pretrained`` of an adapted model: that of its class, after a warning."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, *args, **kwargs):
+        kind = type(self.module)
+        warnings.warn(
+            f'The file that {kind.__name__}.save_pretrained writes of an adapted model does not '
+            'load: from_pretrained initializes the adapted weights anew, or leaves the adapters '
+            'out. Write mmpeft.save_pretrained(model, folder) for a plain model with the adapters '
+            'merged, or mmpeft.save_adapter(model, path) for the adapters alone.',
+            stacklevel=2,
+        )
+        return kind.save_pretrained(self.module, *args, **kwargs)
