@@ -11,6 +11,7 @@ from mmpeft.errors import UsageError
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
 from .site import Site
+from .wrappers import on_inner
 
 # Attribute of a model that was merged reversibly.
 MERGED = 'peft_merged'
@@ -25,18 +26,20 @@ class Merged:
     originals: list[tuple[nn.Module, str, nn.Parameter]]
 
 
+@on_inner
 def remove(model: nn.Module) -> nn.Module:
     """Detach all adapters, also of a reversible merge, and release the base, in place.
 
     Raises:
         UsageError: A weight has a parametrization of another library beside its
-            adapter; the model is unchanged.
+            adapter, or the model is sharded; it is unchanged.
     """
     detach_all(model)
     release(model)
     return remove(unmerge(model)) if MERGED in model.__dict__ else model
 
 
+@on_inner
 @torch.no_grad()
 def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
@@ -53,8 +56,8 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
 
     Raises:
         UsageError: A method cannot be merged, a merged weight has NaN or
-            infinite elements or exceeds its dtype, or a reversible merge would
-            be the second one. The model is unchanged.
+            infinite elements or exceeds its dtype, a reversible merge would be the
+            second one, or the model is sharded. It is unchanged.
     """
     sites = detachable(model)
     fixed = [site for site in sites if not site.method.merges]
@@ -93,6 +96,7 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     return model
 
 
+@on_inner
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo a reversible merge, in place: the same adapters on the same weights.
 

@@ -31,6 +31,7 @@ class Adapter(nn.Module):
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         with torch.no_grad():
             factors = method.init(like.to('meta') if empty else like, spec)
+            self.shapes = {name: tuple(value.shape) for name, value in factors.items()}
             for name, value in factors.items():
                 kind = nn.Buffer if isinstance(value, nn.Buffer) else nn.Parameter
                 setattr(self, name, kind(_unset(value, like.device) if empty else value))
