@@ -7,8 +7,9 @@ from functools import wraps
 from torch import Tensor, distributed, nn
 
 from mmpeft.errors import UsageError
+from mmpeft.execution.frozen import SHARDED
 from mmpeft.injection.weights import join
-from mmpeft.injection.wrappers import SHARDED, is_flattened, is_sharded, unwrapped
+from mmpeft.injection.wrappers import is_flattened, is_sharded, unwrapped
 
 
 def on_whole(share: bool) -> Callable:
@@ -43,7 +44,7 @@ def on_whole(share: bool) -> Callable:
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model with whole tensors on rank 0, and an empty one elsewhere.
+    """The state dict of a sharded model with whole tensors; on rank 0, and there in main memory.
 
     Raises:
         UsageError: The shards cannot be reached from the model; on every rank alike.
@@ -51,7 +52,9 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     _check_reachable(model)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # Where FullyShardedDataParallel is on the CPU itself, offloading ends the process (torch 2.12).
+    offload = not is_flattened(model) or any(p.device.type != 'cpu' for p in model.parameters())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     return get_model_state_dict(model, options=options)
 
 

@@ -12,6 +12,9 @@ from .function import is_transformed
 from .recompute import tag_for_recompute
 from .response_norm import response_norm
 
+# Attribute that FSDP and fully_shard give to every module whose parameters they shard.
+SHARDED = '_is_fsdp_managed_module'
+
 
 class FrozenLinear(Fast):
     """A linear layer without adapter."""
@@ -27,7 +30,7 @@ class FrozenResponseNorm(Fast):
     """timm's global response normalization."""
 
     def forward(self, x):
-        if x.ndim != 4 or not _is_passed_through(self, x):
+        if x.ndim != 4 or _is_away_later(self) or not _is_passed_through(self, x):
             return super().forward(x)
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
 
@@ -37,11 +40,16 @@ class Recomputable(Fast):
 
     def forward(self, x):
         y = super().forward(x)
-        if y is x or not _is_passed_through(self, x):
+        if y is x or _is_away_later(self) or not _is_passed_through(self, x):
             return y
         if torch.promote_types(x.dtype, y.dtype) != y.dtype:
             return y
         return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
+
+
+def _is_away_later(layer):
+    """Whether backward may find a layer's parameters sharded when a later layer needs them."""
+    return SHARDED in layer.__dict__ and bool(layer._parameters)
 
 
 def _again(forward, dtype, x):

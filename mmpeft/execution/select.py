@@ -45,6 +45,8 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
+    if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
+        return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     if 'depthwise' in spec.kinds:
         pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
         run = partial(_run_depthwise, layer, geometry)

@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
+from mmpeft.execution.frozen import SHARDED
 
 # The children that hold what FSDP, torch.compile and checkpoint_wrapper wrap.
 WRAPPED = '_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'
-# Attribute that FSDP and fully_shard give to every module whose parameters they shard.
-SHARDED = '_is_fsdp_managed_module'
 
 
 def inner(module: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
-"""One rank of the tests of sharded models: ``sharded_run.py CASE FOLDER``, under torchrun or not.
+"""One rank of the tests of sharded models, under torchrun: ``sharded_run.py FOLDER``.
 
 Each rank writes what it found to ``FOLDER/rank<n>.pth``.
 """
 
 import os
 import sys
-from functools import partial
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.errors import UsageError
+from mmpeft.injection.wrappers import inner
 
 METHODS = {
     'LoRA': dict(type='LoRA', rank=2),
@@ -84,7 +85,7 @@ def network(kind, method=None):
     if method is not None:
         mmpeft.inject(model, METHODS[method], TARGETS)
         with torch.no_grad():
-            for name, parameter in model.blocks.named_parameters():
+            for parameter in model.blocks.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -97,12 +98,10 @@ def sharded(way, model):
             fully_shard(block)
         return fully_shard(model)
     if way.startswith('fsdp1'):
-        policy = ModuleWrapPolicy({TransformerBlock, ConvBlock})
-        cpu = torch.device('cpu')
-        whole = way == 'fsdp1'
-        return FullyShardedDataParallel(
-            model, auto_wrap_policy=policy, use_orig_params=whole, device_id=cpu
-        )
+        arguments = dict(use_orig_params=way == 'fsdp1', device_id=torch.device('cpu'))
+        blocks = ModuleWrapPolicy({TransformerBlock, ConvBlock})
+        with warnings.catch_warnings(action='ignore'):  # of frozen beside trained parameters
+            return FullyShardedDataParallel(model, auto_wrap_policy=blocks, **arguments)
     return DistributedDataParallel(model) if way == 'ddp' else model
 
 
@@ -124,41 +123,122 @@ def train(model, kind):
         optimizer.step()
 
 
-def error_of(function, *args):
+def error_of(function, *args, **kwargs):
+    """What a function refuses by; None if it does not."""
     try:
-        function(*args)
+        function(*args, **kwargs)
     except UsageError as error:
         return str(error)
     return None
 
 
 def train_all(folder, way):
-    """Train each network with each method, and save it."""
+    """Train each network with each method; save it before and after."""
     found = {}
     for kind in ('transformer', 'conv'):
         for method in METHODS:
             model = sharded(way, network(kind, method))
+            mmpeft.save_adapter(model, folder / f'{way}_{kind}_{method}.safetensors')
             train(model, kind)
-            path = Path(folder) / f'{kind}_{method}.safetensors'
-            mmpeft.save_adapter(model, path)
             found[kind, method] = mmpeft.adapter_state_dict(model)
             found[kind, method, 'fingerprint'] = fingerprint(model)
     return found
 
 
-CASES = {way: partial(train_all, way=way) for way in ('plain', 'ddp', 'fsdp1', 'fsdp2')}
+def train_behind_norm(way):
+    """An adapted layer reads the output of a norm that is sharded apart from it."""
+    model = network('transformer')
+    mmpeft.inject(model, METHODS['LoRA'])
+    if way == 'fsdp2':
+        for block in model.blocks:
+            fully_shard(block.norm1)
+    model = sharded(way, model)
+    train(model, 'transformer')
+    return mmpeft.adapter_state_dict(model)
 
 
-def main(case, folder):
+def load(folder, way):
+    """Load a file of other values, and one of another base."""
+    model = sharded(way, network('transformer', 'LoRA'))
+    mmpeft.load_adapter(model, folder / 'other.safetensors')
+    wrong = error_of(mmpeft.load_adapter, model, folder / 'wrong.safetensors')
+    with torch.no_grad():
+        output = model(batch('transformer')[0])
+    return mmpeft.adapter_state_dict(model), output, wrong
+
+
+def refusals(folder, way):
+    """What is refused, by name; and whether the models are as they were afterwards."""
+    plain = sharded(way, network('transformer'))
+    model = sharded(way, network('transformer', 'LoRA'))
+    before = mmpeft.adapter_state_dict(model)
+    inside = inner(model)
+    lora = METHODS['LoRA']
+    found = dict(
+        inject=error_of(mmpeft.inject, plain, lora),
+        load_adapter=error_of(mmpeft.load_adapter, plain, folder / 'other.safetensors'),
+        library=error_of(mmpeft.AdapterLibrary, plain),
+        merge=error_of(mmpeft.merge, model),
+        remove=error_of(mmpeft.remove, model),
+        unmerge=error_of(mmpeft.unmerge, model),
+        summary=error_of(mmpeft.summary, model),
+        save=error_of(mmpeft.save_adapter, plain, folder / 'none.safetensors'),
+        inside=error_of(mmpeft.save_adapter, inside, folder / 'inside.safetensors'),
+        inside_fingerprint=error_of(fingerprint, inside),
+        inside_summary=error_of(mmpeft.summary, inside),
+    )
+    after = mmpeft.adapter_state_dict(model)
+    same = all(torch.equal(after[key], value) for key, value in before.items())
+    return found | dict(same=same and before.keys() == after.keys())
+
+
+def without_original_parameters(folder):
+    """FullyShardedDataParallel with use_orig_params=False takes no model with frozen weights."""
+    model = network('transformer')
+    mmpeft.inject(model, METHODS['LoRA'], TARGETS, unfreeze='.')
+    model = sharded('fsdp1_flat', model)
+    path = folder / 'flat.safetensors'
+    return dict(save=error_of(mmpeft.save_adapter, model, path), print=error_of(fingerprint, model))
+
+
+def inside_ddp(folder):
+    """What works on a model in DDP, and what is refused."""
+    plain = sharded('ddp', network('transformer'))
+    model = sharded('ddp', network('transformer', 'LoRA'))
+    found = dict(
+        inject=error_of(mmpeft.inject, plain, METHODS['LoRA']),
+        load_adapter=error_of(mmpeft.load_adapter, plain, folder / 'other.safetensors'),
+        library=error_of(mmpeft.AdapterLibrary, plain),
+        summary=str(mmpeft.summary(model)),
+    )
+    with torch.no_grad():
+        x = batch('transformer')[0]
+        outputs = [model(x)]
+        assert mmpeft.merge(model, reversible=True) is model
+        outputs.append(model(x))
+        found['merged'] = list(inner(model).state_dict())
+        mmpeft.unmerge(model)
+        outputs.append(model(x))
+    train(model, 'transformer')
+    mmpeft.remove(model)
+    found['removed'] = inner(model).state_dict()
+    return found | dict(outputs=outputs)
+
+
+def main(folder):
     torch.set_num_threads(1)
-    if RANKS > 1:
-        distributed.init_process_group('gloo')
-    found = CASES[case](folder)
-    torch.save(found, f'{folder}/rank{RANK}.pth')
-    if RANKS > 1:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    distributed.init_process_group('gloo')
+    folder, found = Path(folder), {}
+    for way in ('ddp', 'fsdp1', 'fsdp2'):
+        found[way] = train_all(folder, way)
+        found[way, 'norm'] = train_behind_norm(way)
+        found[way, 'load'] = load(folder, way)
+        found[way, 'calls'] = inside_ddp(folder) if way == 'ddp' else refusals(folder, way)
+    found['flat'] = without_original_parameters(folder)
+    torch.save(found, folder / f'rank{RANK}.pth')
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    main(sys.argv[1])
