@@ -7,9 +7,9 @@ from functools import wraps
 from torch import Tensor, distributed, nn
 
 from mmpeft.errors import UsageError
-from mmpeft.execution.frozen import SHARDED
 from mmpeft.injection.weights import join
 from mmpeft.injection.wrappers import is_flattened, is_sharded, unwrapped
+from mmpeft.methods.adapter import SHARDED
 
 
 def on_whole(share: bool) -> Callable:

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.methods.adapter import SHARDED
+
 from .classes import Fast
 from .cpu import onednn
 from .function import is_transformed
 from .recompute import tag_for_recompute
 from .response_norm import response_norm
-
-# Attribute that FSDP and fully_shard give to every module whose parameters they shard.
-SHARDED = '_is_fsdp_managed_module'
 
 
 class FrozenLinear(Fast):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
-from mmpeft.execution.frozen import SHARDED
+from mmpeft.methods.adapter import SHARDED
 
 # The children that hold what FSDP, torch.compile and checkpoint_wrapper wrap.
 WRAPPED = '_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'

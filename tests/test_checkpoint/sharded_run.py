@@ -10,14 +10,21 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.errors import UsageError
+from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import inner
+from mmpeft.training.sharding import shard_adapters
 
 METHODS = {
     'LoRA': dict(type='LoRA', rank=2),
@@ -113,13 +120,13 @@ def batch(kind):
     return x.chunk(RANKS)[RANK], y.chunk(RANKS)[RANK]
 
 
-def train(model, kind):
+def train(model, kind, dtype=torch.float64):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     x, y = batch(kind)
     for _ in range(3):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
         optimizer.step()
 
 
@@ -225,6 +232,30 @@ def inside_ddp(folder):
     return found | dict(outputs=outputs)
 
 
+def low_precision(way):
+    """Dtypes in which factors are computed and stored, whether that is warned of, and gradients."""
+    model, seen, low = network('transformer', 'LoRA').float(), set(), torch.bfloat16
+    if way == 'fsdp1':
+        policy = MixedPrecision(param_dtype=low)
+        with warnings.catch_warnings(action='ignore'):
+            model = FullyShardedDataParallel(
+                model, use_orig_params=True, device_id=torch.device('cpu'), mixed_precision=policy
+            )
+    else:
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            if way == 'own':
+                shard_adapters(block)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    for adapter in named_adapters(model).values():
+        adapter.register_forward_pre_hook(lambda adapter, _: seen.add(adapter.dtype))
+    with warnings.catch_warnings(record=True) as caught:
+        train(model, 'transformer', torch.float32)
+    warned = [str(w.message) for w in caught if 'factors of adapters' in str(w.message)]
+    return seen, warned, mmpeft.adapter_state_dict(model)
+
+
 def main(folder):
     torch.set_num_threads(1)
     distributed.init_process_group('gloo')
@@ -234,6 +265,7 @@ def main(folder):
         found[way, 'norm'] = train_behind_norm(way)
         found[way, 'load'] = load(folder, way)
         found[way, 'calls'] = inside_ddp(folder) if way == 'ddp' else refusals(folder, way)
+    found |= {('low', way): low_precision(way) for way in ('fsdp1', 'block', 'own')}
     found['flat'] = without_original_parameters(folder)
     torch.save(found, folder / f'rank{RANK}.pth')
     distributed.barrier()

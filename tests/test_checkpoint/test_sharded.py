@@ -148,3 +148,23 @@ def test_in_ddp_all_but_adding_adapters_works(runs):
         assert torch.equal(unmerged, before)
         assert found['merged'] == list(base)
         assert all(torch.equal(v, base[k]) for k, v in found['removed'].items() if 'blocks' in k)
+
+
+def test_adapters_of_their_own_group_are_computed_in_float32(runs):
+    low = [rank['low', 'own'] for rank in runs[1]]
+    assert all(seen == {torch.float32} and not warned for seen, warned, _ in low)
+    model = network('transformer', 'LoRA').float()
+    train(model, 'transformer', torch.float32)
+    expected, found = mmpeft.adapter_state_dict(model), low[0][-1]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        torch.testing.assert_close(found[key], value, rtol=0.05, atol=5e-3)
+
+
+@pytest.mark.parametrize('way', ['fsdp1', 'block'])
+def test_factors_in_bfloat16_cause_a_warning(way, runs):
+    for rank in runs[1]:
+        seen, warned, _ = rank['low', way]
+        assert seen == {torch.bfloat16}
+        assert 'shard_adapters(block) before fully_shard(block)' in warned[0]
