@@ -414,6 +414,6 @@ def test_evaluation_keeps_no_weights(tmp_path):
 
 
 def test_a_flexible_runner_is_refused_at_the_start(tmp_path):
-    config = toy_config(tmp_path, experiment_name='flexible')
+    config = toy_config(tmp_path, env_cfg=dict(), log_processor=dict(), experiment_name='flexible')
     with pytest.raises(UsageError, match=r'mmengine\.runner\.Runner, not in FlexibleRunner'):
         FlexibleRunner.from_cfg(config).train()
