@@ -174,10 +174,12 @@ def _load(model, path, check_base):
 
 @on_whole(share=False)
 def _read_trained(model, path, check_base):
-    """What a file holds for an adapted model, under all keys of the model that it fills."""
+    """What a file holds for an adapted model, each tensor under its first key there."""
     _, state = read_fitting(model, path, check_base)
-    frozen = set(frozen_keys(model))
-    return {key: value for key, value in fill_frozen(model, state).items() if key not in frozen}
+    filled, frozen = fill_frozen(model, state), set(frozen_keys(model))
+    own = model.state_dict(keep_vars=True)
+    first = {id(value): key for key, value in reversed(own.items())}
+    return {key: filled[key] for key in first.values() if key not in frozen}
 
 
 def read_fitting(

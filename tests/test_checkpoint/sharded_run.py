@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -98,18 +99,18 @@ def network(kind, method=None):
     return model
 
 
-def sharded(way, model):
-    """A model wrapped in one of the ways, or itself."""
+def sharded(way, model, blocks=(TransformerBlock, ConvBlock)):
+    """A model wrapped in one of the ways, with its blocks as units of FSDP."""
     if way == 'fsdp2':
-        for block in model.blocks:
+        for block in model.blocks if blocks else ():
             fully_shard(block)
         return fully_shard(model)
     if way.startswith('fsdp1'):
         arguments = dict(use_orig_params=way == 'fsdp1', device_id=torch.device('cpu'))
-        blocks = ModuleWrapPolicy({TransformerBlock, ConvBlock})
+        arguments['auto_wrap_policy'] = ModuleWrapPolicy(set(blocks)) if blocks else None
         with warnings.catch_warnings(action='ignore'):  # of frozen beside trained parameters
-            return FullyShardedDataParallel(model, auto_wrap_policy=blocks, **arguments)
-    return DistributedDataParallel(model) if way == 'ddp' else model
+            return FullyShardedDataParallel(model, **arguments)
+    return DistributedDataParallel(model)
 
 
 def batch(kind):
@@ -174,6 +175,23 @@ def load(folder, way):
     return mmpeft.adapter_state_dict(model), output, wrong
 
 
+def other_wrappers(folder, way):
+    """What is saved of a model with recomputed blocks, of a compiled one, and of a tied one."""
+    recomputed = network('transformer', 'LoRA')
+    for number, block in enumerate(list(recomputed.blocks)):
+        recomputed.blocks[number] = checkpoint_wrapper(block)
+    compiled = torch.compile(sharded(way, network('transformer', 'LoRA')), backend='eager')
+    tied = network('transformer')
+    tied.blocks[1].qkv.weight = tied.blocks[0].qkv.weight
+    mmpeft.inject(tied, METHODS['LoRA'], TARGETS)
+    models = dict(recomputed=sharded(way, recomputed), compiled=compiled)
+    models['tied'] = sharded(way, tied, blocks=())
+    for name, model in models.items():
+        path = mmpeft.save_adapter(model, folder / f'{way}_{name}.safetensors')
+        mmpeft.load_adapter(model, path)
+    return {name: mmpeft.adapter_state_dict(model) for name, model in models.items()}
+
+
 def refusals(folder, way):
     """What is refused, by name; and whether the models are as they were afterwards."""
     plain = sharded(way, network('transformer'))
@@ -181,6 +199,10 @@ def refusals(folder, way):
     before = mmpeft.adapter_state_dict(model)
     inside = inner(model)
     lora = METHODS['LoRA']
+    ranked = network('transformer')
+    mmpeft.inject(ranked, dict(type='AdaLoRA', rank=1), TARGETS)
+    ranked = sharded(way, ranked)
+    optimizer = torch.optim.SGD([p for p in ranked.parameters() if p.requires_grad], 0.1)
     found = dict(
         inject=error_of(mmpeft.inject, plain, lora),
         load_adapter=error_of(mmpeft.load_adapter, plain, folder / 'other.safetensors'),
@@ -189,6 +211,8 @@ def refusals(folder, way):
         remove=error_of(mmpeft.remove, model),
         unmerge=error_of(mmpeft.unmerge, model),
         summary=error_of(mmpeft.summary, model),
+        allocate=error_of(mmpeft.allocate, ranked, optimizer, 10),
+        penalty=error_of(mmpeft.penalty, ranked),
         save=error_of(mmpeft.save_adapter, plain, folder / 'none.safetensors'),
         inside=error_of(mmpeft.save_adapter, inside, folder / 'inside.safetensors'),
         inside_fingerprint=error_of(fingerprint, inside),
@@ -264,6 +288,7 @@ def main(folder):
         found[way] = train_all(folder, way)
         found[way, 'norm'] = train_behind_norm(way)
         found[way, 'load'] = load(folder, way)
+        found[way, 'wrappers'] = other_wrappers(folder, way)
         found[way, 'calls'] = inside_ddp(folder) if way == 'ddp' else refusals(folder, way)
     found |= {('low', way): low_precision(way) for way in ('fsdp1', 'block', 'own')}
     found['flat'] = without_original_parameters(folder)

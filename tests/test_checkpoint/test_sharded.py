@@ -110,6 +110,17 @@ def test_a_file_is_loaded_by_all_ranks(way, runs):
     assert first == second
 
 
+@pytest.mark.parametrize('way', WAYS)
+def test_other_wrappers_and_tied_weights_are_saved_and_loaded(way, runs):
+    expected, found = mmpeft.adapter_state_dict(network('transformer', 'LoRA')), runs[1][0]
+    for name, state in found[way, 'wrappers'].items():
+        if name == 'tied':
+            assert len(state) == len(expected) - 2
+        else:
+            assert list(state) == list(expected)
+            assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize('way', SHARDED)
 def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(way, runs):
     first, second = (dict(rank[way, 'calls']) for rank in runs[1])
@@ -118,6 +129,8 @@ def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(way, runs):
     for name in ('inject', 'load_adapter', 'merge', 'remove', 'unmerge'):
         assert first[name].startswith(f'mmpeft.{name} needs whole parameters'), name
     assert 'AdapterLibrary needs whole parameters' in first['library']
+    assert 'mmpeft.allocate needs whole parameters' in first['allocate']
+    assert 'mmpeft.penalty needs whole parameters' in first['penalty']
     assert 'has no adapters' in first['save']
     if way == 'fsdp1':
         assert 'mmpeft.summary needs whole parameters' in first['summary']
