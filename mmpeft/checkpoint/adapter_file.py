@@ -18,25 +18,30 @@ from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.injection.merge import remove
+from mmpeft.injection.wrappers import is_sharded, refuse_ddp, refuse_sharded, unwrapped
 
 from . import legacy
 from .atomic import replacing, write_tensors
 from .file_kind import adapter_instead, is_torch_file
 from .fingerprint import digest, fingerprint
-from .keys import adapter_state_dict, fill_frozen
+from .keys import adapter_state_dict, fill_frozen, frozen_keys
 from .manifest import attach_adapters, check_manifest, describe
 from .plain_data import parse
+from .sharding import load_sharded, on_whole
 from .validation import check_fingerprint, check_fits, check_whole
 
 
+@on_whole(share=True)
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Write what was trained as safetensors, and its manifest beside it as JSON.
 
     Each file appears complete or not at all: ``adapter.safetensors`` and
-    ``adapter.safetensors.json``.
+    ``adapter.safetensors.json``. The model may be in wrappers (DDP, torch.compile), which leave
+    no trace in the file, or sharded (FSDP, fully_shard): then all ranks have to call this, and
+    rank 0 writes.
 
     Raises:
-        UsageError: The model has no adapters.
+        UsageError: The model has no adapters, or they are not whole.
         UnwrittenFileError: The disk is full or cannot be written to.
     """
     if not getattr(model, 'peft', []):
@@ -136,11 +141,25 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
         path: Of the file.
         check_base: Refuse another frozen base, and other dtypes.
 
+    All ranks of a sharded model, which has to be adapted already, call this; rank 0 reads.
+
     Raises:
         UsageError: The file is damaged or no adapter, or does not fit the
             model, which is unchanged.
         MissingFileError: There is no such file.
     """
+    with unwrapped(model) as bare:
+        if not getattr(bare, 'peft', []):
+            refuse_sharded(model, 'load_adapter')
+            refuse_ddp(model, 'load_adapter')
+        if not is_sharded(model):
+            _load(bare, path, check_base)
+            return model
+    load_sharded(model, _read_trained(model, path, check_base))
+    return model
+
+
+def _load(model, path, check_base):
     manifest, state = read_fitting(model, path, check_base)
     plain = not getattr(model, 'peft', [])
     try:
@@ -151,7 +170,16 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
         if plain:
             remove(model)
         raise
-    return model
+
+
+@on_whole(share=False)
+def _read_trained(model, path, check_base):
+    """What a file holds for an adapted model, each tensor under its first key there."""
+    _, state = read_fitting(model, path, check_base)
+    filled, frozen = fill_frozen(model, state), set(frozen_keys(model))
+    own = model.state_dict(keep_vars=True)
+    first = {id(value): key for key, value in reversed(own.items())}
+    return {key: filled[key] for key in first.values() if key not in frozen}
 
 
 def read_fitting(

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mmpeft.injection.weights import plain_key
 
 from .keys import frozen_keys
+from .sharding import on_whole
 
 
+@on_whole(share=True)
 def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
     """:func:`digest` of the frozen base; '' if nothing is frozen.
 

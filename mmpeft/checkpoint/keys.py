@@ -4,8 +4,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mmpeft.errors import UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.weights import is_below, join, newly_initialized, plain_key
+
+from .sharding import on_whole
 
 
 def frozen_keys(model: nn.Module) -> list[str]:
@@ -50,10 +53,28 @@ def excluded_keys(model: nn.Module) -> list[str]:
     return frozen_keys(model) + repeated
 
 
+@on_whole(share=False)
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained: adapters, unfrozen parameters, and everything outside the target."""
-    excluded = set(excluded_keys(model))
-    return {key: value for key, value in model.state_dict().items() if key not in excluded}
+    """What was trained: adapters, unfrozen parameters, and everything outside the target.
+
+    Keys are those of the model without wrappers. All ranks of a sharded model gather it; rank 0
+    returns it, and the others an empty dict.
+
+    Raises:
+        UsageError: An adapter does not have the tensors that its method made.
+    """
+    excluded, state = set(excluded_keys(model)), model.state_dict()
+    for path, adapter in named_adapters(model).items():
+        for name, shape in adapter.shapes.items():
+            value = state.get(join(path, name))
+            if value is None or tuple(value.shape) != shape:
+                found = 'is missing' if value is None else f'has the shape {tuple(value.shape)}'
+                raise UsageError(
+                    f'{join(path, name)!r} {found} in place of {shape}. Something has taken the '
+                    "adapter's parameters apart, such as sharding: give the outermost model that "
+                    'knows of it, such as the FullyShardedDataParallel.'
+                )
+    return {key: value for key, value in state.items() if key not in excluded}
 
 
 def fill_frozen(

@@ -182,7 +182,9 @@ def prepare_distribution(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
-    cfg.model_wrapper_cfg = wrapper | (cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None)
+    own = cfg.get('model_wrapper_cfg') or {}
+    if own.get('type', wrapper['type']) == wrapper['type']:
+        cfg.model_wrapper_cfg = wrapper | own | dict(device_ids=None)
     for node in dicts_in(cfg.model):
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'

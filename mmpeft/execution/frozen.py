@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.methods.adapter import SHARDED
+
 from .classes import Fast
 from .cpu import onednn
 from .function import is_transformed
@@ -27,7 +29,7 @@ class FrozenResponseNorm(Fast):
     """timm's global response normalization."""
 
     def forward(self, x):
-        if x.ndim != 4 or not _is_passed_through(self, x):
+        if x.ndim != 4 or _is_away_later(self) or not _is_passed_through(self, x):
             return super().forward(x)
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
 
@@ -37,11 +39,16 @@ class Recomputable(Fast):
 
     def forward(self, x):
         y = super().forward(x)
-        if y is x or not _is_passed_through(self, x):
+        if y is x or _is_away_later(self) or not _is_passed_through(self, x):
             return y
         if torch.promote_types(x.dtype, y.dtype) != y.dtype:
             return y
         return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
+
+
+def _is_away_later(layer):
+    """Whether backward may find a layer's parameters sharded when a later layer needs them."""
+    return SHARDED in layer.__dict__ and bool(layer._parameters)
 
 
 def _again(forward, dtype, x):

@@ -45,12 +45,15 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
+    if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
+        return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     if 'depthwise' in spec.kinds:
         pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
         run = partial(_run_depthwise, layer, geometry)
         return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
+    adapter.warn_of_rounding()
     with outside_autocast(adapter.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if form is None or (form.magnitude is not None and form.update != 'additive'):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -21,8 +22,10 @@ from .site import adapters_of
 from .summary import Summary, summary, summary_rows
 from .targets import Targets, select, target_module
 from .weights import is_below, newly_initialized
+from .wrappers import on_inner
 
 
+@partial(on_inner, adds=True)
 def inject(
     model: nn.Module,
     method: Method | Mapping,
@@ -58,8 +61,8 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, an argument is unknown, or the target has quantized weights. The
-            model is unchanged.
+            does not fit, an argument is unknown, the target has quantized weights, or the
+            model is sharded or wrapped for DDP already. It is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -133,7 +136,7 @@ def _warn_unknown(summary):
             f'belong to no layer that is known ({", ".join(largest)}; the summary lists them all), '
             'stay frozen and are not adapted. Let them train themselves with unfreeze, or leave '
             'them as they are and filter this warning.',
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -149,5 +152,5 @@ def _warn_oversized(summary):
             '(targets.overrides), cap it (targets.max_share=1.0), exclude such layers '
             "(targets.exclude_kinds=('depthwise',)) or choose the layout 'channel', where the "
             'method has one.',
-            stacklevel=3,
+            stacklevel=4,  # the caller of inject, which on_inner calls
         )

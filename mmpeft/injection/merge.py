@@ -15,6 +15,7 @@ from .guards import guard, unguard
 from .site import Site
 from .ties import TIE, holders, tying_configs
 from .weights import join
+from .wrappers import on_inner
 
 # Attribute of a model that was merged reversibly.
 MERGED = 'peft_merged'
@@ -33,18 +34,20 @@ class Merged:
     untied: list[Any]
 
 
+@on_inner
 def remove(model: nn.Module) -> nn.Module:
     """Detach all adapters, also of a reversible merge, and release the base, in place.
 
     Raises:
         UsageError: A weight has a parametrization of another library beside its
-            adapter; the model is unchanged.
+            adapter, or the model is sharded; it is unchanged.
     """
     detach_all(model)
     release(model)
     return remove(unmerge(model)) if MERGED in model.__dict__ else model
 
 
+@on_inner
 @torch.no_grad()
 def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
@@ -62,8 +65,8 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
 
     Raises:
         UsageError: A method cannot be merged, a weight is tied to one that is adapted
-            otherwise, a merged weight has NaN or infinite elements or exceeds
-            its dtype, or a reversible merge would be the second one. The model is unchanged.
+            otherwise, a merged weight has NaN or infinite elements or exceeds its dtype, a
+            reversible merge would be the second one, or the model is sharded. It is unchanged.
     """
     sites = detachable(model)
     fixed = [site for site in sites if not site.method.merges]
@@ -106,6 +109,7 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     return model
 
 
+@on_inner
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo a reversible merge, in place: the same adapters on the same weights.
 

@@ -51,7 +51,7 @@ def points_for(
                 f'{network} has {there}, such as {path!r}, where no {missing} '
                 f'({POINT_DESCRIPTIONS[missing]}) was found, so that {name} adapts none there. '
                 + _name_modules(missing),
-                stacklevel=5,
+                stacklevel=6,
             )
             break
     asked = {path: point for path, point in points.items() if point.kinds & set(kinds or ())}

@@ -10,6 +10,7 @@ from mmpeft.methods.spec import KINDS, WeightSpec
 
 from .site import Site, adapters_of, attached, own_parameters
 from .weights import is_below, join, layers, newly_initialized, unknown_parameters, weights_of
+from .wrappers import is_flattened, refuse_sharded, unwrapped
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,18 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count what :func:`mmpeft.inject` did to a model, on the meta device too."""
+    """Count what :func:`mmpeft.inject` did to a model, on the meta device too.
+
+    Raises:
+        UsageError: FullyShardedDataParallel has left this rank parts of the parameters.
+    """
+    if is_flattened(model):
+        refuse_sharded(model, 'summary')
+    with unwrapped(model) as bare:
+        return _summary(bare)
+
+
+def _summary(model):
     modules = {record.module: None for record in getattr(model, 'peft', [])} or {'': None}
     modules = [path for path in modules if not is_below(path, modules.keys() - {path})]
     roots = [model.get_submodule(path) for path in modules]

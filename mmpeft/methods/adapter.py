@@ -1,11 +1,16 @@
 """What is trained for one frozen weight, or at one place of a network."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from .base import Factors, Method
 from .precision import outside_autocast
 from .spec import WeightSpec
+
+# Attribute that FSDP and fully_shard give to every module whose parameters they shard.
+SHARDED = '_is_fsdp_managed_module'
 
 
 class Adapter(nn.Module):
@@ -31,6 +36,7 @@ class Adapter(nn.Module):
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         with torch.no_grad():
             factors = method.init(like.to('meta') if empty else like, spec)
+            self.shapes = {name: tuple(value.shape) for name, value in factors.items()}
             for name, value in factors.items():
                 kind = nn.Buffer if isinstance(value, nn.Buffer) else nn.Parameter
                 setattr(self, name, kind(_unset(value, like.device) if empty else value))
@@ -53,6 +59,18 @@ class Adapter(nn.Module):
         """Of what is trained."""
         return next(self.parameters(recurse=False)).device
 
+    def warn_of_rounding(self) -> None:
+        """Warn where FSDP's mixed precision has cast the factors for a forward pass."""
+        if SHARDED in self.__dict__ and self.dtype.itemsize < 4:
+            warnings.warn(
+                f'The factors of adapters are computed in {self.dtype}, to which FSDP casts all '
+                'that it shards together, so that small updates are rounded away. With fully_shard '
+                'call mmpeft.training.sharding.shard_adapters(block) before fully_shard(block), '
+                'which keeps them as they are; FullyShardedDataParallel has no such choice but to '
+                'leave out param_dtype.',
+                stacklevel=2,
+            )
+
     def penalty(self) -> Tensor | None:
         """The method's term of the training loss, a scalar."""
         return self.method.penalty(self.factors, self.spec)
@@ -73,6 +91,7 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """phi(W), of the shape and dtype of ``weight``."""
+        self.warn_of_rounding()
         with outside_autocast(weight.device.type):
             return self.map(weight, self.factors, self.dtype, self.training)
 

@@ -18,6 +18,7 @@ from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
+from mmpeft.injection.wrappers import is_wrapped, refuse_sharded
 
 from .adapter_state import AdapterState, clone_state, swap_tensors
 from .combination import check_weights, combine
@@ -41,14 +42,20 @@ class AdapterLibrary:
         adapters.use(None)  # the base with its own heads
 
     Attributes:
-        model: The plain base, with its pretrained weights in it, not wrapped for DDP.
+        model: The plain base, with its pretrained weights in it, without wrappers.
         current: Name of the adapter in use; None for the base.
 
     Raises:
-        UsageError: The model has adapters, or was merged reversibly.
+        UsageError: The model has adapters, was merged reversibly, is sharded or has wrappers.
     """
 
     def __init__(self, model: nn.Module):
+        refuse_sharded(model, 'AdapterLibrary')
+        if is_wrapped(model):
+            raise UsageError(
+                'A library of adapters needs the model itself, and this one, or a module in it, is '
+                'in a wrapper (DDP, torch.compile, checkpoint_wrapper). Give the model inside.'
+            )
         if getattr(model, 'peft', []) or MERGED in model.__dict__:
             raise UsageError(
                 'A library of adapters needs a plain base, and this model is adapted: the heads '

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmpeft.injection.site import named_adapters
+from mmpeft.injection.wrappers import refuse_sharded, unwrapped
 from mmpeft.methods import Allocator
 
 
@@ -55,12 +56,19 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
         model: After :func:`mmpeft.inject`.
         optimizer: The optimizer that trains it.
         steps: Optimizer steps of the whole run.
+
+    Raises:
+        UsageError: A method has an allocator, and the model is sharded.
     """
     by_type = defaultdict(dict)
-    for path, adapter in named_adapters(model).items():
-        by_type[type(adapter.method)][path] = adapter
+    with unwrapped(model) as bare:
+        for path, adapter in named_adapters(bare).items():
+            by_type[type(adapter.method)][path] = adapter
     allocators = []
     for adapters in by_type.values():
         method = next(iter(adapters.values())).method
         allocators.append(method.allocator(adapters, steps))
-    return Allocation([a for a in allocators if a is not None], optimizer)
+    allocators = [allocator for allocator in allocators if allocator is not None]
+    if allocators:
+        refuse_sharded(model, 'allocate')
+    return Allocation(allocators, optimizer)

@@ -252,6 +252,10 @@ def test_distribution_without_an_accelerator(monkeypatch):
         find_unused_parameters=True,
         device_ids=None,
     )
+    sharding = dict(type='MMFullyShardedDataParallel', cpu_offload=True)
+    cfg = Config(dict(launcher='pytorch', model=dict(), model_wrapper_cfg=sharding))
+    launch.prepare_distribution(cfg)
+    assert cfg.model_wrapper_cfg.to_dict() == sharding
     with pytest.raises(UsageError, match='dist_train.sh'):
         launch.prepare_distribution(Config(dict(launcher='slurm', model=dict())))
 

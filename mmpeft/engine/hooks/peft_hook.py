@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.resume import pending_source
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
+from mmpeft.injection.wrappers import is_sharded
 from mmpeft.registry import HOOKS
 from mmpeft.training.allocation import allocate
 from mmpeft.training.penalty import penalty
@@ -91,6 +93,7 @@ class PEFTHook(Hook):
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
+        _check_runner(runner)
         _check_alone(runner)
         model, trains = unwrap(runner.model), isinstance(runner.optim_wrapper, OptimWrapper)
         if not getattr(model, 'peft', []):
@@ -170,6 +173,22 @@ def _add_penalty(model, args, kwargs, losses):
         return None
     term = penalty(model)
     return None if term is None else {**losses, 'loss_peft': term}
+
+
+def _check_runner(runner):
+    """Refuse a Runner that wraps or shards the model before a hook can adapt it."""
+    if not isinstance(runner, Runner):
+        raise UsageError(
+            f'PEFTHook works in mmengine.runner.Runner, not in {type(runner).__name__}, whose '
+            'strategy prepares the model before a hook can adapt it. Take runner_type and strategy '
+            'out of the config.'
+        )
+    if is_sharded(runner.model):
+        raise UsageError(
+            f'model_wrapper_cfg has sharded the model ({type(runner.model).__name__}) before '
+            'PEFTHook can adapt it. Use MMDistributedDataParallel, or shard the adapted model in a '
+            'loop of your own (docs/api.md, On several GPUs).'
+        )
 
 
 def _check_alone(runner):

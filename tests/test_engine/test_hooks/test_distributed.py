@@ -137,6 +137,26 @@ def test_gradients_that_are_not_finite_on_one_rank(errors):
     assert 'loss is nan' in second and "NaN appears first in 'backbone.stage.1'" in second
 
 
+SHARDED = """
+import torch
+
+from mmpeft.engine.launch import build_runner
+from tests.toy import toy_config
+
+wrapper = dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu'))
+changes = {{'launcher': 'pytorch', 'experiment_name': 'sharded', 'model_wrapper_cfg': wrapper}}
+build_runner(toy_config({folder!r}, **changes)).train()
+"""
+
+
+def test_a_model_that_the_runner_has_sharded_is_refused_at_the_start(tmp_path):
+    script = tmp_path / 'sharded.py'
+    script.write_text(SHARDED.format(folder=str(tmp_path)))
+    done = launch(2, script)
+    assert done.returncode != 0
+    assert 'UsageError: model_wrapper_cfg has sharded the model' in done.stderr
+
+
 ALONE = """
 import torch
 from mmengine.dist import get_rank

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 import mmpeft
@@ -411,3 +411,9 @@ def test_evaluation_keeps_no_weights(tmp_path):
     for parameter in adapter_parameters(runner.model):
         parameter.data.add_(0.1)  # which counts no version
     assert np.abs(scores(runner.val()) - first).min() > 0
+
+
+def test_a_flexible_runner_is_refused_at_the_start(tmp_path):
+    config = toy_config(tmp_path, env_cfg=dict(), log_processor=dict(), experiment_name='flexible')
+    with pytest.raises(UsageError, match=r'mmengine\.runner\.Runner, not in FlexibleRunner'):
+        FlexibleRunner.from_cfg(config).train()

@@ -1,0 +1,111 @@
+"""Models inside wrappers (DDP, torch.compile, FSDP, activation checkpointing), and sharded ones."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from mmpeft.errors import UsageError
+from mmpeft.methods.adapter import SHARDED
+
+# The children that hold what FSDP, torch.compile and checkpoint_wrapper wrap.
+WRAPPED = '_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """What a module wraps, all wrappers down; itself if it is none."""
+    while True:
+        held = [module._modules[name] for name in WRAPPED if name in module._modules]
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            held = [module.module]
+        if not held:
+            return module
+        module = held[0]
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model inside its wrappers, those of its modules off too while the context lasts.
+
+    All names in it are those of the model before it was wrapped.
+    """
+    taken = []
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and inner(child) is not child:
+                taken.append((module._modules, name, child))
+    for children, name, child in taken:
+        children[name] = inner(child)
+    try:
+        yield inner(model)
+    finally:
+        for children, name, child in taken:
+            children[name] = child
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model or a module in it is a wrapper."""
+    return any(inner(module) is not module for module in model.modules())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a rank holds only parts of some parameters: FSDP, fully_shard or DTensor."""
+    return any(SHARDED in module.__dict__ for module in model.modules()) or _has_dtensors(model)
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether a sharded model is one of FullyShardedDataParallel, so that shapes are of parts."""
+    if _has_dtensors(model) or not is_sharded(model):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def refuse_sharded(model: nn.Module, name: str) -> None:
+    """Raise UsageError, on every rank alike, for a function that takes no sharded model."""
+    if is_sharded(model):
+        raise UsageError(
+            f'mmpeft.{name} needs whole parameters, and this model is sharded (FSDP, fully_shard '
+            'or DTensor); nothing was changed. Call it before the model is sharded, or write the '
+            'adapters with mmpeft.save_adapter on all ranks, load them into a model that is not '
+            f'sharded, and call {name} there.'
+        )
+
+
+def refuse_ddp(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a function that adds parameters, which DDP would not know."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise UsageError(
+            f'mmpeft.{name} adds parameters, and DistributedDataParallel averages the gradients of '
+            'those alone that it found when it was made. Adapt the model first, then wrap it.'
+        )
+
+
+def on_inner(function: Callable, adds: bool = False) -> Callable:
+    """Let a function of a model work on what wrappers hold, and refuse a sharded model.
+
+    ``adds`` says that it adds parameters, so that it refuses DDP too.
+    """
+
+    @wraps(function)
+    def call(model, *args, **kwargs):
+        refuse_sharded(model, function.__name__)
+        if adds:
+            refuse_ddp(model, function.__name__)
+        with unwrapped(model) as bare:
+            result = function(bare, *args, **kwargs)
+        return model if result is bare else result
+
+    return call
+
+
+def _has_dtensors(model):
+    if 'torch.distributed.tensor' not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
