@@ -19,7 +19,6 @@ from mmpeft.engine.resume import pending_source
 from mmpeft.errors import UsageError
 from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
-from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
 
 from .checkpoints import AdapterCheckpointHook
 from .monitor_hook import MonitorHook
@@ -123,12 +122,6 @@ class PEFTHook(Hook):
         )
         saved = self.base_checkpoint, self.save_frozen, self.save_adapters
         yield AdapterCheckpointHook(runner, *saved)
-
-    def before_train(self, runner):
-        """Let recomputed modules get gradients."""
-        model = unwrap(runner.model)
-        for module in recomputed_modules(model, runner.cfg.get('activation_checkpointing') or ()):
-            let_inputs_require_grad(module)
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Check an adapter checkpoint and complete it with the base of this model."""

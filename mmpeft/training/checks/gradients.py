@@ -63,8 +63,7 @@ class Gradients(Check):
             f'No gradient reached {len(unreached)} of {len(self.reached)} adapters in '
             f'{self.monitor.iterations} iterations, such as {listed(unreached)}. Their layers are '
             'not used in the forward pass, or run under no_grad (a frozen_stages of the backbone, '
-            'say) or in a reentrant checkpoint. Leave them out with targets.exclude, or let the '
-            'gradient through.'
+            'say). Leave them out with targets.exclude, or let the gradient through.'
         )
 
     def _finish(self):
