@@ -134,9 +134,19 @@ class Monitor:
         """A sentence that names the checkpoint to go back to."""
         return 'Go back to your last checkpoint.'
 
-    def state_dict(self) -> dict:
-        """What a resumed run needs, with a look at what must not be saved (:meth:`check`)."""
-        self.check()
+    def state_dict(self, look: bool = True) -> dict:
+        """What a resumed run needs.
+
+        Args:
+            look: Look first at what must not be saved, as :meth:`check`, but on this rank alone.
+
+        Raises:
+            TrainingError: See :meth:`check`.
+        """
+        for check in self.checks if look else ():
+            alone = check.repeats and not isinstance(check, Ranks)
+            if alone and (problem := check.problem()):
+                raise TrainingError(problem)
         return dict(iteration=self.iteration, allocation=self.allocation.state_dict())
 
     def load_state_dict(self, state: Mapping) -> None:
