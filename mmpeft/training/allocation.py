@@ -1,5 +1,6 @@
 """Methods that reallocate their parameters during training."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -45,11 +46,19 @@ class Allocation:
     """Calls the allocators of a model's methods before and after every optimizer step."""
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
-        self.allocators = allocators
+        self.allocators, self._optimizer = allocators, optimizer
         self._handles = around_steps(optimizer, self._before, self._after) if allocators else []
 
     def _before(self):
         for allocator in self.allocators:
+            parameters = (p for a in allocator.adapters.values() for p in a.parameters())
+            if not allocator.step and any(self._optimizer.state.get(p) for p in parameters):
+                warnings.warn(
+                    'The optimizer has already trained these adapters, and their allocator is at '
+                    'step 0. To resume a run, load what monitor.state_dict() (or that of '
+                    'mmpeft.allocate) gave with load_state_dict; otherwise build a new optimizer.',
+                    stacklevel=2,
+                )
             allocator.before_step()
 
     def _after(self):

@@ -174,6 +174,19 @@ def test_a_resumed_loop_equals_one_that_ran_through(method):
     assert allocator.step == 20
 
 
+def test_a_resumed_loop_that_forgets_the_monitors_state_is_told():
+    model, optimizer, monitor = started(ADALORA)
+    train(model, optimizer, range(2))
+    parts = started(ADALORA)
+    for part, state in zip(parts[:2], (model.state_dict(), optimizer.state_dict()), strict=True):
+        part.load_state_dict(state)
+    with pytest.warns(UserWarning, match='allocator is at step 0. To resume'):
+        train(*parts[:2], range(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        train(*parts[:2], range(3, 5))
+
+
 def test_allocators_need_the_number_of_steps():
     with pytest.raises(UsageError, match=r'AdaLoRA decides.*monitor\(model, optimizer, steps=1000'):
         started(ADALORA, steps=None)
