@@ -61,7 +61,7 @@ def test_accelerate(tmp_path):
 
 
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip('lightning')
+    lightning = pytest.importorskip('pytorch_lightning')
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -95,7 +95,7 @@ def test_lightning(tmp_path):
 
     def run(resume=None):
         module = Module()
-        save = lightning.pytorch.callbacks.ModelCheckpoint(
+        save = lightning.callbacks.ModelCheckpoint(
             tmp_path, '{step}', every_n_epochs=1, save_top_k=-1
         )
         trainer = lightning.Trainer(
