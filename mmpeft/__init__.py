@@ -20,6 +20,7 @@ from mmpeft.injection.summary import summary
 from mmpeft.serving.library import AdapterLibrary
 from mmpeft.serving.shared_base import share_base
 from mmpeft.training.allocation import allocate
+from mmpeft.training.monitor import monitor
 from mmpeft.training.penalty import penalty
 
 from .registry import METHODS, register_config_packages
@@ -36,6 +37,7 @@ __all__ = [
     'load_adapter',
     'load_base',
     'merge',
+    'monitor',
     'penalty',
     'remove',
     'save_adapter',

@@ -11,13 +11,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import mmpeft
 from mmpeft.engine.config import compose
 from mmpeft.engine.packages import import_task
 from mmpeft.registry import HOOKS
+from tests.allocating import network
 from tests.cases import randomize
+from tests.zoo import TIMM, VISION, WORDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -95,6 +98,104 @@ def test_api(tmp_path, monkeypatch, capsys):
         exec(block, names)
     assert names['summary'].adapters > 0 and (tmp_path / 'adapter.safetensors').exists()
     assert 'FLoRA' in repr(mmpeft.summary(names['model'])) + capsys.readouterr().out
+
+
+def anywhere(section, monkeypatch, tmp_path, **names):
+    """The names after all blocks of a section of anywhere.md, which begin with some."""
+    text = (DOCS / 'anywhere.md').read_text().split(f'\n## {section}\n')[1].split('\n## ')[0]
+    monkeypatch.chdir(tmp_path)
+    names['torch'] = torch
+    for block in re.findall(r'^```python\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    return names
+
+
+def images_and_labels(batches=20):
+    pairs = [(torch.randn(4, 3, 6, 6), torch.arange(4)) for _ in range(batches)]
+    return torch.utils.data.DataLoader(pairs, batch_size=None)
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+@pytest.mark.parametrize('section', ['A loop of your own', 'Accelerate', 'Lightning'])
+def test_anywhere_in_loops(section, tmp_path, monkeypatch):
+    if section == 'Lightning':
+        pytest.importorskip('pytorch_lightning')
+    names = dict(model=network().float(), loader=images_and_labels())
+    names = anywhere(section, monkeypatch, tmp_path, **names)
+    monitor = names.get('monitor') or names['classifier'].monitor
+    (allocator,) = monitor.allocation.allocators
+    assert allocator.step == monitor.iteration == allocator.steps > 9
+    assert not monitor.optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_anywhere_in_a_trainer(tmp_path, monkeypatch):
+    words = [dict(input_ids=torch.randint(3, 40, (6,)), labels=i % 2) for i in range(24)]
+    model = hf.BertForSequenceClassification(hf.BertConfig(**WORDS))
+    names = dict(model=model, pretrained=copy.deepcopy(model), dataset=words)
+    before = copy.deepcopy(model.state_dict())
+    # The page is written for a GPU.
+    monkeypatch.setattr('transformers.training_args.is_torch_bf16_gpu_available', lambda: True)
+    names = anywhere('Hugging Face Trainer', monkeypatch, tmp_path, **names)
+    assert (tmp_path / 'work_dirs/bert/checkpoint-10/adapter.safetensors').is_file()
+    assert not torch.equal(model.classifier.weight, before['classifier.weight'])
+    merged = hf.BertForSequenceClassification.from_pretrained('merged').eval()
+    given = words[0]['input_ids'][None]
+    with torch.no_grad():
+        expected = names['pretrained'].eval()(given).logits
+        torch.testing.assert_close(merged(given).logits, expected)
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_anywhere_in_diffusers(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip('diffusers')
+    blocks = dict(down_block_types=['CrossAttnDownBlock2D'], up_block_types=['CrossAttnUpBlock2D'])
+    size = dict(block_out_channels=[8], norm_num_groups=4, layers_per_block=1, sample_size=8)
+    unet = diffusers.UNet2DConditionModel(
+        **blocks, **size, cross_attention_dim=8, attention_head_dim=4
+    )
+    pairs = [(torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)) for _ in range(20)]
+    names = dict(unet=unet, scheduler=diffusers.DDPMScheduler(), loader=pairs)
+    anywhere('Diffusers', monkeypatch, tmp_path, **names)
+    rows = mmpeft.summary(unet).rows
+    assert rows and all('attn' in row.name for row in rows)
+
+
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_anywhere_what_to_adapt(tmp_path, monkeypatch):
+    vision = hf.CLIPVisionConfig(**VISION)
+    text = hf.LlamaConfig(**WORDS)
+    llava = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision, text, image_token_index=49, image_seq_length=16)
+    )
+    segmenter = nn.ModuleDict({k: nn.Conv2d(4, 4, 3) for k in ('down_blocks', 'up_blocks')})
+    segmenter = nn.ModuleDict({k: nn.ModuleList([v]) for k, v in segmenter.items()})
+    names = dict(classifier=TIMM['vit'].build(), llava=llava, segmenter=segmenter, mmpeft=mmpeft)
+    section = 'What to adapt, and what to unfreeze'
+    anywhere(section, monkeypatch, tmp_path, **names)
+
+    def trains(model):
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def where(model):
+        return {row.name for row in mmpeft.summary(model).rows}
+
+    classifier = names['classifier']
+    assert {'head.weight', 'head.bias'} <= trains(classifier)
+    assert where(classifier) and not {n for n in where(classifier) if n.startswith('head')}
+    assert all('language_model' in name for name in where(llava))
+    others = {name for name in trains(llava) if 'parametrizations' not in name}
+    assert others and all('multi_modal_projector' in name for name in others)
+    assert where(segmenter) == {'up_blocks.0.weight'}
+
+    pixels, words = torch.randn(1, 3, 32, 32), torch.tensor([[5] + [49] * 16 + [7, 9]])
+    optimizer = torch.optim.AdamW([p for p in llava.parameters() if p.requires_grad], 1e-3)
+    with mmpeft.monitor(llava, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            llava(input_ids=words, pixel_values=pixels, labels=words).loss.backward()
+            optimizer.step()
+    assert all(p.grad.any() for n, p in llava.named_parameters() if 'projector' in n)
 
 
 def test_several_adapters_on_one_base(tmp_path, monkeypatch):

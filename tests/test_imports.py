@@ -17,7 +17,8 @@ LEVELS = (
     ('methods',),
     ('execution',),
     ('injection',),
-    ('training', 'checkpoint'),
+    ('checkpoint',),
+    ('training',),
     ('serving', 'interop', 'analysis'),
     ('engine',),
 )

@@ -10,8 +10,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -49,8 +47,6 @@ def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, i
     recomputed = None
     again, mode = built_without_data(lambda: build(True))
     if again is not None:
-        for module in recomputed_modules(again.backbone):
-            let_inputs_require_grad(module)
         with mode:
             recomputed, still_kept = saved_bytes(again.backbone, torch.randn(images))
         recomputed += _largest_block(again.backbone, kept, still_kept)
@@ -125,7 +121,8 @@ def _largest_block(model, kept, still_kept):
     Where a backbone does not mark its blocks, they are the outermost modules
     that keep nothing.
     """
-    marked = {id(module) for module in recomputed_modules(model)}
+    marked = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
+    marked = {id(m) for m in marked if not any(c in marked for c in m.modules() if c is not m)}
     spared = {path: value - still_kept.get(path, 0) for path, value in kept.items()}
     paths = [path for path, module in model.named_modules() if id(module) in marked]
     if not paths:

@@ -10,6 +10,7 @@ from mmpeft.errors import UsageError, near
 from mmpeft.execution.classes import change_class, restore_class
 from mmpeft.methods import Method
 
+from .reentrant import reach_into_checkpoints
 from .site import adapter_parameters
 from .weights import is_below, layers, newly_initialized, plain_key
 
@@ -144,6 +145,7 @@ def release_statistics(module: nn.Module) -> None:
 
 
 def _apply(model, record):
+    reach_into_checkpoints()
     _set_training(model, record.trained_before, False)
     _set_training(model, record.frozen_before, True)
     if not record.method.trains_base:

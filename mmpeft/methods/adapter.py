@@ -1,6 +1,7 @@
 """What is trained for one frozen weight, or at one place of a network."""
 
 import warnings
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from .spec import WeightSpec
 
 # Attribute that FSDP and fully_shard give to every module whose parameters they shard.
 SHARDED = '_is_fsdp_managed_module'
+PATIENCE = 100
+"""Backward passes after which a method with an allocator says that it has none."""
 
 
 class Adapter(nn.Module):
@@ -27,6 +30,8 @@ class Adapter(nn.Module):
     """
 
     injection: int = 0  # the index in ``model.peft`` of the injection that it belongs to
+    allocated: bool = False  # an allocator has it, see mmpeft.allocate
+    penalized: bool = False  # a backward pass went through its term of the loss
 
     def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
         super().__init__()
@@ -43,6 +48,11 @@ class Adapter(nn.Module):
             for name, value in method.rebuilt(spec).items():
                 value = value.to(like) if value.is_floating_point() else value.to(like.device)
                 setattr(self, name, nn.Buffer(value, persistent=False))
+        self._expect_allocation()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._expect_allocation()
 
     @property
     def factors(self) -> Factors:
@@ -77,6 +87,26 @@ class Adapter(nn.Module):
 
     def extra_repr(self):
         return str(self.method)
+
+    def _expect_allocation(self):
+        parameter = next(self.parameters(recurse=False), None)
+        if parameter is None or not self.method.allocates or not parameter.requires_grad:
+            return
+        passes = count(1)
+
+        def hook(gradient):
+            if not self.allocated and next(passes) < PATIENCE:
+                return
+            handle.remove()
+            if not self.allocated:
+                warnings.warn(
+                    f'{type(self.method).__name__} decides during training which parameters it '
+                    'keeps, and nothing has asked it to: after the optimizer is built, write '
+                    'monitor = mmpeft.monitor(model, optimizer, steps=...) or mmpeft.allocate.',
+                    stacklevel=2,
+                )
+
+        handle = parameter.register_hook(hook)
 
 
 class WeightAdapter(Adapter):

@@ -35,6 +35,8 @@ class Allocator:
         self.adapters = dict(adapters)
         self.steps = steps
         self.step = 0
+        for adapter in self.adapters.values():
+            adapter.allocated = True
 
     def before_step(self) -> None:
         """Called with gradients computed; a parameter whose gradient is set to None stays."""

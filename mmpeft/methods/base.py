@@ -71,6 +71,11 @@ class Method:
         """Check the arguments; subclasses call this first and then check further."""
         check_types(self)
 
+    @property
+    def allocates(self) -> bool:
+        """Whether training needs :meth:`allocator`."""
+        return type(self).allocator is not Method.allocator
+
     def accepts(self, spec: WeightSpec) -> bool:
         """Whether the method is defined on a parameter of this role."""
         return not spec.is_bias and len(spec.shape) > 1

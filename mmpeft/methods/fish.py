@@ -46,6 +46,10 @@ class FISH(SparseMethod):
         super().__post_init__()
         require(self, 'samples', self.samples >= 0, 'must be a number of steps, such as 16.')
 
+    @property
+    def allocates(self):
+        return self.samples > 0
+
     def accepts(self, spec):
         return not spec.is_bias
 

@@ -1,7 +1,10 @@
 """Methods that reallocate their parameters during training."""
 
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -10,21 +13,56 @@ from mmpeft.injection.wrappers import refuse_sharded, unwrapped
 from mmpeft.methods import Allocator
 
 
+def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> list:
+    """Call functions before and after each step of an optimizer; returns handles to remove.
+
+    A step that is given a closure computes the gradients itself: ``before`` follows the closure.
+    """
+
+    @torch.compiler.disable
+    def pre_hook(optimizer, args, kwargs):
+        closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
+        if closure is None:
+            before()
+            return None
+
+        def closed():
+            loss = closure()
+            before()
+            return loss
+
+        return args[:1], kwargs | dict(closure=closed)
+
+    @torch.compiler.disable
+    def post_hook(*_):
+        after()
+
+    return [
+        optimizer.register_step_pre_hook(pre_hook),
+        optimizer.register_step_post_hook(post_hook),
+    ]
+
+
 class Allocation:
     """Calls the allocators of a model's methods before and after every optimizer step."""
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
-        self.allocators = allocators
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self.allocators, self._optimizer = allocators, optimizer
+        self._handles = around_steps(optimizer, self._before, self._after) if allocators else []
 
-    def _before(self, *_):
+    def _before(self):
         for allocator in self.allocators:
+            parameters = (p for a in allocator.adapters.values() for p in a.parameters())
+            if not allocator.step and any(self._optimizer.state.get(p) for p in parameters):
+                warnings.warn(
+                    'The optimizer has already trained these adapters, and their allocator is at '
+                    'step 0. To resume a run, load what monitor.state_dict() (or that of '
+                    'mmpeft.allocate) gave with load_state_dict; otherwise build a new optimizer.',
+                    stacklevel=2,
+                )
             allocator.before_step()
 
-    def _after(self, *_):
+    def _after(self):
         for allocator in self.allocators:
             allocator.step += 1
             allocator.after_step()
@@ -49,8 +87,8 @@ class Allocation:
 def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
     """Start the allocators of a model's methods, such as AdaLoRA's, which moves ranks.
 
-    :class:`~mmpeft.engine.hooks.PEFTHook` does it in a Runner; in a loop of your own
-    call it once, after the optimizer was built.
+    :class:`~mmpeft.engine.hooks.PEFTHook` does it in a Runner, and :func:`mmpeft.monitor` in a
+    loop of your own; without the monitor call it once, after the optimizer was built.
 
     Args:
         model: After :func:`mmpeft.inject`.

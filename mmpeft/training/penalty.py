@@ -11,7 +11,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     """The sum of all adapters' terms, each with its weight; None if there are none.
 
     :class:`~mmpeft.engine.hooks.PEFTHook` adds it to the losses in a Runner; in a
-    loop of your own add it before ``backward``. It is a scalar.
+    loop of your own add it before ``backward``, once for each optimizer step. It is a scalar.
 
     Raises:
         UsageError: There are terms, and the model is sharded.
@@ -19,9 +19,34 @@ def penalty(model: nn.Module) -> Tensor | None:
     adapters = named_adapters(model).values()
     if is_sharded(model) and any(map(_has_term, adapters)):
         refuse_sharded(model, 'penalty')
-    terms = [adapter.penalty() for adapter in adapters]
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], start=terms[0]) if terms else None
+    terms = {adapter: adapter.penalty() for adapter in adapters}
+    terms = {adapter: term for adapter, term in terms.items() if term is not None}
+    if not terms:
+        return None
+    total = sum(list(terms.values())[1:], start=next(iter(terms.values())))
+
+    def note(_=None):
+        for adapter in terms:
+            adapter.penalized = True
+
+    if torch.compiler.is_compiling():
+        note()
+    elif total.requires_grad:
+        total.register_hook(note)
+    return total
+
+
+def add_gradients(model: nn.Module, scale: float | Tensor = 1.0) -> None:
+    """Add the gradients of :func:`penalty`, times a scale, to those of the parameters."""
+    with torch.enable_grad():
+        term = penalty(model)
+    if term is not None:
+        parameters = [p for a in named_adapters(model).values() for p in a.parameters()]
+        gradients = torch.autograd.grad(term * scale, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                own = parameter.grad
+                parameter.grad = gradient if own is None else own + gradient
 
 
 def _has_term(adapter):

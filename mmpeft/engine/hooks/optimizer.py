@@ -1,10 +1,8 @@
 """An optimizer and schedulers for a model whose parameters have changed."""
 
 import copy
-from collections.abc import Iterable
 
 from mmengine.runner import Runner
-from torch import nn
 
 from mmpeft.errors import UsageError
 
@@ -30,15 +28,3 @@ def rebuild_optimizer(runner: Runner) -> None:
     if scheduled:
         schedulers = copy.deepcopy(runner.cfg.param_scheduler)
         runner.param_schedulers = runner.build_param_scheduler(schedulers)
-
-
-def check_optimized(runner: Runner, parameters: Iterable[nn.Parameter]) -> None:
-    """Raise UsageError if some parameters are not in a Runner's optimizer."""
-    groups = runner.optim_wrapper.optimizer.param_groups
-    optimized = {id(p) for group in groups for p in group['params']}
-    lost = [p for p in parameters if id(p) not in optimized]
-    if lost:
-        raise UsageError(
-            f'{len(lost)} adapter parameters are not in the optimizer, so that they would never '
-            'train. The optim_wrapper.constructor of the config leaves them out.'
-        )

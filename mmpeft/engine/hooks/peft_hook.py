@@ -18,20 +18,13 @@ from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.resume import pending_source
 from mmpeft.errors import UsageError
-from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.wrappers import is_sharded
 from mmpeft.registry import HOOKS
-from mmpeft.training.allocation import allocate
 from mmpeft.training.penalty import penalty
-from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
 
 from .checkpoints import AdapterCheckpointHook
-from .monitors.finite import FiniteMonitor
-from .monitors.frozen import FrozenMonitor
-from .monitors.gradients import GradientMonitor
-from .monitors.movement import MovementMonitor
-from .monitors.ranks import RankMonitor
-from .optimizer import check_optimized, rebuild_optimizer
+from .monitor_hook import MonitorHook
+from .optimizer import rebuild_optimizer
 from .unwrap import unwrap
 
 
@@ -67,9 +60,6 @@ class PEFTHook(Hook):
         nonfinite_iters: Steps in a row with NaN or infinite loss or gradients
             that stop the run.
         check_frozen: Stop the run if something frozen changes.
-
-    Attributes:
-        allocation: See :func:`mmpeft.allocate`; from the start of training.
     """
 
     priority = 'HIGHEST'
@@ -89,7 +79,6 @@ class PEFTHook(Hook):
     def __post_init__(self):
         self._injections = injections(self.method, self.targets, self.unfreeze)
         self._prepared = False
-        self.allocation = self._allocated = None
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
@@ -129,42 +118,19 @@ class PEFTHook(Hook):
         runner.logger.info(str(summary))
 
     def _helpers(self, runner) -> Iterator[Hook]:
-        yield FiniteMonitor(runner.optim_wrapper, self.nonfinite_iters, self.check_iters)
-        yield GradientMonitor(self.check_iters)
-        yield MovementMonitor(runner.optim_wrapper.optimizer, self.check_iters)
-        if self.check_frozen:
-            yield FrozenMonitor(self.check_iters)
-        if runner.distributed:
-            yield RankMonitor(self.check_iters)
+        yield MonitorHook(
+            check_iters=self.check_iters,
+            nonfinite_iters=self.nonfinite_iters,
+            check_frozen=self.check_frozen,
+        )
         saved = self.base_checkpoint, self.save_frozen, self.save_adapters
         yield AdapterCheckpointHook(runner, *saved)
-
-    def before_train(self, runner):
-        """Check the optimizer, let recomputed modules get gradients, start the allocators."""
-        model = unwrap(runner.model)
-        check_optimized(runner, adapter_parameters(model))
-        for module in recomputed_modules(model, runner.cfg.get('activation_checkpointing') or ()):
-            let_inputs_require_grad(module)
-        steps = runner.max_iters // runner.optim_wrapper._accumulative_counts
-        self.allocation = allocate(model, runner.optim_wrapper.optimizer, steps)
-        if runner._resume and self._allocated is not None:
-            self.allocation.load_state_dict(self._allocated)
-
-    def after_train(self, runner):
-        """Stop the allocators."""
-        self.allocation.close()
-
-    def before_save_checkpoint(self, runner, checkpoint):
-        """Store the allocators' state with the optimizer's."""
-        if 'optimizer' in checkpoint and self.allocation is not None:
-            checkpoint['mmpeft_allocation'] = self.allocation.state_dict()
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Check an adapter checkpoint and complete it with the base of this model."""
         model = unwrap(runner.model)
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
-        self._allocated = checkpoint.get('mmpeft_allocation')
 
 
 def _add_penalty(model, args, kwargs, losses):

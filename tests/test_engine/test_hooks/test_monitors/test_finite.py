@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nan, nn
 
-from mmpeft.engine.hooks.monitors.origin import Origin
 from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import named_adapters
+from mmpeft.training.checks.origin import Origin
 from tests.toy import LOW_PRECISION, by_iterations, same, toy_runner
 from tests.toy_runs import Do, all_values, on_outputs, rough, run, spoil_batch, spoiled
 

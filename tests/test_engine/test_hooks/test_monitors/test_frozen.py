@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from mmpeft.engine.hooks.monitors import frozen as frozen_monitor
 from mmpeft.errors import TrainingError
 from mmpeft.injection.freeze import release_statistics
+from mmpeft.training.checks import frozen as frozen_monitor
 from tests.toy_runs import Do, run
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')

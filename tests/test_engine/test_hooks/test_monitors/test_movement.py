@@ -26,7 +26,7 @@ def test_an_adapter_that_the_optimizer_lost_is_named(tmp_path):
             group['params'] = [p for p in group['params'] if id(p) not in lost]
 
     with pytest.raises(TrainingError, match=r"1 of 4 adapters never move, .*'backbone\.stem"):
-        run(tmp_path, Do('before_train', lose))
+        run(tmp_path, Do('before_train_iter', lose, [1]))
 
 
 def test_an_adapter_that_is_put_back_is_named(tmp_path, warned):

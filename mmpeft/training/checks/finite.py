@@ -3,20 +3,19 @@
 from math import isfinite
 
 import torch
-from mmengine.optim import OptimWrapper
+from torch import Tensor
 
 from mmpeft.checkpoint.keys import adapter_state_dict
-from mmpeft.engine.hooks.unwrap import unwrap
 from mmpeft.errors import TrainingError, UsageError
 
-from .monitor import Monitor, last_checkpoint, listed
+from .check import Check, listed
 from .origin import Origin
 
 SCALER_PATIENCE = 10
 """Steps skipped by a gradient scaler that count as one that is not finite by itself."""
 
 
-class FiniteMonitor(Monitor):
+class Finite(Check):
     """Skips steps whose gradients are not finite, and stops a run of such steps.
 
     A skipped step changes no weight, optimizer state or allocator. After
@@ -27,23 +26,23 @@ class FiniteMonitor(Monitor):
     buffers that are so from the start, such as masks, may be.
 
     Args:
-        optim_wrapper: Whose steps are guarded.
         nonfinite_iters: Steps in a row that stop the run; at least 1.
-        check_iters: See :class:`Monitor`.
     """
 
-    def __init__(self, optim_wrapper: OptimWrapper, nonfinite_iters: int, check_iters: int):
-        super().__init__(check_iters)
+    def __init__(self, monitor, nonfinite_iters: int):
+        super().__init__(monitor)
         if nonfinite_iters < 1:
             raise UsageError(f'nonfinite_iters={nonfinite_iters} must be a number of steps >= 1.')
         self.limit = nonfinite_iters
         self.row = 0
         self.origin = None
         self._losses, self._skipped, self._stepped = {}, False, False
-        optim_wrapper.optimizer.register_step_pre_hook(self._guard)
+        self._from_start = set(_nonfinite(dict(monitor.model.named_buffers())))
+        self._check_layers()
 
-    @torch.compiler.disable
-    def _guard(self, optimizer, *_):
+    def guard(self) -> bool:
+        """Before a step: whether the gradients are finite; if not, take them away."""
+        optimizer = self.monitor.optimizer
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._stepped = True
@@ -51,22 +50,14 @@ class FiniteMonitor(Monitor):
             self._skipped = True
             for parameter in parameters:
                 parameter.grad = None
+        return not self._skipped
 
-    def before_train(self, runner):
-        self._check_layers(runner)
-        self._from_start = set(_nonfinite(dict(unwrap(runner.model).named_buffers())))
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Count, once the step that this iteration is part of is done."""
-        losses = {k: float(v) for k, v in (outputs or {}).items() if 'loss' in k}
+    def note(self, losses: dict[str, float]) -> None:
+        """Take note of losses by name."""
         self._losses |= {k: v for k, v in losses.items() if not isfinite(v)}
-        if runner.optim_wrapper.should_update():
-            self._count(runner)
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
-    def _count(self, runner):
-        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-        scaled = scaler is not None and scaler.is_enabled()
+    def count(self, scaled: bool) -> None:
+        """After a step, or after a gradient scaler (``scaled``) may have skipped one."""
         skipped = self._skipped or (scaled and not self._stepped)
         if not skipped and not self._losses:
             self.row = 0
@@ -74,16 +65,16 @@ class FiniteMonitor(Monitor):
             self.row += 1
         else:
             self.row += SCALER_PATIENCE
-            runner.logger.warning(f'Iteration {runner.iter + 1}: {self._account(skipped)}.')
+            self.monitor.warn(f'Iteration {self.monitor.iteration}: {self._account(skipped)}.')
         if self.row >= SCALER_PATIENCE * self.limit:
-            raise TrainingError(self._report(runner, skipped))
+            raise TrainingError(self._report(skipped))
         self._losses, self._skipped, self._stepped = {}, False, False
-        self._check_layers(runner)
+        self._check_layers()
 
-    def _check_layers(self, runner):
+    def _check_layers(self):
         near = self.row >= SCALER_PATIENCE * (self.limit - 1)
         if near and self.origin is None:
-            self.origin = Origin(unwrap(runner.model))
+            self.origin = Origin(self.monitor.model)
         elif near:
             self.origin.reset()
         elif self.origin is not None:
@@ -97,27 +88,34 @@ class FiniteMonitor(Monitor):
             return f'{losses}, the gradients are finite'
         return f'{losses}, gradients are NaN or infinite, and the step was skipped'
 
-    def _report(self, runner, skipped):
-        weights = self._nonfinite(adapter_state_dict(unwrap(runner.model)))
+    def _report(self, skipped):
+        weights = self._nonfinite(adapter_state_dict(self.monitor.model))
         held = f'Weights that are not finite: {listed(weights)}. ' if weights else ''
         return (
             'Loss or gradients were NaN or infinite in too many steps in a row (nonfinite_iters='
-            f'{self.limit}), up to iteration {runner.iter + 1}: {self._account(skipped)}. '
-            f'{self.origin} {held}{last_checkpoint(runner)} Check the data of these iterations, '
-            'lower the learning rate, clip gradients (optim_wrapper.clip_grad), or use bfloat16 '
-            'instead of float16.'
+            f'{self.limit}), up to iteration {self.monitor.iteration}: {self._account(skipped)}. '
+            f'{self.origin} {held}{self.monitor.last_checkpoint()} Check the data of these '
+            'iterations, lower the learning rate, clip gradients (optim_wrapper.clip_grad of a '
+            'config), or use bfloat16 instead of float16.'
         )
 
-    def check(self, runner):
+    def problem(self):
         """Weights that are not finite, before they replace a checkpoint."""
-        return _refusal(runner, self._nonfinite(adapter_state_dict(unwrap(runner.model))))
+        return self.refusal(adapter_state_dict(self.monitor.model))
 
-    def before_save_checkpoint(self, runner, checkpoint):
-        """The same for everything that is about to be saved, averaged weights included."""
-        states = (checkpoint.get(part, {}) for part in ('state_dict', 'ema_state_dict'))
-        problem = _refusal(runner, [name for state in states for name in self._nonfinite(state)])
-        if problem:
-            raise TrainingError(problem)
+    def refusal(self, *states: dict[str, Tensor]) -> str | None:
+        """The same for state dicts that are about to be saved."""
+        names = [name for state in states for name in self._nonfinite(state)]
+        if not names:
+            return None
+        return (
+            f'{len(names)} tensors of the model are NaN or infinite, such as {listed(names)}. '
+            f'They are not saved. {self.monitor.last_checkpoint()}'
+        )
+
+    def close(self):
+        if self.origin is not None:
+            self.origin.close()
 
     def _nonfinite(self, state):
         return [k for k in _nonfinite(state) if k.removeprefix('module.') not in self._from_start]
@@ -125,15 +123,6 @@ class FiniteMonitor(Monitor):
 
 def _nonfinite(state):
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-
-
-def _refusal(runner, names):
-    if not names:
-        return None
-    return (
-        f'{len(names)} tensors of the model are NaN or infinite, such as {listed(names)}. They are '
-        f'not saved. {last_checkpoint(runner)}'
-    )
 
 
 def _norms(gradients):

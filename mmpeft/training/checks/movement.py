@@ -1,16 +1,12 @@
 """Whether the optimizer moves the adapters."""
 
-import torch
-from torch.optim import Optimizer
-
 from mmpeft.checkpoint.fingerprint import digests
-from mmpeft.engine.hooks.unwrap import unwrap
 from mmpeft.injection.site import named_adapters
 
-from .monitor import Monitor, listed
+from .check import Check, listed
 
 
-class MovementMonitor(Monitor):
+class Movement(Check):
     """Finds adapters that receive gradients and stay where they started.
 
     For each adapter it counts the optimizer steps with a gradient in which
@@ -18,25 +14,19 @@ class MovementMonitor(Monitor):
     rate. So steps from which an allocator excludes the adapter do not count,
     nor does the beginning of a warm-up. After ``check_iters`` such steps the
     adapter is compared with its start.
-
-    Args:
-        optimizer: Which should move them.
-        check_iters: Steps that each adapter is given.
     """
 
-    def __init__(self, optimizer: Optimizer, check_iters: int):
-        super().__init__(check_iters)
-        self._steps, self._rates = {}, {}
-        optimizer.register_step_post_hook(self._after_step)
+    repeats = False
 
-    def before_train(self, runner):
-        self._adapters = named_adapters(unwrap(runner.model))
-        self._steps = dict.fromkeys(self._adapters, 0)
+    def __init__(self, monitor):
+        super().__init__(monitor)
+        self._adapters = named_adapters(monitor.model)
+        self._steps, self._rates = dict.fromkeys(self._adapters, 0), {}
         self._start = self._values(self._adapters)
 
-    @torch.compiler.disable
-    def _after_step(self, optimizer, *_):
-        groups = optimizer.param_groups if self._steps else ()
+    def after_step(self) -> None:
+        """Count a step of the optimizer."""
+        groups = self.monitor.optimizer.param_groups if self._steps else ()
         if not any(g['lr'] > 0 and g['lr'] >= g.get('initial_lr', 0) / 100 for g in groups):
             return
         rates = {id(p): float(g['lr']) for g in groups for p in g['params']}
@@ -44,20 +34,17 @@ class MovementMonitor(Monitor):
             parameters = list(self._adapters[name].parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
             self._steps[name] += bool(gradients)
-            if self._steps[name] < self.check_iters:
+            if self._steps[name] < self.monitor.check_iters:
                 continue
             del self._steps[name]
             if any(g.any() for g in gradients):
                 self._rates[name] = max(rates.get(id(p), 0.0) for p in parameters)
 
-    def is_due(self, runner):
+    def is_due(self):
         """Once an adapter had its steps; gradients, and so steps, are equal on all ranks."""
         return bool(self._rates)
 
-    def after_train_epoch(self, runner):
-        """Not yet: adapters may not have had their steps."""
-
-    def check(self, runner):
+    def problem(self):
         """Adapters with the learning rate 0, or that the optimizer lost."""
         rates, self._rates = self._rates, {}
         unmoved = {name: rates[name] for name in self._unmoved(rates)}
@@ -66,23 +53,24 @@ class MovementMonitor(Monitor):
             return (
                 f'{len(never)} of {len(self._adapters)} adapters never move, such as '
                 f'{listed(never)}: gradients reach them, others train, and their parameters have '
-                'the learning rate 0 or are no longer those in the optimizer. Raise their lr_mult '
-                'in optim_wrapper.paramwise_cfg, or leave them out with targets.exclude.'
+                'the learning rate 0 or are no longer those in the optimizer. Raise their rate '
+                '(lr_mult in optim_wrapper.paramwise_cfg of a config), or leave them out with '
+                'targets.exclude.'
             )
         if unmoved:
-            runner.logger.warning(
+            self.monitor.warn(
                 f'{len(unmoved)} of {len(self._adapters)} adapters are where they started after '
-                f'{self.check_iters} steps, such as {listed(list(unmoved))}, at learning rates up '
-                f'to {max(unmoved.values()):g}: too small a rate for their precision, or something '
-                'puts them back.'
+                f'{self.monitor.check_iters} steps, such as {listed(list(unmoved))}, at learning '
+                f'rates up to {max(unmoved.values()):g}: too small a rate for their precision, or '
+                'something puts them back.'
             )
         return None
 
-    def after_train(self, runner):
+    def close(self):
         """Warn about adapters that had fewer steps, as where the learning rate was always 0."""
         unmoved = self._unmoved(self._steps)
         if unmoved:
-            runner.logger.warning(
+            self.monitor.warn(
                 f'{len(unmoved)} of {len(self._adapters)} adapters are where they started, such '
                 f'as {listed(unmoved)}. The run gave them no step, or none at a learning rate '
                 'above 0.'

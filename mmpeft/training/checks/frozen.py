@@ -4,15 +4,14 @@ import torch
 
 from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.checkpoint.keys import frozen_keys
-from mmpeft.engine.hooks.unwrap import unwrap
 
-from .monitor import Monitor
+from .check import Check
 
 KEPT = 4096
 """Elements of each frozen tensor that are kept, to say what changed."""
 
 
-class FrozenMonitor(Monitor):
+class Frozen(Check):
     """Finds frozen weights and statistics that change during training.
 
     A checkpoint does not hold the frozen base, so such a change would be lost.
@@ -21,18 +20,19 @@ class FrozenMonitor(Monitor):
     The first elements of each tensor are kept to say by how much it changed.
     """
 
-    def before_train(self, runner):
-        base = self._base(runner, frozen_keys(unwrap(runner.model)))
+    def __init__(self, monitor):
+        super().__init__(monitor)
+        base = self._base(frozen_keys(monitor.model))
         self._digests = digests(base)
         self._beginnings = {key: _beginning(value).clone() for key, value in base.items()}
-        self._checked = runner.iter
+        self._checked = monitor.iteration
 
-    def check(self, runner):
+    def problem(self):
         """Tensors that changed since the last check."""
-        base = self._base(runner, self._beginnings)
+        base = self._base(self._beginnings)
         now = digests(base)
         changed = [key for key in self._beginnings if now.get(key) != self._digests[key]]
-        since, self._checked = self._checked, runner.iter + 1
+        since, self._checked = self._checked, self.monitor.iteration
         if not changed:
             return None
         first = changed[0]
@@ -42,11 +42,11 @@ class FrozenMonitor(Monitor):
             'Checkpoints do not hold the frozen base, so the change would be lost. Something '
             'other than the adapters writes to it: a hook, a second optimizer, or a normalisation '
             'in training mode. Remove that, let it train with unfreeze, or set '
-            'default_hooks.peft.check_frozen=False if it may move.'
+            'check_frozen=False if it may move.'
         )
 
-    def _base(self, runner, keys):
-        state = unwrap(runner.model).state_dict()
+    def _base(self, keys):
+        state = self.monitor.model.state_dict()
         return {key: state[key] for key in keys if key in state}
 
     def _change(self, key, base):

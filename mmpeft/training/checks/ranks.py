@@ -4,12 +4,11 @@ from mmengine.dist import all_gather_object
 
 from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.checkpoint.keys import adapter_keys, frozen_keys
-from mmpeft.engine.hooks.unwrap import unwrap
 
-from .monitor import Monitor
+from .check import Check
 
 
-class RankMonitor(Monitor):
+class Ranks(Check):
     """Compares the ranks' models: before training with the base, later what trains.
 
     DDP makes the models equal when it wraps them, and then averages
@@ -18,14 +17,15 @@ class RankMonitor(Monitor):
     statistics of a BatchNorm that trains differ by rank.
     """
 
-    def before_train(self, runner):
-        self._frozen = set(frozen_keys(unwrap(runner.model)))
-        self.stop_if_wrong(runner)
+    def __init__(self, monitor):
+        super().__init__(monitor)
+        self._frozen = set(frozen_keys(monitor.model))
+        monitor.stop_if(self.problem())
         self._frozen = set()
 
-    def check(self, runner):
+    def problem(self):
         """The first tensor that differs, and between which ranks."""
-        model = unwrap(runner.model)
+        model = self.monitor.model
         held = self._frozen | adapter_keys(model).keys()
         state = model.state_dict(keep_vars=True)
         tensors = {key: v for key, v in state.items() if v.requires_grad or key in held}
@@ -41,7 +41,8 @@ class RankMonitor(Monitor):
             f'rank{"s" * (len(ranks) > 1)} {", ".join(map(str, ranks))}'
             for ranks in parties.values()
         )
-        when = f'after iteration {runner.iter + 1}' if self.iterations else 'before training'
+        now = self.monitor
+        when = f'after iteration {now.iteration}' if now.iterations else 'before training'
         return (
             f'The ranks disagree {when}. {len(wrong)} of {len(names)} tensors differ, the first '
             f'is {wrong[0]!r}: {against}. A rank has loaded another file, or a hook has changed '

@@ -1,0 +1,70 @@
+"""Adapters in the Trainer of transformers."""
+
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from mmpeft.checkpoint.adapter_file import save_adapter
+from mmpeft.errors import MissingFileError
+from mmpeft.training.monitor import Monitor, adapted_model
+
+ADAPTER, STATE = 'adapter.safetensors', 'mmpeft.pt'
+
+
+class PEFTCallback(TrainerCallback):
+    """``Trainer(..., callbacks=[PEFTCallback()])`` trains a model after :func:`mmpeft.inject`.
+
+    It is :func:`mmpeft.monitor` at the moments of a Trainer, with the steps of the run and with
+    ``add_penalty=True``, since the Trainer computes the loss. Each checkpoint folder has an
+    adapter file beside what the Trainer writes, and the state that a resumed run needs.
+
+    Args:
+        save_adapters: Write ``adapter.safetensors`` (:func:`mmpeft.load_adapter`).
+        resume_from: The folder that the Trainer resumes from, where it is not in ``output_dir``.
+        options: Other arguments of :func:`mmpeft.monitor`.
+
+    Attributes:
+        monitor: From the start of training.
+    """
+
+    def __init__(self, save_adapters: bool = True, resume_from: str | None = None, **options):
+        self.save_adapters, self.resume_from = save_adapters, resume_from
+        self.options = dict(add_penalty=True) | options
+        self.monitor = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
+        if self.monitor is not None:
+            self.monitor.detach()  # of a run that an exception ended
+        self.monitor = Monitor(model, optimizer, state.max_steps, **self.options)
+        if state.global_step:
+            path = Path(self.resume_from or _folder(args, state)) / STATE
+            if not path.is_file():
+                raise MissingFileError(
+                    f'The Trainer resumes at step {state.global_step}, and there is no {path} with '
+                    "the state of the adapters' training. Name the folder that it resumes from: "
+                    'PEFTCallback(resume_from=...).'
+                )
+            self.monitor.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+
+    def on_step_end(self, args, state, control, **_):
+        if control.should_save:
+            self.monitor.check()
+
+    def on_epoch_end(self, args, state, control, **_):
+        if control.should_save:
+            self.monitor.check()
+
+    def on_save(self, args, state, control, model=None, **_):
+        if args.should_save:  # on one process
+            folder = _folder(args, state)
+            if self.save_adapters:
+                save_adapter(adapted_model(model), folder / ADAPTER)
+            torch.save(self.monitor.state_dict(look=False), folder / STATE)
+
+    def on_train_end(self, args, state, control, **_):
+        self.monitor.close()
+
+
+def _folder(args, state):
+    return Path(args.output_dir) / f'checkpoint-{state.global_step}'
