@@ -23,7 +23,8 @@ from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, U
 
 from .config import compose, dicts_in, find_hook, run_name
 from .data_check import describe, missing_data
-from .loading import read_source
+from .hooks.fitting import FittingHook
+from .loading import read_source, unplaced
 from .packages import import_task
 
 
@@ -115,12 +116,7 @@ def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
         )
     manifest = read_source(path).manifest if cfg and find_hook(cfg) is None else None
     if manifest is not None:
-        methods = ', '.join(each['method']['type'] for each in manifest['injections'])
-        raise UsageError(
-            f'{path} holds adapters ({methods}), and {cfg.filename} has no PEFTHook to load them. '
-            'Give the config that it was trained with, which is in its work directory, or its '
-            'method by --method.'
-        )
+        raise UsageError(unplaced(manifest, str(path), cfg.filename))
 
 
 def enable_amp(cfg: Config) -> None:
@@ -199,4 +195,7 @@ def _leave_group():
 def build_runner(cfg: Config) -> Runner:
     """The Runner of a config, in as many processes as the launcher started."""
     prepare_distribution(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if find_hook(cfg) is None:
+        runner.register_hook(FittingHook())
+    return runner

@@ -79,3 +79,17 @@ def test_given_images(merge, adapted_demo, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match='no image'):
         merge(*adapted_demo('ade20k'), tmp_path / 'other.pth', '--check-images', 'none.png')
     assert not (tmp_path / 'other.pth').exists()
+
+
+@pytest.mark.parametrize('tool, options', [('merge', '--check'), ('export_onnx', '--size 64 64')])
+def test_heads_of_other_classes(tool, options, script, adapted_demo, tmp_path, monkeypatch):
+    config, checkpoint = adapted_demo('coco')
+    monkeypatch.chdir(adapted_demo.folder)
+    classes = ['model.roi_head.bbox_head.num_classes=80', 'model.roi_head.mask_head.num_classes=80']
+    words = [tool, config, checkpoint, tmp_path / 'out.pth', *options.split(), '--cfg-options']
+    monkeypatch.setattr('sys.argv', [*map(str, words), *classes])
+    with pytest.raises(
+        UsageError, match=r'fc_cls\.bias: \(11,\) in the file, \(81,\) in the model'
+    ):
+        script('tools', tool).main()
+    assert not list(tmp_path.iterdir())

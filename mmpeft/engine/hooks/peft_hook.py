@@ -24,6 +24,7 @@ from mmpeft.training.penalty import penalty
 from mmpeft.training.recompute import let_inputs_require_grad, recomputed_modules
 
 from .checkpoints import AdapterCheckpointHook
+from .fitting import load_checked
 from .monitors.finite import FiniteMonitor
 from .monitors.frozen import FrozenMonitor
 from .monitors.gradients import GradientMonitor
@@ -59,6 +60,9 @@ class PEFTHook(Hook):
         save_frozen: Keep the frozen base in checkpoints.
         save_adapters: Write an adapter file beside each checkpoint.
         check_base: Refuse adapters of another base.
+        check_whole: In testing and resuming, refuse a checkpoint that lacks
+            tensors of the model or has them in other shapes, such as a head of
+            other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
@@ -79,6 +83,7 @@ class PEFTHook(Hook):
     save_frozen: bool = False
     save_adapters: bool = True
     check_base: bool = True
+    check_whole: bool = True
     execution: str = 'auto'
     check_iters: int = 10
     nonfinite_iters: int = 3
@@ -161,6 +166,7 @@ class PEFTHook(Hook):
         model = unwrap(runner.model)
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
+        load_checked(runner, checkpoint, self.check_whole)
         self._allocated = checkpoint.get('mmpeft_allocation')
 
 
