@@ -16,6 +16,8 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 
+from .config import type_name
+
 
 def plain_config(cfg: Config) -> Config:
     """The config of the model without adapters; building it fetches nothing."""
@@ -100,4 +102,4 @@ def refuse_existing(*paths: Path) -> None:
 
 
 def _is_ours(hook):
-    return str((hook or {}).get('type')).startswith('mmpeft.')
+    return type_name(hook).startswith('mmpeft.') or type_name(hook) in ('PEFTHook', 'SeedHook')

@@ -93,3 +93,27 @@ def test_heads_of_other_classes(tool, options, script, adapted_demo, tmp_path, m
     ):
         script('tools', tool).main()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', ["'mmpeft.PEFTHook'", 'PEFTHook'])
+def test_the_hook_among_custom_hooks(kind, merge, adapted_demo, tmp_path, capsys):
+    """By name, or as the class."""
+    config, checkpoint = adapted_demo('ade20k')
+    text = config.read_text() + (
+        'from mmpeft.engine.hooks import PEFTHook\n'
+        "custom_hooks = [default_hooks.pop('peft')]\n"
+        f"custom_hooks[0]['type'] = {kind}\n"
+    )
+    other = adapted_demo.folder / 'custom_hooks.py'
+    other.write_text(text)
+    merge(other, checkpoint, tmp_path / 'out.pth')
+    assert 'merged ' in capsys.readouterr().out
+    assert 'PEFTHook' not in (tmp_path / 'out.py').read_text()
+
+
+def test_a_plain_checkpoint(merge, adapted_demo, tmp_path):
+    config, checkpoint = adapted_demo('ade20k')
+    merge(config, checkpoint, tmp_path / 'plain.pth')
+    with pytest.raises(UsageError, match='plain.pth holds no adapters, so there is nothing to'):
+        merge(config, tmp_path / 'plain.pth', tmp_path / 'out.pth')
+    assert not (tmp_path / 'out.pth').exists()

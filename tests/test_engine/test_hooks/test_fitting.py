@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
-from mmpeft.engine.launch import build_runner
+from mmpeft.engine.launch import build_runner, check_checkpoint
 from mmpeft.errors import UsageError
 from tests import toy
 
@@ -91,6 +91,16 @@ def test_configs_without_the_hook(tmp_path, more_classes, warned):
         build_runner(other).test()
     build_runner(other).train()
     assert any('head.bias' in text for text in warned)
+
+
+def test_adapters_that_the_run_cannot_load(tmp_path):
+    """A config without the hook, and an adapter file in place of the checkpoint beside it."""
+    toy.toy_runner(tmp_path).train()
+    with pytest.raises(UsageError, match=r'epoch_3\.pth holds adapters \(FLoRA\), and .* no PEFTH'):
+        check_checkpoint(tmp_path / 'epoch_3.pth', plain(toy.toy_config(tmp_path)))
+    adapter = str(tmp_path / 'epoch_3.safetensors')
+    with pytest.raises(UsageError, match=r"safetensors file, .* beside it is '.*epoch_3\.pth'"):
+        toy.toy_runner(tmp_path / 'test', load_from=adapter).test()
 
 
 def test_names_of_earlier_versions_are_translated(tmp_path, monkeypatch):
