@@ -3,13 +3,15 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import _load_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.checkpoint import legacy
 from mmpeft.checkpoint.keys import fill_frozen
@@ -173,6 +175,7 @@ def load_fitting(model: nn.Module, checkpoint: Mapping) -> str:
     given = checkpoint.get('state_dict', checkpoint)
     state = OrderedDict((key.removeprefix('module.'), value) for key, value in given.items())
     state._metadata = getattr(given, '_metadata', None)
+    make_late_buffers(model, state)
     theirs, own = _shapes(state), _shapes(model.state_dict())
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -190,6 +193,20 @@ def load_fitting(model: nn.Module, checkpoint: Mapping) -> str:
         return ''
     shown = '; '.join(wrong[:3]) + ('; ...' if len(wrong) > 3 else '')
     return f'{len(wrong)} tensors are missing or of another shape ({shown})'
+
+
+def make_late_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Register those buffers of a state dict that modules make when they first run.
+
+    mmseg's SegNeXt with ``rand_init=False`` draws its bases then, unless it has them.
+    """
+    for key in state.keys() - model.state_dict().keys():
+        path, _, name = key.rpartition('.')
+        with suppress(AttributeError):  # no such module, or a forward that is not in Python
+            module = model.get_submodule(path)
+            code = type(module).forward.__code__
+            if 'register_buffer' in code.co_names and name in code.co_consts:
+                module.register_buffer(name, torch.empty_like(state[key]))
 
 
 def _shapes(state):

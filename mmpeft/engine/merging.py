@@ -17,6 +17,7 @@ from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 
 from .config import type_name
+from .loading import make_late_buffers
 
 
 def plain_config(cfg: Config) -> Config:
@@ -68,6 +69,7 @@ def compare_merged(
         batch: As a dataloader gives it.
     """
     model = MODELS.build(copy.deepcopy(plain.model))  # DETR's kin change what they are built from
+    make_late_buffers(model, state)
     model.load_state_dict(state)
     model.to(next(iter(state.values())).device)
     return differences(observe(model, batch), before)

@@ -5,10 +5,16 @@ import pytest
 import torch
 
 import mmpeft
+from mmpeft.analysis.comparison import observe
+from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine import merging
-from mmpeft.engine.config import read_config
+from mmpeft.engine.building import adapt, build_model
+from mmpeft.engine.config import compose, read_config
+from mmpeft.engine.loading import load_whole
+from mmpeft.engine.merging import compare_merged
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
+from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -117,3 +123,32 @@ def test_a_plain_checkpoint(merge, adapted_demo, tmp_path):
     with pytest.raises(UsageError, match='plain.pth holds no adapters, so there is nothing to'):
         merge(config, tmp_path / 'plain.pth', tmp_path / 'out.pth')
     assert not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('draws_each_time', [True, False])
+def test_a_model_that_draws_random_numbers(draws_each_time, scope):
+    """SegNeXt's bases, drawn in each forward pass, or in the first one and then kept."""
+    from mmseg.structures import SegDataSample
+
+    name = 'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py'
+    head = dict(
+        ham_channels=32,
+        channels=32,
+        norm_cfg=dict(type='GN', num_groups=8),
+        ham_kwargs=dict(MD_R=4, rand_init=draws_each_time),
+    )
+    cfg = compose(name, 'lora', {'model.decode_head': head, 'model.backbone.init_cfg': None})
+    model = build_model(cfg)
+    adapt(model, cfg)
+    randomize(model, std=0.02)
+    sample = SegDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    batch = dict(inputs=[image], data_samples=[sample])
+    before = observe(model, batch)
+    checkpoint = dict(meta=dict(mmpeft=describe(model)), state_dict=dict(model.state_dict()))
+    found = compare_merged(before, *merging.merged(model, cfg), batch)
+    assert [row.name for row in found if row.exceeds(1e-4)] == []
+    again = build_model(cfg)
+    adapt(again, cfg)
+    load_whole(again, checkpoint, 'It')  # with the bases, which a new model does not have yet
+    assert ('decode_head.hamburger.ham.bases' in again.state_dict()) is not draws_each_time
