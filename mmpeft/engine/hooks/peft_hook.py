@@ -8,7 +8,7 @@ optimizer and schedulers. Loading and resuming then find the structure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -16,7 +16,7 @@ from mmengine.optim import OptimWrapper
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.resume import pending_source
-from mmpeft.errors import UsageError
+from mmpeft.errors import UsageError, near
 from mmpeft.injection.site import adapter_parameters
 from mmpeft.registry import HOOKS
 from mmpeft.training.allocation import allocate
@@ -76,7 +76,7 @@ class PEFTHook(Hook):
 
     priority = 'HIGHEST'
 
-    method: Methods
+    method: Methods | None = None
     targets: Mapping | None = None
     unfreeze: str | Sequence[str] = ()
     base_checkpoint: str | None = None
@@ -88,6 +88,13 @@ class PEFTHook(Hook):
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
+
+    def __new__(cls, *_, **arguments):
+        known = [field.name for field in fields(cls)]
+        for name in arguments:
+            if name not in known:
+                raise UsageError(f'PEFTHook has no argument {name!r}. {near(name, known)}')
+        return super().__new__(cls)
 
     def __post_init__(self):
         self._injections = injections(self.method, self.targets, self.unfreeze)
@@ -145,6 +152,7 @@ class PEFTHook(Hook):
         """Check the optimizer, let recomputed modules get gradients, start the allocators."""
         model = unwrap(runner.model)
         check_optimized(runner, adapter_parameters(model))
+        _check_teacher(runner, model)
         for module in recomputed_modules(model, runner.cfg.get('activation_checkpointing') or ()):
             let_inputs_require_grad(module)
         steps = runner.max_iters // runner.optim_wrapper._accumulative_counts
@@ -185,4 +193,20 @@ def _check_alone(runner):
             f'The config has {len(hooks)} hooks of type PEFTHook, and only one can adapt the '
             'model. Give one of them a list of methods, each with its targets: '
             'method=[dict(method=..., targets=...), ...].'
+        )
+
+
+def _check_teacher(runner, model):
+    """mmdet's semi-supervised detectors average parameters pair by pair, whatever their names."""
+    if not any(type(hook).__name__ == 'MeanTeacherHook' for hook in runner.hooks):
+        return
+    student, teacher = (
+        {name: p.shape for name, p in getattr(model, part).named_parameters()}
+        for part in ('student', 'teacher')
+    )
+    if student != teacher:
+        raise UsageError(
+            'MeanTeacherHook averages the parameters of the student into those of the teacher, and '
+            'adapters make them different. A semi-supervised detector cannot train with adapters. '
+            "Train its detector alone, by the detector's own config, or leave PEFTHook out."
         )
