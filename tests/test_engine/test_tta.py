@@ -82,7 +82,7 @@ def test_a_mirrored_image_has_mirrored_predictions(name, tmp_path, scope):
         transform[:] = [t for t in transform if not t['type'].endswith('LoadAnnotations')]
     steps[-1]['transforms'] = [t for t in steps[-1]['transforms'] if t]
     model, pipeline = build_model(cfg).eval(), Compose(steps)
-    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
     found, views = [], []
     for image in (picture, picture[:, ::-1]):
         Image.fromarray(image).save(tmp_path / 'image.png')
