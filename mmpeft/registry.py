@@ -15,6 +15,7 @@ from typing import Any
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 from .errors import UsageError, near
@@ -94,6 +95,12 @@ def modern_arguments(cfg: Mapping[str, Any], version: str = __version__) -> dict
 
 METHODS = Registry('method', build_func=build_method, scope='mmpeft', locations=['mmpeft.methods'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmpeft', locations=['mmpeft.engine.hooks'])
+OPTIM_WRAPPERS = Registry(
+    'optim wrapper',
+    parent=MMENGINE_OPTIM_WRAPPERS,
+    scope='mmpeft',
+    locations=['mmpeft.engine.amp'],
+)
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmpeft', locations=['mmpeft.models'])
 
 CONFIG_PACKAGES = ('mmpeft', 'mmseg')

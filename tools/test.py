@@ -22,7 +22,7 @@ def parse_args():
     )
     parser.add_argument('--show', action='store_true', help='show drawn predictions in a window')
     parser.add_argument(
-        '--show-dir', help='folder for drawn predictions, within <work-dir>/<timestamp>'
+        '--show-dir', help='folder for drawn predictions, within <work-dir>/<timestamp>; all images'
     )
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a picture is shown')
     parser.add_argument('--tta', action='store_true', help='merge predictions over flipped views')
@@ -37,14 +37,19 @@ def show_predictions(cfg, args):
             f'{cfg.filename} draws nothing: it has no default_hooks.visualization. Add, for mmdet, '
             "default_hooks=dict(visualization=dict(type='mmdet.DetVisualizationHook'))."
         )
-    hook.draw = True
+    hook.update(dict(enable=True) if cfg.default_scope == 'mmpretrain' else dict(draw=True))
+    hook.interval = 1
     if args.show:
         hook.show = True
         hook.wait_time = args.wait_time
-    if args.show_dir and cfg.default_scope == 'mmseg':
-        cfg.visualizer.save_dir = args.show_dir
-    elif args.show_dir:
+    if args.show_dir and cfg.default_scope not in ('mmseg', 'mmpretrain'):
         hook.test_out_dir = args.show_dir
+
+
+def draw_into(runner, folder):
+    """Have a visualizer, which mmseg's and mmpretrain's hooks draw with, write to a folder."""
+    for backend in runner.visualizer._vis_backends.values():
+        backend._img_save_dir = str(Path(runner.log_dir, folder))
 
 
 def dump_predictions(runner, cfg, out):
@@ -75,6 +80,8 @@ def main():
     if args.out and segments:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg)
+    if args.show_dir and cfg.default_scope in ('mmseg', 'mmpretrain'):
+        draw_into(runner, args.show_dir)
     if args.out and not segments:
         dump_predictions(runner, cfg, args.out)
     runner.test()

@@ -59,6 +59,8 @@ def default_bound(module: nn.Module) -> float:
 def observe(model: nn.Module, batch: Any) -> dict:
     """The ``maps`` of all calls of a model's backbone, and its ``predictions``, in evaluation.
 
+    Random numbers that the model draws are equal in all calls.
+
     Args:
         model: Of mmengine, with ``test_step`` and a ``backbone``.
         batch: As a dataloader gives it; is not changed.
@@ -68,7 +70,9 @@ def observe(model: nn.Module, batch: Any) -> dict:
     was_training = model.training
     model.eval()
     try:
-        predictions = model.test_step(copy.deepcopy(batch))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            predictions = model.test_step(copy.deepcopy(batch))
     finally:
         handle.remove()
         model.train(was_training)

@@ -76,7 +76,15 @@ def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
         cfg: With a PEFTHook.
         recompute: The backbone's ``with_cp``; None is returned if it has no
             such argument and is to recompute.
+
+    Raises:
+        UsageError: The config has no backbone or no hook.
     """
+    if not (cfg.get('model') or {}).get('backbone'):
+        raise UsageError(
+            f'{cfg.filename} has no model.backbone, whose layers this counts. Give the config of '
+            'a whole run whose model has one.'
+        )
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone.pop('checkpoint', None)  # not read here, and InternViT prepares for it
     _enter_scope(cfg)

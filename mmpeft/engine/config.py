@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
@@ -92,8 +93,14 @@ def read_config(config: str | Path | Config) -> Config:
 def find_hook(cfg: Config) -> ConfigDict | None:
     """What a config says of its PEFTHook, to be read and changed; None if it has none."""
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
-    own = [h for h in hooks if isinstance(h, dict) and h.get('type') in (HOOK, 'PEFTHook')]
+    own = [h for h in hooks if type_name(h).rpartition('.')[2] == 'PEFTHook']
     return own[0] if own else None
+
+
+def type_name(node: Any) -> str:
+    """The ``type`` of a dict in a config, whether it is a name or a class; '' for none."""
+    kind = node.get('type', '') if isinstance(node, dict) else ''
+    return kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'
 
 
 def dicts_in(node) -> Iterator[dict]:

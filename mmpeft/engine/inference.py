@@ -23,7 +23,7 @@ from mmpeft.errors import UsageError
 from .building import adapt, build_model
 from .config import compose, find_hook
 from .launch import check_checkpoint
-from .loading import Source, complete, load_base, read_source
+from .loading import KEPT, Source, complete, load_base, load_fitting, load_whole, read_source
 
 
 def init_model(
@@ -117,38 +117,23 @@ def _fill(model, cfg, source):
         if _is_adapter_file(source.path):
             check_whole(model, source.content['state_dict'], repr(source.path), check_base)
         complete(model, source.content, check_base, repr(source.path))
-    _load_all(model, source)
+    if hook.get('check_whole', True):
+        load_whole(model, source.content, repr(source.path))
+    elif left_out := load_fitting(model, source.content):
+        _note(f'{source.path}: {left_out}. {KEPT}')
+    if manifest is None:
+        _note_unused(model, source)
+
+
+def _note_unused(model, source):
+    state = source.content.get('state_dict', source.content)
+    unused = sorted({key.removeprefix('module.') for key in state} - model.state_dict().keys())
+    if unused:
+        _note(f'{source.path}: {len(unused)} tensors are not in the model, such as {unused[0]}.')
 
 
 def _note(text):
     print_log(text, 'current', logging.WARNING)
-
-
-def _load_all(model, source):
-    """Load a state dict that has all that the model has."""
-    state = source.content.get('state_dict', source.content)
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    given, own = _shapes(state), _shapes(model.state_dict())
-    wrong = [
-        f'{key}: {given.get(key, "none")} in the file, {own.get(key, "none")} in the model'
-        for key in own.keys() | (given.keys() if source.manifest else set())
-        if given.get(key) != own.get(key)
-    ]
-    if wrong:
-        raise UsageError(
-            f'{source.path!r} does not fit this model: {len(wrong)} tensors are missing or of '
-            f'another shape, such as {min(wrong)}. Give the config that it was trained with, '
-            'heads and classes included.'
-        )
-    unused = sorted(given.keys() - own.keys())
-    if unused:
-        _note(f'{source.path}: {len(unused)} tensors are not in the model, such as {unused[0]}.')
-    model.load_state_dict(state, strict=False)
-
-
-def _shapes(state):
-    kept = {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
-    return {key: tuple(value.shape) for key, value in kept.items()}
 
 
 def _dataset_meta(cfg, saved):

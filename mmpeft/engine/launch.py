@@ -21,9 +21,10 @@ from mmengine.runner import Runner
 
 from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
-from .config import compose, dicts_in, find_hook, run_name
+from .config import compose, dicts_in, find_hook, run_name, say
 from .data_check import describe, missing_data
-from .loading import read_source
+from .hooks.fitting import FittingHook
+from .loading import read_source, unplaced
 from .packages import import_task
 
 
@@ -115,23 +116,16 @@ def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
         )
     manifest = read_source(path).manifest if cfg and find_hook(cfg) is None else None
     if manifest is not None:
-        methods = ', '.join(each['method']['type'] for each in manifest['injections'])
-        raise UsageError(
-            f'{path} holds adapters ({methods}), and {cfg.filename} has no PEFTHook to load them. '
-            'Give the config that it was trained with, which is in its work directory, or its '
-            'method by --method.'
-        )
+        raise UsageError(unplaced(manifest, str(path), cfg.filename))
 
 
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
     Raises:
-        UsageError: There is no accelerator, or the optimizer wrapper is neither
-            ``OptimWrapper`` nor ``AmpOptimWrapper``.
+        UsageError: The optimizer wrapper is neither ``OptimWrapper`` nor
+            ``AmpOptimWrapper``.
     """
-    if get_device() == 'cpu':
-        raise UsageError('--amp needs an accelerator, and torch sees none here. Leave --amp out.')
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UsageError(
@@ -154,6 +148,27 @@ def enable_auto_scale_lr(cfg: Config) -> None:
             'rate is. Add auto_scale_lr=dict(enable=False, base_batch_size=16) with their number.'
         )
     cfg.auto_scale_lr.enable = True
+
+
+def prepare_precision(cfg: Config) -> None:
+    """Let ``AmpOptimWrapper`` work on a machine without an accelerator, in bfloat16.
+
+    Raises:
+        UsageError: The config asks for another precision there.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') != 'AmpOptimWrapper' or get_device() != 'cpu':
+        return
+    dtype = str(wrapper.get('dtype') or 'bfloat16').removeprefix('torch.')
+    if dtype != 'bfloat16':
+        raise UsageError(
+            f'Mixed precision in {dtype} needs an accelerator, and torch sees none here. Set '
+            "optim_wrapper.dtype='bfloat16', which CPUs have, or optim_wrapper.type='OptimWrapper'."
+        )
+    for key in ('dtype', 'loss_scale', 'use_fsdp'):
+        wrapper.pop(key, None)
+    wrapper.type = 'mmpeft.CPUAmpOptimWrapper'
+    say('Mixed precision is in bfloat16, without scaling the loss: torch sees no accelerator.')
 
 
 def prepare_distribution(cfg: Config) -> None:
@@ -201,4 +216,8 @@ def _leave_group():
 def build_runner(cfg: Config) -> Runner:
     """The Runner of a config, in as many processes as the launcher started."""
     prepare_distribution(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    prepare_precision(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if find_hook(cfg) is None:
+        runner.register_hook(FittingHook())
+    return runner

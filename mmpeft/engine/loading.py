@@ -1,20 +1,27 @@
 """What a checkpoint is to a model, its base or its adapters, and how both get into the model."""
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
-from torch import nn
+import torch
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import _load_checkpoint
+from torch import Tensor, nn
 
 from mmpeft.checkpoint import legacy
 from mmpeft.checkpoint.keys import fill_frozen
 from mmpeft.checkpoint.manifest import MANIFEST, check_manifest
 from mmpeft.checkpoint.safe_load import read_checkpoint
 from mmpeft.checkpoint.validation import check_fits
-from mmpeft.errors import MissingFileError
+from mmpeft.errors import MissingFileError, UsageError
 from mmpeft.injection.site import adapter_parameters
+
+KEPT = 'The model keeps its own values there.'
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,16 @@ def manifest_of(checkpoint: Mapping) -> dict | None:
         check = legacy.check_former if legacy.is_former(manifest) else check_manifest
         check({key: value for key, value in manifest.items() if key in MANIFEST})
     return manifest
+
+
+def unplaced(manifest: Mapping, name: str, config: str | None) -> str:
+    """What to say where a checkpoint holds adapters and a config has no PEFTHook."""
+    methods = ', '.join(each['method']['type'] for each in manifest['injections'])
+    return (
+        f'{name} holds adapters ({methods}), and {config} has no PEFTHook to load them. Give the '
+        'config that it was trained with, which is in its work directory, or its method by '
+        '--method.'
+    )
 
 
 def load_base(
@@ -92,7 +109,9 @@ def load_base(
         init_weights()
     if base is None:
         return None
-    _load_checkpoint_to_model(model, base.content)
+    left_out = load_fitting(model, base.content)
+    if left_out and source is None:
+        print_log(f'{base.path}: {left_out}. {KEPT}', 'current', logging.WARNING)
     return base.path
 
 
@@ -125,6 +144,74 @@ def complete(
                 state.setdefault(key, value.detach())
     if 'ema_state_dict' in checkpoint:
         _fill(model, checkpoint['ema_state_dict'], 'module.')
+
+
+def load_whole(model: nn.Module, checkpoint: Mapping, name: str) -> None:
+    """Load a checkpoint that has all that a model has.
+
+    Args:
+        model: With adapters if the checkpoint has them.
+        checkpoint: After :func:`complete`.
+        name: What to call it in errors.
+
+    Raises:
+        UsageError: Tensors are missing or of another shape, or a checkpoint
+            with adapters has more than the model.
+    """
+    misfit = load_fitting(model, checkpoint)
+    if misfit:
+        raise UsageError(
+            f'{name} does not fit this model: {misfit}. Give the config that it was trained with, '
+            'heads and classes included.'
+        )
+
+
+def load_fitting(model: nn.Module, checkpoint: Mapping) -> str:
+    """Load what fits of a checkpoint into a model; the rest in words, '' if there is none.
+
+    See :func:`load_whole`. Modules that translate the names of earlier
+    versions do so.
+    """
+    given = checkpoint.get('state_dict', checkpoint)
+    state = OrderedDict((key.removeprefix('module.'), value) for key, value in given.items())
+    state._metadata = getattr(given, '_metadata', None)
+    make_late_buffers(model, state)
+    theirs, own = _shapes(state), _shapes(model.state_dict())
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # after all that fits was loaded
+        if 'size mismatch' not in str(error):
+            raise
+        missing, unexpected = own, theirs.keys() - own.keys()
+    suspects = {*missing, *unexpected} if manifest_of(checkpoint) else {*missing}
+    wrong = sorted(
+        f'{key}: {theirs.get(key, "none")} in the file, {own.get(key, "none")} in the model'
+        for key in suspects
+        if theirs.get(key) != own.get(key)
+    )
+    if not wrong:
+        return ''
+    shown = '; '.join(wrong[:3]) + ('; ...' if len(wrong) > 3 else '')
+    return f'{len(wrong)} tensors are missing or of another shape ({shown})'
+
+
+def make_late_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Register those buffers of a state dict that modules make when they first run.
+
+    mmseg's SegNeXt with ``rand_init=False`` draws its bases then, unless it has them.
+    """
+    for key in state.keys() - model.state_dict().keys():
+        path, _, name = key.rpartition('.')
+        with suppress(AttributeError):  # no such module, or a forward that is not in Python
+            module = model.get_submodule(path)
+            code = type(module).forward.__code__
+            if 'register_buffer' in code.co_names and name in code.co_consts:
+                module.register_buffer(name, torch.empty_like(state[key]))
+
+
+def _shapes(state):
+    kept = {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+    return {key: tuple(value.shape) for key, value in kept.items()}
 
 
 def _read_base(checkpoint):

@@ -16,6 +16,9 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 
+from .config import type_name
+from .loading import make_late_buffers
+
 
 def plain_config(cfg: Config) -> Config:
     """The config of the model without adapters; building it fetches nothing."""
@@ -66,6 +69,7 @@ def compare_merged(
         batch: As a dataloader gives it.
     """
     model = MODELS.build(copy.deepcopy(plain.model))  # DETR's kin change what they are built from
+    make_late_buffers(model, state)
     model.load_state_dict(state)
     model.to(next(iter(state.values())).device)
     return differences(observe(model, batch), before)
@@ -100,4 +104,4 @@ def refuse_existing(*paths: Path) -> None:
 
 
 def _is_ours(hook):
-    return str((hook or {}).get('type')).startswith('mmpeft.')
+    return type_name(hook).startswith('mmpeft.') or type_name(hook) in ('PEFTHook', 'SeedHook')

@@ -174,7 +174,7 @@ def _whole_ties(model, sites):
         )
         if len(beside) == len(sites):
             raise UsageError(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
     return [site for site in sites if site not in beside]
 
 

@@ -16,6 +16,7 @@ from mmengine.config import Config
 
 from mmpeft.engine import launch
 from mmpeft.errors import MissingFileError, UsageError
+from tests.toy import toy_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,16 +213,40 @@ def test_checkpoint_that_does_not_exist(tmp_path):
     launch.check_checkpoint('https://example.com/remote.pth')
 
 
-def test_amp_needs_an_accelerator(monkeypatch):
+def test_amp():
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
-    with pytest.raises(UsageError, match='Leave --amp out'):
-        launch.enable_amp(cfg)
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     launch.enable_amp(cfg)
     assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper', loss_scale='dynamic')
     with pytest.raises(UsageError, match='no mixed-precision form'):
         launch.enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_amp_on_a_cpu(tmp_path, scope, capsys):
+    seen = []
+
+    def train(folder, **changes):
+        cfg = toy_config(folder, dict(type='LoRA', rank=2), **{'train_cfg.max_epochs': 1})
+        cfg.merge_from_dict(changes)
+        launch.enable_amp(cfg)
+        runner = launch.build_runner(cfg)
+        layer = runner.model.head
+        layer.register_forward_hook(lambda *call: seen.append((layer.training, call[-1].dtype)))
+        runner.train()
+
+    train(tmp_path / 'a')
+    train(tmp_path / 'b', **{'optim_wrapper.dtype': 'bfloat16', 'load_from': None})
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
+    assert 'Mixed precision is in bfloat16' in capsys.readouterr().out
+    with pytest.raises(UsageError, match="in float16 needs an accel.*optim_wrapper.dtype='bfloat"):
+        train(tmp_path / 'c', **{'optim_wrapper.dtype': 'float16'})
+
+
+def test_amp_on_an_accelerator_is_mmengines(monkeypatch):
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', dtype='float16')))
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    launch.prepare_precision(cfg)
+    assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper', dtype='float16')
 
 
 def test_auto_scale_lr_needs_a_batch_size():

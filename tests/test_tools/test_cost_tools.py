@@ -11,6 +11,7 @@ from torch import nn
 import mmpeft
 from mmpeft.analysis.explain import explain
 from mmpeft.analysis.operations import Operations
+from mmpeft.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = sorted((ROOT / 'configs/upstream').glob('*.py'))
@@ -27,6 +28,13 @@ def test_upstream_configs(tool, config, script, monkeypatch, capsys):
     script('tools/analysis_tools', tool).main()
     shown = capsys.readouterr().out
     assert ('GMAC in the adapted layers' if tool == 'explain' else '│ 1') in shown
+
+
+@pytest.mark.parametrize('tool', ['explain', 'memory_table'])
+def test_a_config_without_a_backbone(tool, script, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(ROOT / 'configs/_base_/runtime_det.py')])
+    with pytest.raises(UsageError, match='has no model.backbone'):
+        script('tools/analysis_tools', tool).main()
 
 
 def test_another_method_on_a_config(script, monkeypatch, capsys):

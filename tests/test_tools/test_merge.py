@@ -5,10 +5,16 @@ import pytest
 import torch
 
 import mmpeft
+from mmpeft.analysis.comparison import observe
+from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine import merging
-from mmpeft.engine.config import read_config
+from mmpeft.engine.building import adapt, build_model
+from mmpeft.engine.config import compose, read_config
+from mmpeft.engine.loading import load_whole
+from mmpeft.engine.merging import compare_merged
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
+from tests.cases import randomize
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
@@ -79,3 +85,70 @@ def test_given_images(merge, adapted_demo, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match='no image'):
         merge(*adapted_demo('ade20k'), tmp_path / 'other.pth', '--check-images', 'none.png')
     assert not (tmp_path / 'other.pth').exists()
+
+
+@pytest.mark.parametrize('tool, options', [('merge', '--check'), ('export_onnx', '--size 64 64')])
+def test_heads_of_other_classes(tool, options, script, adapted_demo, tmp_path, monkeypatch):
+    config, checkpoint = adapted_demo('coco')
+    monkeypatch.chdir(adapted_demo.folder)
+    classes = ['model.roi_head.bbox_head.num_classes=80', 'model.roi_head.mask_head.num_classes=80']
+    words = [tool, config, checkpoint, tmp_path / 'out.pth', *options.split(), '--cfg-options']
+    monkeypatch.setattr('sys.argv', [*map(str, words), *classes])
+    with pytest.raises(
+        UsageError, match=r'fc_cls\.bias: \(11,\) in the file, \(81,\) in the model'
+    ):
+        script('tools', tool).main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', ["'mmpeft.PEFTHook'", 'PEFTHook'])
+def test_the_hook_among_custom_hooks(kind, merge, adapted_demo, tmp_path, capsys):
+    """By name, or as the class."""
+    config, checkpoint = adapted_demo('ade20k')
+    text = config.read_text() + (
+        'from mmpeft.engine.hooks import PEFTHook\n'
+        "custom_hooks = [default_hooks.pop('peft')]\n"
+        f"custom_hooks[0]['type'] = {kind}\n"
+    )
+    other = adapted_demo.folder / 'custom_hooks.py'
+    other.write_text(text)
+    merge(other, checkpoint, tmp_path / 'out.pth')
+    assert 'merged ' in capsys.readouterr().out
+    assert 'PEFTHook' not in (tmp_path / 'out.py').read_text()
+
+
+def test_a_plain_checkpoint(merge, adapted_demo, tmp_path):
+    config, checkpoint = adapted_demo('ade20k')
+    merge(config, checkpoint, tmp_path / 'plain.pth')
+    with pytest.raises(UsageError, match='plain.pth holds no adapters, so there is nothing to'):
+        merge(config, tmp_path / 'plain.pth', tmp_path / 'out.pth')
+    assert not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('draws_each_time', [True, False])
+def test_a_model_that_draws_random_numbers(draws_each_time, scope):
+    """SegNeXt's bases, drawn in each forward pass, or in the first one and then kept."""
+    from mmseg.structures import SegDataSample
+
+    name = 'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py'
+    head = dict(
+        ham_channels=32,
+        channels=32,
+        norm_cfg=dict(type='GN', num_groups=8),
+        ham_kwargs=dict(MD_R=4, rand_init=draws_each_time),
+    )
+    cfg = compose(name, 'lora', {'model.decode_head': head, 'model.backbone.init_cfg': None})
+    model = build_model(cfg)
+    adapt(model, cfg)
+    randomize(model, std=0.02)
+    sample = SegDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    batch = dict(inputs=[image], data_samples=[sample])
+    before = observe(model, batch)
+    checkpoint = dict(meta=dict(mmpeft=describe(model)), state_dict=dict(model.state_dict()))
+    found = compare_merged(before, *merging.merged(model, cfg), batch)
+    assert [row.name for row in found if row.exceeds(1e-4)] == []
+    again = build_model(cfg)
+    adapt(again, cfg)
+    load_whole(again, checkpoint, 'It')  # with the bases, which a new model does not have yet
+    assert ('decode_head.hamburger.ham.bases' in again.state_dict()) is not draws_each_time

@@ -46,6 +46,8 @@ class AdapterCheckpointHook(Hook):
     def __init__(
         self, runner: Runner, base_checkpoint: str | None, save_frozen: bool, save_adapters: bool
     ):
+        if base_checkpoint and '://' not in base_checkpoint:
+            base_checkpoint = str(Path(base_checkpoint).absolute())
         self.base_checkpoint = base_checkpoint
         self.save_frozen = save_frozen
         self.save_adapters = save_adapters

@@ -8,7 +8,7 @@ optimizer and schedulers. Loading and resuming then find the structure.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -17,12 +17,13 @@ from mmengine.runner import Runner
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.resume import pending_source
-from mmpeft.errors import UsageError
+from mmpeft.errors import UsageError, near
 from mmpeft.injection.wrappers import is_sharded
 from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
 
 from .checkpoints import AdapterCheckpointHook
+from .fitting import load_checked
 from .monitor_hook import MonitorHook
 from .optimizer import rebuild_optimizer
 from .unwrap import unwrap
@@ -54,6 +55,9 @@ class PEFTHook(Hook):
         save_frozen: Keep the frozen base in checkpoints.
         save_adapters: Write an adapter file beside each checkpoint.
         check_base: Refuse adapters of another base.
+        check_whole: In testing and resuming, refuse a checkpoint that lacks
+            tensors of the model or has them in other shapes, such as a head of
+            other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
@@ -64,17 +68,25 @@ class PEFTHook(Hook):
 
     priority = 'HIGHEST'
 
-    method: Methods
+    method: Methods | None = None
     targets: Mapping | None = None
     unfreeze: str | Sequence[str] = ()
     base_checkpoint: str | None = None
     save_frozen: bool = False
     save_adapters: bool = True
     check_base: bool = True
+    check_whole: bool = True
     execution: str = 'auto'
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
+
+    def __new__(cls, *_, **arguments):
+        known = [field.name for field in fields(cls)]
+        for name in arguments:
+            if name not in known:
+                raise UsageError(f'PEFTHook has no argument {name!r}. {near(name, known)}')
+        return super().__new__(cls)
 
     def __post_init__(self):
         self._injections = injections(self.method, self.targets, self.unfreeze)
@@ -126,11 +138,16 @@ class PEFTHook(Hook):
         saved = self.base_checkpoint, self.save_frozen, self.save_adapters
         yield AdapterCheckpointHook(runner, *saved)
 
+    def before_train(self, runner):
+        """Refuse a teacher that follows an adapted student by its mean."""
+        _check_teacher(runner, unwrap(runner.model))
+
     def after_load_checkpoint(self, runner, checkpoint):
         """Check an adapter checkpoint and complete it with the base of this model."""
         model = unwrap(runner.model)
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
+        load_checked(runner, checkpoint, self.check_whole)
 
 
 def _add_penalty(model, args, kwargs, losses):
@@ -164,4 +181,20 @@ def _check_alone(runner):
             f'The config has {len(hooks)} hooks of type PEFTHook, and only one can adapt the '
             'model. Give one of them a list of methods, each with its targets: '
             'method=[dict(method=..., targets=...), ...].'
+        )
+
+
+def _check_teacher(runner, model):
+    """mmdet's semi-supervised detectors average parameters pair by pair, whatever their names."""
+    if not any(type(hook).__name__ == 'MeanTeacherHook' for hook in runner.hooks):
+        return
+    student, teacher = (
+        {name: p.shape for name, p in getattr(model, part).named_parameters()}
+        for part in ('student', 'teacher')
+    )
+    if student != teacher:
+        raise UsageError(
+            'MeanTeacherHook averages the parameters of the student into those of the teacher, and '
+            'adapters make them different. A semi-supervised detector cannot train with adapters. '
+            "Train its detector alone, by the detector's own config, or leave PEFTHook out."
         )

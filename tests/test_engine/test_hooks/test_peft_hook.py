@@ -18,6 +18,7 @@ from mmpeft.injection.weights import plain_key
 from mmpeft.methods import ActivationMethod, Adapter
 from tests.cases import FAMILIES, METHODS
 from tests.toy import (
+    ToyClassifier,
     by_iterations,
     same,
     save_weights,
@@ -351,6 +352,26 @@ def test_a_missing_base_is_named(plain_checkpoint, tmp_path):
     toy_runner(tmp_path / 'test', **changes).test()
 
 
+def test_the_base_is_found_from_another_folder(plain_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy_runner(tmp_path / 'run', load_from='plain/epoch_3.pth').train()
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    toy_runner(tmp_path / 'test', load_from=str(tmp_path / 'run/epoch_3.pth')).test()
+
+
+def test_a_mean_teacher_is_refused(tmp_path, scope):
+    from mmdet.engine.hooks import MeanTeacherHook
+
+    runner = toy_runner(tmp_path, **{'default_hooks.peft.targets.module': 'student.backbone'})
+    model = runner.model
+    model.student, model.teacher = (ToyClassifier(dict(type='ToyBackbone')) for _ in range(2))
+    model.teacher.requires_grad_(False)
+    runner.register_hook(MeanTeacherHook())
+    with pytest.raises(UsageError, match='MeanTeacherHook .* adapters make them different'):
+        runner.train()
+
+
 def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path):
     with pytest.raises(UsageError, match='holds no adapters.*omit --resume'):
         toy_runner(tmp_path / 'run', load_from=plain_checkpoint, resume=True).train()
@@ -366,6 +387,9 @@ def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path)
         ({'default_hooks.peft.targets': dict(include=['fcc'])}, "'fcc' matches no weight.*fc"),
         ({'default_hooks.peft.method.rank': 400}, 'largest possible is 16'),
         ({'default_hooks.peft.unfreeze': ['nrm']}, "'nrm' matches no parameter"),
+        ({'default_hooks.peft.save_forzen': True}, "no argument 'save_forzen'.*'save_frozen'"),
+        ({'default_hooks.peft.method': None}, "A method is a dict such as dict.type='FLoRA'"),
+        ({'default_hooks.peft.method.rank': 8.0}, 'rank=8.0 must be one integer or a tuple'),
         ({'default_hooks.peft.execution': 'fast'}, "'fast' is not one of 'auto'"),
         (
             {'default_hooks.second': dict(type='mmpeft.PEFTHook', method=dict(type='LoRA'))},
