@@ -218,7 +218,7 @@ def test_make_installs_again_only_when_the_lock_changes(tmp_path):
     for path in ('Makefile', 'setup.py', 'requirements/install.sh'):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
-    shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
+    shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements', dirs_exist_ok=True)
     install = tmp_path / 'requirements/install.sh'
     install.write_text('#!/bin/sh\necho installing; mkdir -p "$1"; test ! -e interrupted\n')
     make = ['make', 'install', 'VENV=venv']
