@@ -20,8 +20,8 @@ MIM = ROOT / 'mmpeft/.mim'
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.py'))
 LOCK = sorted((ROOT / 'requirements').glob('*.txt'))
 
-# Named by packages of the lock and left out of it: see requirements/runtime.txt.
-LEFT_OUT = {'opencv-python', 'imagecorruptions-imaug', 'modelindex', 'mat4py'}
+# Named by packages of the lock and left out of it: see requirements/runtime.txt and dev.txt.
+LEFT_OUT = {'opencv-python', 'imagecorruptions-imaug', 'modelindex', 'mat4py', 'httpx'}
 
 WITHOUT_EXTRAS = """
 import sys

@@ -183,9 +183,9 @@ class Monitor:
         (self.detach if error else self.close)()
 
     def _watch_loss(self):
-        return [self.model.register_forward_hook(self._note_loss)]
+        note = torch.compiler.disable(self._note_loss)  # here, since it imports torch's compiler
+        return [self.model.register_forward_hook(note)]
 
-    @torch.compiler.disable
     def _note_loss(self, module, args, output):
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.ndim:
