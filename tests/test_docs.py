@@ -20,7 +20,8 @@ from mmpeft.engine.packages import import_task
 from mmpeft.registry import HOOKS
 from tests.allocating import network
 from tests.cases import randomize
-from tests.zoo import TIMM, VISION, WORDS
+from tests.hf_zoo import VISION, WORDS
+from tests.zoo import TIMM
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import mmpeft
 from mmpeft.injection.reentrant import _trains
 from mmpeft.injection.site import adapter_parameters, named_adapters
-from tests.zoo import HF, TIMM, Network
+from tests.hf_zoo import HF
+from tests.zoo import TIMM, Network
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 

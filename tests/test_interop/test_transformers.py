@@ -10,7 +10,7 @@ import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.errors import MissingFileError, TrainingError
 from mmpeft.interop.transformers import PEFTCallback
-from tests.zoo import WORDS
+from tests.hf_zoo import WORDS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 ADALORA = dict(type='AdaLoRA', rank=1, warmup=1, settle=3, every=2)
