@@ -33,6 +33,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.merge import MERGED
 from mmpeft.methods import ActivationMethod, Adapter
 from tests.cases import METHODS, randomize
+from tests.comparing import plain_of
 from tests.lives import (
     BLOCKS,
     TOLERANCE,
@@ -114,9 +115,9 @@ def flags(model):
 
 
 def answer(model, x):
-    """What a model gives in evaluation, whatever of it trains, which torch chooses kernels by."""
+    """What a model gives in evaluation by torch's parametrize, whatever of it trains."""
     with torch.no_grad():
-        return copy.deepcopy(model).eval().requires_grad_(False)(x)
+        return plain_of(model).eval().requires_grad_(False)(x)
 
 
 def traces(model):
