@@ -12,12 +12,8 @@ def shard_adapters(module: nn.Module, **arguments) -> None:
     """Shard a module's adapters as one group in their own dtype, before the module is sharded.
 
     ``fully_shard(block, mp_policy=...)`` casts everything in a block for its forward, so that
-    factors would be computed in bfloat16. What was sharded before keeps its own policy::
-
-        for block in model.blocks:
-            shard_adapters(block)
-            fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    factors would be computed in bfloat16. What was sharded before keeps its own policy.
+    docs/api.md has an example.
 
     The factors are gathered whenever a weight is built, which fast kernels leave to torch.
 
