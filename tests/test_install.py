@@ -67,11 +67,11 @@ def setup_arguments():
     return arguments
 
 
-@pytest.mark.slow
 def run(*command, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
+@pytest.mark.slow
 def test_core_works_with_torch_and_mmengine_alone():
     done = run(sys.executable, '-c', WITHOUT_EXTRAS, cwd=ROOT)
     assert done.returncode == 0, done.stderr

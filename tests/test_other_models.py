@@ -406,7 +406,6 @@ def test_tables_of_relative_positions_can_be_thawed():
         assert not block.norm1.weight.requires_grad
 
 
-@pytest.mark.slow
 def test_rates():
     """The backbone's own, not a tenth of it; and layer by layer by the names that layers have."""
     keys = {f'backbone.stages.{stage}': dict(lr_mult=0.5 ** (3 - stage)) for stage in range(4)}
@@ -423,6 +422,7 @@ def test_rates():
     )
 
 
+@pytest.mark.slow
 def test_adapters_in_frozen_stages_stop_the_run(workplace):
     cfg = config('rtmdet_tiny_coco', **{'model.backbone.frozen_stages': 0})
     pretrain(cfg)

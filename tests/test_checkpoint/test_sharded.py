@@ -16,6 +16,8 @@ from mmpeft.checkpoint.fingerprint import fingerprint
 from tests.test_checkpoint import sharded_run
 from tests.test_checkpoint.sharded_run import METHODS, TARGETS, batch, network, train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WAYS = ('ddp', 'fsdp1', 'fsdp2')
 SHARDED = WAYS[1:]

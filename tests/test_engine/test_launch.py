@@ -167,6 +167,7 @@ def test_two_processes_test_with_flips_and_pictures(tiny, trained):
     assert composed.read_text() == before and "type='LoRA'" in before
 
 
+@pytest.mark.slow
 def test_missing_data_is_one_paragraph(tiny, tmp_path):
     """From the command line: no traceback, no work directory, the key and the file."""
     (tmp_path / 'other.py').write_text(

@@ -142,6 +142,7 @@ def spawned(rank, model, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_spawned(tmp_path):
     """As Lightning's ``ddp_spawn`` does: the model is pickled for each process."""
     model = make(dict(type='DoRA', rank=2))

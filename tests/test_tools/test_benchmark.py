@@ -78,12 +78,12 @@ def call(monkeypatch, tmp_path):
     return tool
 
 
-@pytest.mark.slow
 def step_of(name, workload, rank=2, **kwargs):
     model = variants.build(name, workload.build(), rank)
     return steps.Step(model, workload.batch(), **kwargs)
 
 
+@pytest.mark.slow
 def test_a_network_from_measuring_to_tables_and_plots(call, tmp_path, monkeypatch, capsys):
     done = call('--workloads', TINY, '--variants', 'flora', '--ranks', 2, 4, '--rounds', 1)
     assert done.mode == 'train'
@@ -400,7 +400,6 @@ def test_documents(tmp_path):
     assert path.read_text() == 'no marks'
 
 
-@pytest.mark.slow
 def test_the_page_holds_the_stored_results():
     """docs/performance.md and docs/images are what report.py makes of docs/benchmark."""
     files = sorted((ROOT / 'docs/benchmark').glob('*.jsonl'))
@@ -411,6 +410,7 @@ def test_the_page_holds_the_stored_results():
     assert {result.variant for run in runs for result in run.results} <= set(variants.VARIANTS)
 
 
+@pytest.mark.slow
 def test_plots_of_stored_results(tmp_path):
     runs = [run for path in (ROOT / 'docs/benchmark').glob('*.jsonl') for run in records.read(path)]
     for run in runs:

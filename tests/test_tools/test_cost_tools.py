@@ -37,6 +37,7 @@ def test_a_config_without_a_backbone(tool, script, monkeypatch):
         script('tools/analysis_tools', tool).main()
 
 
+@pytest.mark.slow
 def test_another_method_on_a_config(script, monkeypatch, capsys):
     words = [str(ROOT / 'configs/upstream/rtmdet_tiny_coco.py'), '--method', 'lora']
     words += ['--size', '64', '64', '--cfg-options', 'default_hooks.peft.method.rank=4']

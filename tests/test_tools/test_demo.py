@@ -69,7 +69,6 @@ def test_unknown_names_are_refused(method, task, expected, experiment):
     assert expected in str(error.value)
 
 
-@pytest.mark.slow
 def test_tools_are_called_with_the_composed_config(experiment, place):
     run = experiment.Experiment('flora', 'coco', seed=3)
     words = ' '.join(map(str, run.training().command))
@@ -84,6 +83,7 @@ def test_tools_are_called_with_the_composed_config(experiment, place):
     assert run.testing(merged=True).command[1:3] == [run.folder / 'merged.py', run.merged]
 
 
+@pytest.mark.slow
 def test_runs_start_anew_when_what_they_depend_on_changes(experiment, place):
     run = experiment.Experiment('houlsby', 'coco', seed=3)
     assert not run.merges

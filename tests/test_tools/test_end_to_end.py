@@ -258,6 +258,7 @@ def test_mistakes_end_in_one_paragraph(option, expected, train, workplace):
     assert not list(workplace.glob('mistake/*.pth'))
 
 
+@pytest.mark.slow
 def test_a_shell_shows_the_paragraph_alone(tmp_path):
     """And merging overwrites nothing."""
     out, checkpoint = tmp_path / 'model.pth', tmp_path / 'any.pth'

@@ -15,6 +15,8 @@ SCRIPT = Path(__file__).with_name('distributed_run.py')
 DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[3]
 
+pytestmark = pytest.mark.slow
+
 
 def launch(processes, script, *arguments):
     """A script in one process, or in several over gloo."""
@@ -163,8 +165,6 @@ from mmengine.dist import get_rank
 
 from mmpeft.engine.launch import build_runner
 from tests.toy import toy_config
-
-pytestmark = pytest.mark.slow
 
 runner = build_runner(
     toy_config({folder!r}, **{{'launcher': 'pytorch', 'experiment_name': 'alone'}})

@@ -109,13 +109,13 @@ def test_accumulated_gradients_count_by_the_step(tmp_path):
         run(tmp_path / 'many', spoil_batch([1, 6, 7]), stop=9, **changes)
 
 
-@pytest.mark.slow
 def test_clipping_does_not_hide_where_it_begins(tmp_path):
     clip = {'optim_wrapper.clip_grad': dict(max_norm=1.0)}
     with pytest.raises(TrainingError, match=re.compile(BACKWARD, re.DOTALL)):
         run(tmp_path, on_outputs('backbone.stage.0', rough), **clip)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_guarded(tmp_path):
     changes = {'compile': dict(backend='eager'), 'model.backbone.dropout': 0.0}
     run(tmp_path / 'once', spoil_batch([3]), stop=5, **changes)
