@@ -119,8 +119,6 @@ def images_and_labels(batches=20):
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 @pytest.mark.parametrize('section', ['A loop of your own', 'Accelerate', 'Lightning'])
 def test_anywhere_in_loops(section, tmp_path, monkeypatch):
-    if section == 'Lightning':
-        pytest.importorskip('pytorch_lightning')
     names = dict(model=network().float(), loader=images_and_labels())
     names = anywhere(section, monkeypatch, tmp_path, **names)
     monitor = names.get('monitor') or names['classifier'].monitor
@@ -149,7 +147,8 @@ def test_anywhere_in_a_trainer(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 def test_anywhere_in_diffusers(tmp_path, monkeypatch):
-    diffusers = pytest.importorskip('diffusers')
+    import diffusers
+
     blocks = dict(down_block_types=['CrossAttnDownBlock2D'], up_block_types=['CrossAttnUpBlock2D'])
     size = dict(block_out_channels=[8], norm_num_groups=4, layers_per_block=1, sample_size=8)
     unet = diffusers.UNet2DConditionModel(

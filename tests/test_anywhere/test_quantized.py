@@ -84,7 +84,8 @@ def test_a_model_that_transformers_quantized(mark):
 
 
 def test_tensors_of_torchao():
-    quantization = pytest.importorskip('torchao.quantization')
+    from torchao import quantization
+
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     config = quantization.Int8WeightOnlyConfig()
     quantization.quantize_(model, config, lambda module, name: name == '1')

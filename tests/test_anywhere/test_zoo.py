@@ -50,8 +50,6 @@ def converted(node, dtype):
 
 @pytest.mark.parametrize('name, method', PAIRS)
 def test_the_whole_way(name, method, dtype, tmp_path):
-    if name.endswith('unet'):
-        pytest.importorskip('diffusers')
     model, given = ZOO[name].build().eval(), converted(ZOO[name].inputs(), dtype)
     plain = copy.deepcopy(model)
 

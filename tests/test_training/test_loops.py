@@ -61,7 +61,7 @@ def test_accelerate(tmp_path):
 
 
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip('pytorch_lightning')
+    import pytorch_lightning as lightning
 
     class Module(lightning.LightningModule):
         def __init__(self):
