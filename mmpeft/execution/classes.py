@@ -32,7 +32,7 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
     layer.__class__ = type(kind.__name__, (Changed, mixin, kind), content)
 
 
-def restore_class(layer: nn.Module, mixin: type = object) -> None:
+def restore_class(layer: nn.Module, mixin: type) -> None:
     """Undo the last :func:`change_class` of a layer, if it was by this mixin."""
     if is_changed(layer) and issubclass(type(layer).__bases__[1], mixin):
         layer.__class__ = type(layer).__bases__[2]

@@ -10,7 +10,6 @@ import torch
 from records import PHASES
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils import parametrize
 from variants import trained
 
 from mmpeft.analysis.operations import Operations
@@ -58,8 +57,7 @@ class Step:
         """Seconds of each phase."""
         if not self.evaluates:
             return self.timed(self.loss, Tensor.backward, self.update)
-        with torch.no_grad(), parametrize.cached():
-            self.forward()  # builds the weights
+        with torch.no_grad():
             return self.timed(self.forward)
 
     def median_of(self, times: int) -> dict[str, float]:
