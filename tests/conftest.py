@@ -1,4 +1,4 @@
-"""What all tests share: no GPU, one seed, one thread, scripts as modules, the default scope."""
+"""What all tests share: no GPU, one seed, one process, scripts as modules, the default scope."""
 
 import os
 import sys
@@ -16,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_threads():
+def _one_process():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    yield
+    left = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & {*os.environ}
+    assert not left, f'{left} would make the next test one process of several'
 
 
 @pytest.fixture(scope='session')

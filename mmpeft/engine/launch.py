@@ -84,7 +84,8 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
         UsageError: The config, data or a package is missing, or method and
             options do not fit.
     """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher != 'none':
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = compose(args.config, args.method, args.cfg_options)
     cfg.launcher = args.launcher
     own = None if args.method else cfg.get('work_dir')

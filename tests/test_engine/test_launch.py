@@ -1,5 +1,6 @@
 """The launch tools, from the command line on a COCO set of a few images."""
 
+import argparse
 import json
 import os
 import pickle
@@ -206,6 +207,17 @@ def test_slurm_passes_arguments_on(tmp_path):
     assert ['-p', 'part'] == words[:2]
     assert {'--ntasks=16', '--gres=gpu:8', '-x', 'n1', 'a config.py', '--work-dir=out'} <= {*words}
     assert words[-4:-1] == ['--amp', '--launcher', 'slurm']
+
+
+@pytest.mark.parametrize('launcher', ['none', 'pytorch'])
+def test_a_local_rank_is_set_for_launched_processes_only(monkeypatch, launcher):
+    monkeypatch.setenv('LOCAL_RANK', 'put back')
+    monkeypatch.delenv('LOCAL_RANK')
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    config = str(ROOT / 'configs/frozen/convnext_coco.py')
+    launch.load_config(parser.parse_args([config, '--launcher', launcher]))
+    assert os.environ.get('LOCAL_RANK') == dict(none=None, pytorch='0')[launcher]
 
 
 def test_checkpoint_that_does_not_exist(tmp_path):
