@@ -36,7 +36,7 @@ EXTRAS = {
         'mat4py',  # mmpretrain's multimodal models, which it imports beside transformers
         'onedl-mmpretrain>=1.3.6,<2',
         'peft>=0.21',
-        'pytest>=8',
+        'pytest>=9',
         'ruff>=0.12',
         'scikit-learn>=1.5',
         'transformers>=4.53,<5',  # mmpretrain does not import beside transformers 5

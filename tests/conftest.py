@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _one_process():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed notes the stack for each accelerator
     torch.set_num_threads(1)
     yield
     left = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & {*os.environ}

@@ -36,7 +36,8 @@ def make_adapters(
         execution: One of ``mmpeft.execution.CHOICES``.
     """
     adapters, shared = {}, {}
-    for site in track(sites, 'adapters', transient=True, disable=not sys.stderr.isatty()):
+    terminal = sys.stderr.isatty()  # without one, track would start a thread for nothing
+    for site in track(sites, 'adapters', transient=True) if terminal else sites:
         if site.tie_key in adapters:
             continue
         kind = WeightAdapter if site.tensor else ActivationAdapter

@@ -7,6 +7,7 @@ layer of a group, and which variant of a method, changes from one to the next.
 
 import copy
 from dataclasses import replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def rotated():
 PAIRS = list(rotated())
 
 
+class Case:
+    """A layer or a network, plain and adapted by a method."""
+
+    def __init__(self, place, name, folder):
+        self.place, self.name, self.folder = place, name, folder
+        self.layer, self.config = (LAYERS | BLOCKS)[place], METHODS[name]
+        self.method = self.config['type']
+
+    @cached_property
+    def plain(self):
+        return self.layer.build()
+
+    @cached_property
+    def model(self):
+        adapted = copy.deepcopy(self.plain)
+        inject(adapted, self.config)
+        return adapted
+
+
 def method_of(case):
     return METHODS[case[1]]['type']
 
@@ -74,35 +94,22 @@ def starts_as_identity(case):
 
 
 def over(cases, condition=lambda case: True):
-    """Let a test run over those pairs of a layer and a method that meet a condition."""
-    return pytest.mark.parametrize('case', filter(condition, cases), ids='-'.join, indirect=True)
+    """Let a test run over those pairs that meet a condition: a test a method, a subtest a layer."""
+    places = {}
+    for place, name in filter(condition, cases):
+        places.setdefault(name, []).append(place)
 
+    def of_every_method(check):
+        @pytest.mark.parametrize('name', places)
+        def test(name, subtests, tmp_path):
+            for place in places[name]:
+                with subtests.test(place):
+                    torch.default_generator.manual_seed(0)
+                    check(Case(place, name, tmp_path))
 
-@pytest.fixture
-def case(request):
-    return request.param
+        return test
 
-
-@pytest.fixture
-def layer(case):
-    return (LAYERS | BLOCKS)[case[0]]
-
-
-@pytest.fixture
-def config(case):
-    return METHODS[case[1]]
-
-
-@pytest.fixture
-def plain(layer):
-    return layer.build()
-
-
-@pytest.fixture
-def model(plain, config):
-    adapted = copy.deepcopy(plain)
-    inject(adapted, config)
-    return adapted
+    return of_every_method
 
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -139,21 +146,21 @@ def test_every_layer_and_every_method_is_in_a_pair():
 
 @over(EVERYWHERE, starts_as_identity)
 @torch.no_grad()
-def test_identity_at_start_to_the_last_bit(plain, model, layer, config):
+def test_identity_at_start_to_the_last_bit(case):
+    plain, model, x = case.plain, case.model, case.layer.input()
     # Attention picks its kernel by whether its weights require a gradient.
-    plain.requires_grad_(config['type'] == 'Full')
-    x = layer.input()
+    plain.requires_grad_(case.method == 'Full')
     assert torch.equal(model(x), plain(x))
     assert torch.equal(model.eval()(x), plain.eval()(x))
 
 
 @over(EVERYWHERE, has_adapters)
-def test_gradients_against_finite_differences(model, layer):
+def test_gradients_against_finite_differences(case):
+    model, x = case.model, case.layer.input()
     randomize(model)
     adapters = {id(p) for p in adapter_parameters(model)}
     names = [n for n, p in model.named_parameters() if id(p) in adapters]
     values = [dict(model.named_parameters())[n].detach().requires_grad_() for n in names]
-    x = layer.input()
 
     def output(*parameters):
         return functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
@@ -162,9 +169,9 @@ def test_gradients_against_finite_differences(model, layer):
 
 
 @over(ON_WEIGHTS)
-def test_merged_equals_attached(model, plain, layer):
+def test_merged_equals_attached(case):
+    plain, model, x = case.plain, case.model, case.layer.input()
     randomize(model)
-    x = layer.input()
     attached = model(x)
     mmpeft.merge(model)
     assert set(model.state_dict()) == set(plain.state_dict())
@@ -176,9 +183,10 @@ def test_merged_equals_attached(model, plain, layer):
 
 
 @over(ON_ACTIVATIONS)
-def test_merging_is_refused_and_leaves_the_model_as_it_was(model, layer):
+def test_merging_is_refused_and_leaves_the_model_as_it_was(case):
+    model, x = case.model, case.layer.input()
     randomize(model)
-    x, modes = layer.input(), [m.training for m in model.modules()]
+    modes = [m.training for m in model.modules()]
     state, attached = copy.deepcopy(model.state_dict()), model(x)
     with pytest.raises(UsageError, match='cannot be merged'):
         mmpeft.merge(model)
@@ -189,33 +197,34 @@ def test_merging_is_refused_and_leaves_the_model_as_it_was(model, layer):
 
 
 @over(PAIRS)
-def test_adapters_alone_receive_gradients(model, layer, config):
+def test_adapters_alone_receive_gradients(case):
+    model = case.model
     adapters = [m for m in model.modules() if isinstance(m, Adapter)]
-    assert bool(adapters) is mmpeft.METHODS.build(config).adapts
+    assert bool(adapters) is mmpeft.METHODS.build(case.config).adapts
     assert all(list(adapter.parameters()) for adapter in adapters)
-    loss = model(layer.input()).square().mean()
+    loss = model(case.layer.input()).square().mean()
     if loss.requires_grad:
         loss.backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     own = {id(p) for p in adapter_parameters(model)}
-    trained = {n for n, p in model.named_parameters() if config['type'] == 'Full' or id(p) in own}
+    trained = {n for n, p in model.named_parameters() if case.method == 'Full' or id(p) in own}
     assert with_gradient == trained
 
 
 @over(PAIRS, has_adapters)
-def test_every_adapter_parameter_moves_in_training(model, layer):
-    named = dict(model.named_parameters(remove_duplicate=False))
+def test_every_adapter_parameter_moves_in_training(case):
+    named = dict(case.model.named_parameters(remove_duplicate=False))
     before = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
-    train(model, layer.input(), steps=5)
+    train(case.model, case.layer.input(), steps=5)
     still = {name for name, value in before.items() if torch.equal(value, named[name])}
     # The softmax of attention cancels the bias of its keys.
     assert still == {name for name in before if name.endswith('attn.k_proj_bias')}
 
 
 @over(PAIRS, lambda case: method_of(case) != 'Full')
-def test_frozen_weights_stay_and_removal_brings_the_base_back(plain, model, layer):
+def test_frozen_weights_stay_and_removal_brings_the_base_back(case):
+    plain, model, x = case.plain, case.model, case.layer.input()
     parameters = {id(p) for p in model.parameters()}
-    x = layer.input()
     train(model, x)
     mmpeft.remove(model)
     assert {id(p) for p in model.parameters()} <= parameters
@@ -228,8 +237,8 @@ def test_frozen_weights_stay_and_removal_brings_the_base_back(plain, model, laye
 
 
 @over(PAIRS, lambda case: method_of(case) == 'Full')
-def test_removal_keeps_what_full_finetuning_trained(plain, model, layer):
-    x = layer.input()
+def test_removal_keeps_what_full_finetuning_trained(case):
+    plain, model, x = case.plain, case.model, case.layer.input()
     train(model, x)
     trained = model(x)
     mmpeft.remove(model)
@@ -238,25 +247,25 @@ def test_removal_keeps_what_full_finetuning_trained(plain, model, layer):
 
 
 @over(PAIRS)
-def test_save_and_load(plain, model, layer, config, tmp_path):
+def test_save_and_load(case):
+    model, x = case.model, case.layer.input()
     randomize(model)
-    x = layer.input()
-    path = mmpeft.save_adapter(model, tmp_path / 'adapter.safetensors')
+    path = mmpeft.save_adapter(model, case.folder / f'{case.place}.safetensors')
     state = mmpeft.adapter_state_dict(model)
     assert not any(key.endswith('original') for key in state)
-    fresh = copy.deepcopy(plain)
+    fresh = copy.deepcopy(case.plain)
     mmpeft.load_adapter(fresh, path)
     assert torch.equal(fresh(x), model(x))
-    again = copy.deepcopy(plain)
-    inject(again, config)
+    again = copy.deepcopy(case.plain)
+    inject(again, case.config)
     mmpeft.load_adapter(again, path)
     assert torch.equal(again(x), model(x))
 
 
 @over(PAIRS, has_adapters)
-def test_a_copy_is_independent(model, layer):
+def test_a_copy_is_independent(case):
+    model, x = case.model, case.layer.input()
     randomize(model)
-    x = layer.input()
     copied = copy.deepcopy(model)
     before = model(x)
     assert torch.equal(copied(x), before)
@@ -265,42 +274,38 @@ def test_a_copy_is_independent(model, layer):
     assert not torch.equal(copied(x), before)
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+def in_turn(pairs):
+    """A dtype for each pair, in turn, so that each method and each group of layers has each."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    return {pair: dtypes[(n + n // len(GROUPS)) % 3] for n, pair in enumerate(pairs)}
 
 
-def in_turn(cases):
-    """Cases with the dtypes in turn, so that each method and each group of layers has each."""
-    dtypes = [DTYPES[(number + number // len(GROUPS)) % 3] for number in range(len(cases))]
-    return [
-        pytest.param(case, dtype, id=f'{"-".join(case)}-{dtype}')
-        for case, dtype in zip(cases, dtypes, strict=True)
-    ]
+DTYPES = in_turn([pair for pair in PAIRS if pair in ON_WEIGHTS])
 
 
-@pytest.mark.parametrize(
-    'case, dtype', in_turn([pair for pair in PAIRS if pair in ON_WEIGHTS]), indirect=['case']
-)
-def test_dtypes_on_weights(layer, config, dtype):
-    x, attached, model = computed_in(layer, config, dtype)
+@over(DTYPES)
+def test_dtypes_on_weights(case):
+    dtype = DTYPES[case.place, case.name]
+    x, attached, model = computed_in(dtype, case)
     mmpeft.merge(model)
     half = dict(rtol=0.02, atol=0.02)
     tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else half
     torch.testing.assert_close(model(x), attached, **tolerance)
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
 @over(ON_ACTIVATIONS)
-def test_dtypes_on_activations(layer, config, dtype, case):
-    computed_in(layer, config, dtype, starts_as_identity(case))
+def test_dtypes_on_activations(case):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        computed_in(dtype, case)
 
 
-def computed_in(layer, config, dtype, identity=True):
+def computed_in(dtype, case):
     """Input, output and model in a dtype; adapters have float32."""
-    model, x = layer.build(dtype), layer.input(dtype)
+    model, x = case.layer.build(dtype), case.layer.input(dtype)
     before = model(x)
     assert before.dtype == dtype
-    inject(model, config)
-    if identity:
+    inject(model, case.config)
+    if starts_as_identity((case.place, case.name)):
         torch.testing.assert_close(model(x), before)
     assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
     randomize(model, 0.1)
@@ -310,11 +315,11 @@ def computed_in(layer, config, dtype, identity=True):
 
 
 @over(PAIRS)
-def test_counts_on_the_meta_device(layer, config):
-    real = inject(layer.build(), config)
+def test_counts_on_the_meta_device(case):
+    real = inject(case.layer.build(), case.config)
     with torch.device('meta'):
-        empty = layer.build()
-    counted = inject(empty, config)
+        empty = case.layer.build()
+    counted = inject(empty, case.config)
     for summary in (real, counted):  # scales that follow the weights are open there
         summary.rows = [replace(row, method='') for row in summary.rows]
     assert counted.to_dict() == real.to_dict()
