@@ -35,18 +35,18 @@ class ChannelsLast:
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """y (..., O) + x (..., I) through (O, I), in the memory of y and rounded once."""
-        return y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.T).view(y.shape)
+        return y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(y.shape)
 
     @staticmethod
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         """The sum over positions of dy (..., O) times x (..., I): (O, I)."""
-        dy, x = dy.flatten(0, -2).T, x.flatten(0, -2).T
+        dy, x = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]).T
         return onednn.weight_grad(dy, x) if onednn.pays(dy, x) else dy @ x.T
 
     @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
         """The sum over positions of dy (..., O): (O,)."""
-        return dy.flatten(0, -2).sum(0)
+        return dy.reshape(-1, dy.shape[-1]).sum(0)
 
 
 class ChannelsFirst:
