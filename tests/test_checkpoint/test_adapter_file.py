@@ -103,6 +103,35 @@ def test_another_head_is_refused_before_anything_is_loaded(model, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        if not hasattr(self, 'bases'):
+            self.register_buffer('bases', torch.rand(3))
+        return self.head(self.body(x) * self.bases)
+
+
+def test_a_buffer_that_is_made_in_the_first_forward_pass_is_stored_and_loaded(tmp_path):
+    """Into an adapted model and a plain one; a library, whose base has none, refuses it."""
+    base, x = Late(), torch.randn(2, 3)
+    model, adapted = copy.deepcopy(base), copy.deepcopy(base)
+    mmpeft.inject(model, METHOD, dict(module='body'))
+    mmpeft.inject(adapted, METHOD, dict(module='body'))
+    randomize(model)
+    expected = model(x)
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    with pytest.raises(UsageError, match="'bases': .* none in the model"):
+        mmpeft.AdapterLibrary(base).load('a', path)
+    for other in (adapted, base):
+        mmpeft.load_adapter(other, path)
+        assert torch.equal(other(x), expected)
+    mmpeft.merge(base)
+    assert torch.equal(base.state_dict()['bases'], model.bases)
+
+
 def test_other_dtypes_are_let_in_with_another_base_alone(model, tmp_path):
     path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
     double = mmpeft.remove(model).double()
