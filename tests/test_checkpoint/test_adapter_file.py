@@ -50,6 +50,18 @@ def test_a_file_says_what_it_is(model, tmp_path):
     assert description['parameters'] == mmpeft.summary(model).adapters > 0
 
 
+def test_files_of_one_state_are_equal_byte_for_byte(tmp_path):
+    """Whatever is in names and in the manifest, and in what order adapters were made."""
+    model = nn.ModuleDict({'größe "\\\x7f\n': nn.Linear(3, 3), '\U0001f600': nn.Linear(3, 3)})
+    mmpeft.inject(model, METHOD)
+    paths = [mmpeft.save_adapter(model, tmp_path / f'{i}' / 'a.safetensors') for i in range(8)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert len({adapter_file.json_beside(path).read_bytes() for path in paths}) == 1
+    state = mmpeft.adapter_state_dict(model)
+    _, read = read_adapter(paths[0])
+    assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
+
+
 def test_the_json_beside_it_says_the_same_and_more(model, tmp_path):
     path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
     assert {p.name for p in tmp_path.iterdir()} == {'a.safetensors', 'a.safetensors.json'}
