@@ -23,9 +23,7 @@ it takes its place; a dynamic one on another batch and another size, too.
 import argparse
 from pathlib import Path
 
-import torch
-
-from mmpeft.analysis.comparison import BOUNDS, quantity, table
+from mmpeft.analysis.comparison import quantity, table
 from mmpeft.engine.inference import init_model
 from mmpeft.engine.launch import add_arguments, load_config, run
 from mmpeft.engine.merging import plain_config, refuse_existing
@@ -50,9 +48,7 @@ def parse_args():
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images')
     parser.add_argument('--batch', type=int, default=1, help='images at once')
     parser.add_argument('--dynamic', action='store_true', help='leave batch and size open')
-    parser.add_argument(
-        '--bound', type=float, default=BOUNDS[torch.float32], help='largest relative difference'
-    )
+    parser.add_argument('--bound', type=float, default=1e-4, help='largest relative difference')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
     return parser.parse_args()
 

@@ -50,7 +50,7 @@ def parse_args():
     parser.add_argument(
         '--bound',
         type=float,
-        help='largest relative difference; 1e-4 in float32, 5e-2 where weights are bfloat16',
+        help='largest relative difference of maps; 1e-5 in float32, 5e-2 with weights in bfloat16',
     )
     parser.add_argument(
         '--write-failed', action='store_true', help='write OUT even if the check fails'

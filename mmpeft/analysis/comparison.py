@@ -1,8 +1,10 @@
 """Whether two models compute the same: their maps and predictions on one batch, as numbers.
 
 Quantities are compared by the largest difference, relative to the largest
-value. Decisions (which boxes survive, which pixels a mask has) change where
-two numbers are equal up to rounding, so a small share of them may differ.
+value; the corners of a box to its own largest coordinate. Predictions may
+differ more than maps, because heads enlarge rounding: the size of a box is an
+exponential. Decisions (which boxes survive, which pixels a mask has) change
+where two numbers are equal up to rounding, so a small share of them may differ.
 """
 
 import copy
@@ -16,12 +18,19 @@ from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import UsageError
 
-from .instances import corners_of, paired
+from .instances import NEAR, corners_of, paired, ties
 
 DECISIONS = 0.01
 """The share of decisions that may differ."""
 
-BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TIES = 0.1
+"""The share of instances of which one model keeps another one of equal score."""
+
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The relative difference of maps that rounding may make."""
+
+HEADS = 10
+"""How many times more the numbers of predictions may differ, up to what makes two boxes one."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,25 @@ class Difference:
             the share that differs.
         absolute: The largest difference; None for decisions.
         of: What was compared, in words.
+        share: Of decisions, the share that may differ.
+        heads: Whether it is a number that heads have computed.
     """
 
     name: str
     relative: float
     absolute: float | None
     of: str
+    share: float | None = None
+    heads: bool = False
 
     def exceeds(self, bound: float) -> bool:
-        """Whether it is more than a bound allows, or NaN."""
+        """Whether it is more than a bound of maps allows, or NaN."""
         return not self.relative <= self._allowed(bound)
 
     def _allowed(self, bound):
-        return DECISIONS if self.absolute is None else bound
+        if self.share is not None:
+            return self.share
+        return max(bound, min(HEADS * bound, NEAR)) if self.heads else bound
 
 
 def default_bound(module: nn.Module) -> float:
@@ -98,27 +113,43 @@ def differences(one: Mapping, other: Mapping) -> list[Difference]:
         found += _instances([(a.pred_instances, b.pred_instances) for a, b in pairs])
     if pairs and 'seg_logits' in pairs[0][0]:
         logits = [(a.seg_logits.data, b.seg_logits.data) for a, b in pairs]
-        found.append(quantity('logits', logits))
+        found.append(quantity('logits', logits, heads=True))
+    if pairs and 'pred_score' in pairs[0][0]:
+        scores = [(a.pred_score, b.pred_score) for a, b in pairs]
+        found.append(quantity('scores of classes', scores, heads=True))
     if pairs and 'pred_sem_seg' in pairs[0][0]:
         maps = [(a.pred_sem_seg.data, b.pred_sem_seg.data) for a, b in pairs]
         found.append(_pixels('segmentation map', maps))
     return found
 
 
-def quantity(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+def quantity(
+    name: str, pairs: Iterable[tuple[Tensor, Tensor]], heads: bool = False, rows: bool = False
+) -> Difference:
     """The largest difference in pairs, absolute and relative to the largest second value.
+
+    Args:
+        name: Of the output.
+        pairs: Of tensors of equal shapes.
+        heads: Whether heads have computed them.
+        rows: Take each row (dimension 0) relative to the largest value in it.
 
     Raises:
         UsageError: The shapes of a pair differ.
     """
-    pairs = list(pairs)
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in pairs]
     if any(a.shape != b.shape for a, b in pairs):
         raise UsageError(f'{name}: the models give tensors of other shapes.')
-    sides = [[pair[side].double().flatten().cpu() for pair in pairs] for side in (0, 1)]
-    one, other = (torch.cat([torch.zeros(1, dtype=torch.float64), *side]) for side in sides)
-    absolute, size = (one - other).abs().max().item(), other.abs().max().item()
-    of = f'{len(other) - 1:,} numbers'
-    return Difference(name, absolute / size if size else absolute, absolute, of)
+    if rows:
+        pairs = [row for a, b in pairs for row in zip(a, b, strict=True)]
+    found = [((a - b).abs().max().item(), b.abs().max().item()) for a, b in pairs if b.numel()]
+    found = found or [(0.0, 0.0)]
+    of = f'{sum(b.numel() for _, b in pairs):,} numbers'
+    apart, sizes = zip(*found, strict=True)
+    if not rows:
+        sizes = [_largest(sizes)] * len(sizes)
+    relative = [d / size if size else d for d, size in zip(apart, sizes, strict=True)]
+    return Difference(name, _largest(relative), _largest(apart), of, heads=heads)
 
 
 def table(found: Iterable[Difference], bound: float) -> str:
@@ -132,27 +163,40 @@ def table(found: Iterable[Difference], bound: float) -> str:
     return '\n'.join(lines)
 
 
+def _largest(values):
+    """NaN if one is."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
+
+
 def _pixels(name, pairs):
     total = sum(b.numel() for _, b in pairs)
     differing = sum((a != b).sum().item() for a, b in pairs)
     of = f'{differing:,} of {total:,} pixels'
-    return Difference(name, differing / max(total, 1), None, of)
+    return Difference(name, differing / max(total, 1), None, of, DECISIONS)
 
 
 def _instances(images):
     """Of instances that are in both: corners, scores and masks; and how many are in one alone."""
-    boxes, scores, masks, unpaired, total = [], [], [], 0, 0
+    boxes, scores, masks, unpaired, tied, total = [], [], [], 0, 0, 0
     for a, b in images:
         rows, columns = paired(a, b)
         total += max(len(a), len(b))
-        unpaired += max(len(a), len(b)) - len(rows)
+        decided = ties(a, b, rows, columns)
+        tied += decided
+        unpaired += max(len(a), len(b)) - len(rows) - decided
         ours, theirs = corners_of(a)[rows], corners_of(b)[columns]
         nearest = torch.cdist(ours, theirs).argmin(-1, keepdim=True).expand(-1, -1, 2)
         boxes.append((ours, theirs.gather(1, nearest)))
         scores.append((a.scores[rows], b.scores[columns]))
         if 'masks' in a:
             masks.append((torch.as_tensor(a.masks)[rows], torch.as_tensor(b.masks)[columns]))
-    of = f'{unpaired} of {total} instances'
-    found = [Difference('instances without pair', unpaired / max(total, 1), None, of)]
-    found += [quantity('corners of boxes', boxes), quantity('scores', scores)]
+    found = [
+        Difference(name, count / max(total, 1), None, f'{count} of {total} instances', share)
+        for name, count, share in (
+            ('instances without pair', unpaired, DECISIONS),
+            ('another of equal score', tied, TIES),
+        )
+    ]
+    found.append(quantity('corners of boxes', boxes, heads=True, rows=True))
+    found.append(quantity('scores', scores, heads=True))
     return found + ([_pixels('masks', masks)] if masks else [])

@@ -12,6 +12,9 @@ from torch import Tensor
 NEAR = 0.01
 """How far apart, relative to their size, and in score, two boxes may be that are one."""
 
+EQUAL = 1e-5
+"""How far apart scores may be that are equal but for rounding."""
+
 
 def corners(boxes: Tensor) -> Tensor:
     """The four corners of boxes, (N, 4, 2).
@@ -50,6 +53,30 @@ def paired(a: InstanceData, b: InstanceData) -> tuple[Tensor, Tensor]:
     return torch.cat(pairs, 1).unbind()
 
 
+def ties(a: InstanceData, b: InstanceData, rows: Tensor, columns: Tensor) -> int:
+    """How many instances of one set have in place of a pair another one of equal score.
+
+    Of two boxes with equal scores, suppression and the limit of instances keep either.
+
+    Args:
+        a: One set.
+        b: The other.
+        rows: From :func:`paired`, as ``columns``.
+    """
+    left = []
+    for instances, pairs in ((a, rows), (b, columns)):
+        alone = torch.ones_like(instances.scores, dtype=torch.bool)
+        alone[pairs] = False
+        left.append(instances.scores[alone].double())
+    equal = (left[0][:, None] - left[1]).abs() <= EQUAL
+    return int(equal.cpu().numpy()[linear_sum_assignment(~equal.cpu().numpy())].sum())
+
+
 def corners_of(instances: InstanceData) -> Tensor:
-    """The corners of the boxes of instances in float64, (N, 4, 2)."""
-    return corners(getattr(instances.bboxes, 'tensor', instances.bboxes).double())
+    """The corners of the boxes of instances in float64, (N, 4, 2).
+
+    An infinite size is the largest of its dtype, so that two of them are equal.
+    """
+    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes)
+    largest = torch.finfo(boxes.dtype).max
+    return corners(boxes.clamp(-largest, largest).double())

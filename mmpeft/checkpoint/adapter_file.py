@@ -25,6 +25,7 @@ from .atomic import replacing, write_tensors
 from .file_kind import adapter_instead, is_torch_file
 from .fingerprint import digest, fingerprint
 from .keys import adapter_state_dict, fill_frozen, frozen_keys
+from .late_buffers import make_late_buffers
 from .manifest import attach_adapters, check_manifest, describe
 from .plain_data import parse
 from .sharding import load_sharded, on_whole
@@ -160,11 +161,12 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
 
 
 def _load(model, path, check_base):
-    manifest, state = read_fitting(model, path, check_base)
+    manifest, state = read_fitting(model, path, check_base, late=True)
     plain = not getattr(model, 'peft', [])
     try:
         if plain:
             attach_adapters(model, manifest)
+        make_late_buffers(model, state)
         model.load_state_dict(fill_frozen(model, state))
     except BaseException:
         if plain:
@@ -183,13 +185,14 @@ def _read_trained(model, path, check_base):
 
 
 def read_fitting(
-    model: nn.Module, path: str | Path, check_base: bool = True
+    model: nn.Module, path: str | Path, check_base: bool = True, late: bool = False
 ) -> tuple[dict, dict[str, Tensor]]:
     """:func:`read_adapter` of a file that :func:`load_adapter` can load; the model is not changed.
 
     Arguments and errors are the same. On a plain model
     :func:`~mmpeft.checkpoint.manifest.attach_adapters` succeeds with the
-    manifest, and needs the memory of the file's tensors.
+    manifest, and needs the memory of the file's tensors. ``late`` is for a caller that makes late
+    buffers (:mod:`.late_buffers`).
     """
     manifest, state = read_adapter(path)
     source = repr(str(path))
@@ -203,7 +206,7 @@ def read_fitting(
     except Exception as error:  # its type depends on the manifest
         raise UsageError(f'{source} does not fit this model: {_short(error)}') from error
     check_fits(adapted, state, manifest, source, check_base=False)
-    check_whole(adapted, state, source, check_dtypes=check_base)
+    check_whole(adapted, state, source, check_dtypes=check_base, late=late)
     if check_base:
         check_fingerprint(fingerprint(model, adapted), manifest, source)
     return manifest, state

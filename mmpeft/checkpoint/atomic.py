@@ -5,6 +5,7 @@ its folder is flushed. A reader in between, or after a crash, finds the file
 that was there before.
 """
 
+import json
 import os
 import re
 import shutil
@@ -54,7 +55,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in place; for files that must be complete within :func:`replacing`.
 
-    The tensors are contiguous, on the CPU, and share no memory.
+    Equal tensors and metadata give equal bytes. The tensors are contiguous, on the CPU, and share
+    no memory.
 
     Raises:
         OSError: The disk is full or cannot be written to.
@@ -66,6 +68,22 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
         save_file(dict(state), path, dict(metadata))
     except SafetensorError as error:
         raise OSError(error) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path):
+    """Put the metadata of a safetensors file, whose order is random, in the order of its keys.
+
+    The header is its length in 8 bytes and a JSON object, padded with spaces
+    (https://huggingface.co/docs/safetensors#format).
+    """
+    with path.open('r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _flush(path):

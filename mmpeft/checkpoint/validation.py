@@ -12,6 +12,7 @@ from mmpeft.injection.weights import ADAPTERS, MARK, ORIGINAL, join
 from . import legacy
 from .fingerprint import fingerprint
 from .keys import adapter_keys, adapter_state_dict
+from .late_buffers import late_buffers
 from .plain_data import checked_method
 
 
@@ -77,11 +78,16 @@ def check_fingerprint(base: str, manifest: Mapping, source: str) -> None:
 
 
 def check_whole(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, check_dtypes: bool = True
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    check_dtypes: bool = True,
+    late: bool = False,
 ) -> None:
     """Refuse a state dict that is not exactly what an adapter file of a model holds.
 
-    Without ``check_dtypes`` any floating-point type passes for any other.
+    Without ``check_dtypes`` any floating-point type passes for any other. ``late`` lets pass what
+    :func:`~mmpeft.checkpoint.late_buffers.make_late_buffers` will make.
 
     Raises:
         UsageError: Names, shapes or dtypes differ.
@@ -92,7 +98,8 @@ def check_whole(
         return f'{tuple(value.shape)} {"floating point" if floating else value.dtype}'
 
     own = {key: kind(value) for key, value in adapter_state_dict(model).items()}
-    given = {key: kind(value) for key, value in state.items()}
+    ignored = late_buffers(model, state) if late else ()
+    given = {key: kind(value) for key, value in state.items() if key not in ignored}
     _check_equal(given, own, source, 'Use the model that it was trained with, heads included.')
 
 

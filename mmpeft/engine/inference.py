@@ -115,7 +115,9 @@ def _fill(model, cfg, source):
     if manifest is not None:
         check_base = hook.get('check_base', True)
         if _is_adapter_file(source.path):
-            check_whole(model, source.content['state_dict'], repr(source.path), check_base)
+            check_whole(
+                model, source.content['state_dict'], repr(source.path), check_base, late=True
+            )
         complete(model, source.content, check_base, repr(source.path))
     if hook.get('check_whole', True):
         load_whole(model, source.content, repr(source.path))

@@ -3,18 +3,17 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import _load_checkpoint
-from torch import Tensor, nn
+from torch import nn
 
 from mmpeft.checkpoint import legacy
 from mmpeft.checkpoint.keys import fill_frozen
+from mmpeft.checkpoint.late_buffers import make_late_buffers
 from mmpeft.checkpoint.manifest import MANIFEST, check_manifest
 from mmpeft.checkpoint.safe_load import read_checkpoint
 from mmpeft.checkpoint.validation import check_fits
@@ -136,6 +135,7 @@ def complete(
         check_base = check_base and not manifest.get('holds_base')
         check_fits(model, state, manifest, name, check_base)
     prefixed = all(key.startswith('module.') for key in state)
+    make_late_buffers(model, state)
     _fill(model, state, 'module.' if prefixed else '')
     if manifest is None:
         adapters = {id(p) for p in adapter_parameters(model)}
@@ -193,20 +193,6 @@ def load_fitting(model: nn.Module, checkpoint: Mapping) -> str:
         return ''
     shown = '; '.join(wrong[:3]) + ('; ...' if len(wrong) > 3 else '')
     return f'{len(wrong)} tensors are missing or of another shape ({shown})'
-
-
-def make_late_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Register those buffers of a state dict that modules make when they first run.
-
-    mmseg's SegNeXt with ``rand_init=False`` draws its bases then, unless it has them.
-    """
-    for key in state.keys() - model.state_dict().keys():
-        path, _, name = key.rpartition('.')
-        with suppress(AttributeError):  # no such module, or a forward that is not in Python
-            module = model.get_submodule(path)
-            code = type(module).forward.__code__
-            if 'register_buffer' in code.co_names and name in code.co_consts:
-                module.register_buffer(name, torch.empty_like(state[key]))
 
 
 def _shapes(state):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mmpeft.analysis.comparison import Difference, differences, observe
 from mmpeft.checkpoint.atomic import replacing
+from mmpeft.checkpoint.late_buffers import make_late_buffers
 from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 
 from .config import type_name
-from .loading import make_late_buffers
 
 
 def plain_config(cfg: Config) -> Config:

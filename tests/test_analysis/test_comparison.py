@@ -46,7 +46,7 @@ def test_instances_are_paired_in_any_order():
     rows = compared(one, other)
     assert rows['instances without pair'].relative == 0
     assert rows['corners of boxes'].absolute == pytest.approx(0.01, rel=1e-4)
-    assert rows['corners of boxes'].relative == pytest.approx(0.01 / 40.01, rel=1e-4)
+    assert rows['corners of boxes'].relative == pytest.approx(0.01 / 10.01, rel=1e-4)
     assert rows['scores'].absolute == 0
     assert rows['masks'].relative == 0
     masks[0, 0, 0] ^= True
@@ -54,22 +54,71 @@ def test_instances_are_paired_in_any_order():
 
 
 @pytest.mark.parametrize(
-    'boxes, scores, labels',
+    'name, boxes, scores, labels',
     [
-        ([BOXES[0], BOXES[1]], [0.9, 0.8], [1, 2]),
-        (BOXES, [0.9, 0.8, 0.8], [1, 2, 2]),
-        (BOXES, [0.9, 0.8, 0.7], [1, 2, 3]),
-        ([*BOXES[:2], [20, 20, 41, 30]], [0.9, 0.8, 0.8], [1, 2, 3]),
-        ([*BOXES[:2], [math.nan] * 4], [0.9, 0.8, 0.8], [1, 2, 3]),
+        ('missing', [BOXES[0], BOXES[1]], [0.9, 0.8], [1, 2]),
+        ('label', BOXES, [0.9, 0.8, 0.8], [1, 2, 2]),
+        ('score', BOXES, [0.9, 0.8, 0.7], [1, 2, 3]),
+        ('place', [*BOXES[:2], [20, 20, 41, 30]], [0.9, 0.8, 0.8], [1, 2, 3]),
+        ('nan', [*BOXES[:2], [math.nan] * 4], [0.9, 0.8, 0.8], [1, 2, 3]),
     ],
-    ids=['missing', 'label', 'score', 'place', 'nan'],
 )
-def test_an_instance_without_its_like_is_counted(boxes, scores, labels):
-    row = compared(
+def test_an_instance_without_its_like_is_counted(name, boxes, scores, labels):
+    rows = compared(
         instances(boxes, scores, labels),
         instances(BOXES, [0.9, 0.8, 0.8], [1, 2, 3]),
-    )['instances without pair']
-    assert row.relative == 1 / 3 and row.exceeds(1.0)
+    )
+    alone, tied = rows['instances without pair'], rows['another of equal score']
+    assert {alone.relative, tied.relative} == {0, 1 / 3}
+    assert alone.exceeds(1.0) or tied.exceeds(1.0)
+    assert (tied.relative > 0) == (name in ('label', 'place', 'nan'))
+
+
+def many(boxes, scores, labels=None):
+    """Twenty boxes, the last ones as given."""
+    first = torch.arange(20.0 - len(boxes))[:, None] * 50 + torch.tensor([0.0, 5, 30, 40])
+    scores = torch.cat([torch.linspace(0.9, 0.5, 20)[: len(first)], torch.tensor(scores)])
+    labels = [0] * 20 if labels is None else labels
+    return instances(torch.cat([first, torch.tensor(boxes)]), scores, labels)
+
+
+def exceeded(one, other, bound=1e-5):
+    return {name for name, row in compared(one, other).items() if row.exceeds(bound)}
+
+
+def test_a_tie_of_two_boxes_is_no_difference():
+    """Suppression keeps one of two that overlap, and a limit one of two that do not."""
+    first, near, far = [[100.0, 90, 300, 200]], [[110.0, 95, 310, 220]], [[500.0, 90, 700, 99]]
+    kept = many(first, [0.4])
+    for other in (near, far):
+        assert exceeded(many(other, [0.4 + 1e-7]), kept) == set()
+        assert exceeded(many(other, [0.402]), kept) == {'instances without pair'}
+    both = many(first + near, [0.4, 0.4])
+    assert exceeded(many(near + first, [0.4, 0.4]), both) == set()
+    assert exceeded(kept, many([], [])) == {'instances without pair'}
+
+
+def test_boxes_that_moved_while_scores_did_not_are_no_ties():
+    scores = torch.full((20,), 0.25).tolist()
+    boxes = torch.rand(20, 4).add(torch.tensor([0, 0, 2, 2])).mul(100)
+    wrong = exceeded(many((boxes * 1.05).tolist(), scores), many(boxes.tolist(), scores))
+    assert wrong == {'another of equal score'}
+    slightly = many((boxes * (1 + 2e-4)).tolist(), scores)
+    assert exceeded(slightly, many(boxes.tolist(), scores)) == {'corners of boxes'}
+
+
+@pytest.mark.parametrize('logarithm', [30.0, 85.0, 200.0])
+def test_huge_boxes_of_an_untrained_head(logarithm):
+    """exp(t) with t rounded otherwise; beyond 88 it is infinite. A huge box hides no wrong one."""
+    sizes = (torch.tensor([logarithm]) * torch.tensor([1, 1 + 5e-7])).exp()
+    one, other = ([[100.0, 80, size, size / 2, 0.5]] for size in sizes.tolist())
+    small = torch.rand(19, 5) * 10 + 20
+    rest = dict(scores=torch.linspace(0.9, 0.5, 20), labels=[0] * 20)
+    base = instances(torch.cat([small, torch.tensor(one)]), **rest)
+    assert exceeded(instances(torch.cat([small, torch.tensor(other)]), **rest), base) == set()
+    moved = small + torch.tensor([0.02, 0, 0, 0, 0])
+    wrong = exceeded(instances(torch.cat([moved, torch.tensor(other)]), **rest), base)
+    assert wrong == {'corners of boxes'}
 
 
 def test_no_instances_at_all():
@@ -94,6 +143,14 @@ def test_corners():
     torch.testing.assert_close(corners(torch.tensor([[3.0, 3, 4, 2, 0]])), flat)
     turned = corners(torch.tensor([[3.0, 3, 4, 2, math.pi / 2]]))
     torch.testing.assert_close(turned[0, 0], torch.tensor([4.0, 1.0]))
+
+
+def test_what_is_allowed_of_maps_and_of_predictions():
+    maps, heads = torch.ones(4), torch.tensor([1.0, 1, 1, 1 + 5e-5])
+    assert quantity('map', [(heads, maps)]).exceeds(1e-5)
+    assert not quantity('scores', [(heads, maps)], heads=True).exceeds(1e-5)
+    assert quantity('scores', [(heads + 0.04, maps)], heads=True).exceeds(5e-3)
+    assert not quantity('scores', [(heads + 0.04, maps)], heads=True).exceeds(5e-2)
 
 
 def test_quantities():

@@ -50,6 +50,18 @@ def test_a_file_says_what_it_is(model, tmp_path):
     assert description['parameters'] == mmpeft.summary(model).adapters > 0
 
 
+def test_files_of_one_state_are_equal_byte_for_byte(tmp_path):
+    """Whatever is in names and in the manifest, and in what order adapters were made."""
+    model = nn.ModuleDict({'größe "\\\x7f\n': nn.Linear(3, 3), '\U0001f600': nn.Linear(3, 3)})
+    mmpeft.inject(model, METHOD)
+    paths = [mmpeft.save_adapter(model, tmp_path / f'{i}' / 'a.safetensors') for i in range(8)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert len({adapter_file.json_beside(path).read_bytes() for path in paths}) == 1
+    state = mmpeft.adapter_state_dict(model)
+    _, read = read_adapter(paths[0])
+    assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
+
+
 def test_the_json_beside_it_says_the_same_and_more(model, tmp_path):
     path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
     assert {p.name for p in tmp_path.iterdir()} == {'a.safetensors', 'a.safetensors.json'}
@@ -101,6 +113,35 @@ def test_another_head_is_refused_before_anything_is_loaded(model, tmp_path):
     with pytest.raises(UsageError, match=r"'head.bias': \(3,\).*file, \(5,\).*in the model"):
         mmpeft.load_adapter(other, path)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        if not hasattr(self, 'bases'):
+            self.register_buffer('bases', torch.rand(3))
+        return self.head(self.body(x) * self.bases)
+
+
+def test_a_buffer_that_is_made_in_the_first_forward_pass_is_stored_and_loaded(tmp_path):
+    """Into an adapted model and a plain one; a library, whose base has none, refuses it."""
+    base, x = Late(), torch.randn(2, 3)
+    model, adapted = copy.deepcopy(base), copy.deepcopy(base)
+    mmpeft.inject(model, METHOD, dict(module='body'))
+    mmpeft.inject(adapted, METHOD, dict(module='body'))
+    randomize(model)
+    expected = model(x)
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    with pytest.raises(UsageError, match="'bases': .* none in the model"):
+        mmpeft.AdapterLibrary(base).load('a', path)
+    for other in (adapted, base):
+        mmpeft.load_adapter(other, path)
+        assert torch.equal(other(x), expected)
+    mmpeft.merge(base)
+    assert torch.equal(base.state_dict()['bases'], model.bases)
 
 
 def test_other_dtypes_are_let_in_with_another_base_alone(model, tmp_path):

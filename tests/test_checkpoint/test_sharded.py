@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mmpeft
@@ -29,12 +28,6 @@ def other():
     model = network('transformer', 'LoRA')
     train(model, 'transformer')
     return model
-
-
-def content(path):
-    """All that is in an adapter file: its checksum is of every byte of the tensors."""
-    with safe_open(path, framework='pt') as file:
-        return file.metadata(), list(file.keys())
 
 
 def launch(script, *arguments):
@@ -77,7 +70,8 @@ def test_files_and_training_are_those_of_one_process(kind, method, runs, tmp_pat
     train(model, kind)
     trained = mmpeft.adapter_state_dict(model)
     for way in WAYS:
-        assert content(folder / f'{way}_{kind}_{method}.safetensors') == content(path)
+        file = folder / f'{way}_{kind}_{method}.safetensors'
+        assert file.read_bytes() == path.read_bytes()
         found = ranks[0][way][kind, method]
         assert found.keys() == trained.keys()
         for key, value in trained.items():

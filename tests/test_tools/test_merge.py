@@ -61,7 +61,7 @@ def test_a_merge_that_changes_the_model_writes_nothing(
     def wrong(model):
         mmpeft.merge(model)
         with torch.no_grad():
-            model.backbone.model.stages_3.blocks[0].mlp.fc1.weight.mul_(1.01)
+            model.backbone.model.stages_3.blocks[0].mlp.fc1.weight.mul_(1.001)
 
     monkeypatch.setattr(merging, 'merge', wrong)
     out = tmp_path / 'out.pth'
@@ -147,8 +147,9 @@ def test_a_model_that_draws_random_numbers(draws_each_time, scope):
     before = observe(model, batch)
     checkpoint = dict(meta=dict(mmpeft=describe(model)), state_dict=dict(model.state_dict()))
     found = compare_merged(before, *merging.merged(model, cfg), batch)
-    assert [row.name for row in found if row.exceeds(1e-4)] == []
+    assert [row.name for row in found if row.exceeds(1e-5)] == []
     again = build_model(cfg)
     adapt(again, cfg)
     load_whole(again, checkpoint, 'It')  # with the bases, which a new model does not have yet
-    assert ('decode_head.hamburger.ham.bases' in again.state_dict()) is not draws_each_time
+    bases = 'decode_head.hamburger.ham.bases'
+    assert (bases in again.state_dict()) is not draws_each_time
