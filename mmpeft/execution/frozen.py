@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd import Function
 from torch.nn.utils import parametrize
 
 from mmpeft.methods.adapter import SHARDED
@@ -34,6 +35,37 @@ class FrozenResponseNorm(Fast):
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
 
 
+class FrozenBatchNorm(Fast):
+    """A batch norm in evaluation mode."""
+
+    def forward(self, x):
+        if self.training or self.running_var is None or not _is_passed_through(self, x):
+            return super().forward(x)
+        return ChannelAffine.apply(x, super().forward, self.weight, self.running_var, self.eps)
+
+
+class ChannelAffine(Function):
+    """A norm by running statistics is affine by channel: backward needs no map.
+
+    Shapes: ``x`` (N, C, *size) and the same for the result; ``weight`` (C,) or None, and
+    ``variance`` (C,), both frozen. ``norm`` is the function itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm, weight, variance, eps):
+        ctx.save_for_backward(weight, variance)
+        ctx.eps = eps
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, variance = ctx.saved_tensors
+        factor = (variance + ctx.eps).rsqrt()
+        factor = factor if weight is None else factor * weight
+        dx = dy * factor.view(-1, *(1,) * (dy.ndim - 2))
+        return dx.to(dy.dtype), None, None, None, None
+
+
 class Recomputable(Fast):
     """A norm or an activation whose output costs little to compute again."""
 
@@ -58,6 +90,8 @@ def _again(forward, dtype, x):
 KINDS = {
     'torch.nn.modules.linear.Linear': FrozenLinear,
     'timm.layers.grn.GlobalResponseNorm': FrozenResponseNorm,
+    'torch.nn.modules.batchnorm._BatchNorm': FrozenBatchNorm,
+    'torch.nn.modules.batchnorm.SyncBatchNorm': FrozenBatchNorm,
     'torch.nn.modules.normalization.LayerNorm': Recomputable,
     'torch.nn.modules.normalization.RMSNorm': Recomputable,
     'torch.nn.modules.activation.GELU': Recomputable,

@@ -101,9 +101,9 @@ def release(model: nn.Module, records: Iterable[Injection] | None = None) -> Non
         records = model.__dict__.pop('peft', [])
     for record in reversed(list(records)):
         root = model.get_submodule(record.module)
-        release_statistics(root)
         for layer in root.modules():
             execution.disable(layer)
+        release_statistics(root)
         _set_training(model, record.frozen_before, False)
         _set_training(model, record.trained_before, True)
 
