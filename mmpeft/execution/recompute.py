@@ -56,10 +56,11 @@ def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[
 
 def through(
     function: Callable[..., Tensor], x: Tensor, *tensors: Tensor
-) -> tuple[Callable[..., Tensor], *tuple[Tensor, ...]]:
-    """``function(x, *tensors)`` of what is saved for x, and its arguments."""
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``function(x, *tensors)`` as a function of what is saved for x, and its arguments."""
     restore, kept = save_or_recompute(x)
-    return lambda *t: function(restore(*t[: len(kept)]), *t[len(kept) :]), *kept, *tensors
+    count = len(kept)
+    return lambda *t: function(restore(*t[:count]), *t[count:]), (*kept, *tensors)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,7 +68,8 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     y = x.to(dtype)
     if y is x or not _is_tagged(x):
         return y
-    return tag_for_recompute(y, *through(lambda t: t.to(dtype), x))
+    function, kept = through(lambda t: t.to(dtype), x)
+    return tag_for_recompute(y, function, *kept)
 
 
 def _is_tagged(x):

@@ -74,4 +74,6 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: 
             norm = torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)
         arguments = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype), norm
     function = ResponseNorm(positions, channel, eps)
-    return tag_for_recompute(function(x, *arguments), *through(function.affine, x, *arguments))
+    y = function(x, *arguments)
+    affine, kept = through(function.affine, x, *arguments)
+    return tag_for_recompute(y, affine, *kept)
