@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NAME = '_mmpeft_recompute'
+OFFER = '_mmpeft_product'
 
 
 class Again:
@@ -43,6 +44,23 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
     if y.requires_grad and not torch.compiler.is_compiling():
         setattr(y, NAME, (Again(function), tensors, y._version))
     return y
+
+
+def offer_product(y: Tensor, function: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> None:
+    """Note on a product that it is ``function(x, *tensors)``, for layers that :func:`accept_product`."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        setattr(y, OFFER, (function, x, tensors, y._version))
+
+
+def accept_product(y: Tensor) -> bool:
+    """Tag a product as what is recomputed, if it was offered and not changed since."""
+    function, x, tensors, version = getattr(y, OFFER, (None, None, (), None))
+    if version != y._version:
+        return False
+    if not _is_tagged(y):
+        function, kept = through(function, x, *tensors)
+        tag_for_recompute(y, function, *kept)
+    return True
 
 
 def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
