@@ -8,19 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
-class Changed:
-    """The first base of the classes that are made here."""
-
-    def __reduce_ex__(self, protocol):
-        return reduce_layer(self, protocol)
-
-
 class Fast:
     """The base of the mixins that compute the same faster."""
 
 
 def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
-    """Put a mixin before the class of a layer, in place.
+    """Put a mixin before the class of a layer, in place; a second one goes before the first.
 
     Args:
         layer: Any module.
@@ -29,34 +22,35 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
     """
     kind = type(layer)
     content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-    layer.__class__ = type(kind.__name__, (Changed, mixin, kind), content)
+    layer.__class__ = type(kind.__name__, (mixin, kind), content)
+    allow_pickling(layer)
 
 
 def restore_class(layer: nn.Module, mixin: type) -> None:
     """Undo the last :func:`change_class` of a layer, if it was by this mixin."""
-    if is_changed(layer) and issubclass(type(layer).__bases__[1], mixin):
-        layer.__class__ = type(layer).__bases__[2]
+    if is_changed(layer) and issubclass(type(layer).__bases__[0], mixin):
+        layer.__class__ = type(layer).__bases__[1]
 
 
 def is_changed(layer: nn.Module) -> bool:
     """Whether the last change of a layer's class was by :func:`change_class`."""
-    return type(layer).__bases__[0] is Changed
+    return _is_made_here(type(layer))
 
 
 def allow_pickling(layer: nn.Module) -> None:
-    """Let a layer be pickled that ``parametrize.register_parametrization`` has changed."""
+    """Let a layer be pickled whose class was made for it, here or by torch's parametrize."""
     type(layer).__reduce_ex__ = reduce_layer
 
 
 def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
     """What pickle stores of a layer, as ``__reduce_ex__`` returns it."""
     kind, steps = type(layer), []
-    while kind.__bases__[0] is Changed or _is_parametrized(kind):
+    while _is_made_here(kind) or _is_parametrized(kind):
         own = {k: v for k, v in vars(kind).items() if not k.startswith('__')}
         if _is_parametrized(kind):
             steps.append((None, [k for k, v in own.items() if isinstance(v, property)]))
         else:
-            steps.append((kind.__bases__[1], own))
+            steps.append((kind.__bases__[0], own))
         kind = kind.__bases__[-1]
     return _rebuild, (kind, steps[::-1]), vars(layer)
 
@@ -72,6 +66,10 @@ def _rebuild(kind, steps):
         for tensor in content:
             parametrize._inject_property(layer, tensor)
     return layer
+
+
+def _is_made_here(kind):
+    return len(kind.__bases__) == 2 and vars(kind).get('__reduce_ex__') is reduce_layer
 
 
 def _is_parametrized(kind):

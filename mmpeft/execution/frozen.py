@@ -1,17 +1,23 @@
 """Frozen layers between the adapted ones: they need no gradient of their own."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.utils import parametrize
 
 from mmpeft.methods.adapter import SHARDED
 
 from .classes import Fast
 from .cpu import onednn
-from .function import is_transformed
-from .recompute import tag_for_recompute
+from .function import FastFunction, is_transformed
+from .matmul import linear
+from .recompute import accept_product, offer_product, tag_for_recompute, through
 from .response_norm import response_norm
 
 
@@ -19,10 +25,16 @@ class FrozenLinear(Fast):
     """A linear layer without adapter."""
 
     def forward(self, x):
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or not _is_passed_through(self, x) or not onednn.pays(x, self.weight):
+        if not _is_passed_through(self, x):
             return super().forward(x)
-        return onednn.FrozenLinear.apply(x, self.weight, self.bias)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast or not onednn.pays(x, self.weight):
+            y = super().forward(x)
+        else:
+            y = onednn.FrozenLinear.apply(x, self.weight, self.bias)
+        if self.out_features > self.in_features and not _is_away_later(self):
+            offer_product(y, partial(_linear, y.dtype), x, self.weight, self.bias)
+        return y
 
 
 class FrozenResponseNorm(Fast):
@@ -32,6 +44,37 @@ class FrozenResponseNorm(Fast):
         if x.ndim != 4 or _is_away_later(self) or not _is_passed_through(self, x):
             return super().forward(x)
         return response_norm(x, self.weight, self.bias, self.eps, self.channel_dim)
+
+
+class FrozenBatchNorm(Fast):
+    """A batch norm in evaluation mode."""
+
+    def forward(self, x):
+        if self.training or self.running_var is None or not _is_passed_through(self, x):
+            return super().forward(x)
+        return ChannelAffine.apply(x, super().forward, self.weight, self.running_var, self.eps)
+
+
+class ChannelAffine(Function):
+    """A norm by running statistics is affine by channel: backward needs no map.
+
+    Shapes: ``x`` (N, C, *size) and the same for the result; ``weight`` (C,) or None, and
+    ``variance`` (C,), both frozen. ``norm`` is the function itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm, weight, variance, eps):
+        ctx.save_for_backward(weight, variance)
+        ctx.eps = eps
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, variance = ctx.saved_tensors
+        factor = (variance + ctx.eps).rsqrt()
+        factor = factor if weight is None else factor * weight
+        dx = dy * factor.view(-1, *(1,) * (dy.ndim - 2))
+        return dx.to(dy.dtype), None, None, None, None
 
 
 class Recomputable(Fast):
@@ -46,9 +89,65 @@ class Recomputable(Fast):
         return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
 
 
+class Activation(Recomputable):
+    """One whose own input costs a product, which backward may do again.
+
+    A subclass returns its function and the function's gradient in :meth:`functions`.
+    """
+
+    repeats_products = False
+
+    def forward(self, x):
+        repeats = self.repeats_products and _is_passed_through(self, x)
+        if not repeats or getattr(self, 'inplace', False) or not accept_product(x):
+            return super().forward(x)
+        function, gradient = self.functions()
+        y = Pointwise(function, gradient)(x)
+        again, kept = through(function, x)
+        return tag_for_recompute(y, again, *kept)
+
+
+class FrozenGELU(Activation):
+    """GELU."""
+
+    def functions(self):
+        how = dict(approximate=getattr(self, 'approximate', 'none'))
+        return partial(F.gelu, **how), partial(torch.ops.aten.gelu_backward, **how)
+
+
+class FrozenSiLU(Activation):
+    """SiLU."""
+
+    def functions(self):
+        return F.silu, torch.ops.aten.silu_backward
+
+
+@dataclass(eq=False)
+class Pointwise(FastFunction):
+    """y = f(x), by element; ``gradient`` is of dy and x."""
+
+    recomputes_input: ClassVar = True
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, x):
+        return self.function(x), ()
+
+    def gradients(self, needs, dy, x):
+        return (self.gradient(dy, x),)
+
+    def reference(self, x):
+        return self.function(x)
+
+
 def _is_away_later(layer):
     """Whether backward may find a layer's parameters sharded when a later layer needs them."""
     return SHARDED in layer.__dict__ and bool(layer._parameters)
+
+
+def _linear(dtype, x, weight, bias):
+    bias = None if bias is None else bias.to(dtype)
+    return linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def _again(forward, dtype, x):
@@ -58,14 +157,16 @@ def _again(forward, dtype, x):
 KINDS = {
     'torch.nn.modules.linear.Linear': FrozenLinear,
     'timm.layers.grn.GlobalResponseNorm': FrozenResponseNorm,
+    'torch.nn.modules.batchnorm._BatchNorm': FrozenBatchNorm,
+    'torch.nn.modules.batchnorm.SyncBatchNorm': FrozenBatchNorm,
     'torch.nn.modules.normalization.LayerNorm': Recomputable,
     'torch.nn.modules.normalization.RMSNorm': Recomputable,
-    'torch.nn.modules.activation.GELU': Recomputable,
-    'torch.nn.modules.activation.SiLU': Recomputable,
+    'torch.nn.modules.activation.GELU': FrozenGELU,
+    'torch.nn.modules.activation.SiLU': FrozenSiLU,
     'timm.layers.norm.LayerNorm': Recomputable,
     'timm.layers.norm.LayerNorm2d': Recomputable,
     'timm.layers.norm.RmsNorm': Recomputable,
-    'timm.layers.activations.GELU': Recomputable,
+    'timm.layers.activations.GELU': FrozenGELU,
 }
 
 

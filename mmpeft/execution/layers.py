@@ -43,7 +43,7 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
 def enable_frozen(root: nn.Module) -> None:
     """Let frozen layers without adapters compute faster, or have less saved for backward."""
     for layer in root.modules():
-        if not is_changed(layer) and not parametrize.is_parametrized(layer):
+        if not isinstance(layer, Fast) and not parametrize.is_parametrized(layer):
             kind = kind_for(layer)
             if kind is not None:
                 change_class(layer, kind)

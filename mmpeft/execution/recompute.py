@@ -11,6 +11,29 @@ import torch
 from torch import Tensor
 
 NAME = '_mmpeft_recompute'
+OFFER = '_mmpeft_product'
+
+
+class Again:
+    """A function that backward calls once for all layers that need its result."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.value, self.has_reader = function, None, False
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The result, held for the layers that need it after this one."""
+        if torch.is_grad_enabled():
+            return self.function(*tensors)
+        if self.value is None:
+            self.value = self.function(*tensors)
+        return self.value
+
+    def last(self, *tensors: Tensor) -> Tensor:
+        """The result, for the first layer of the forward pass, which is the last of backward."""
+        if torch.is_grad_enabled() or self.value is None:
+            return self.function(*tensors)
+        value, self.value = self.value, None
+        return value
 
 
 def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -19,25 +42,57 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
     Other layers save the tensors anyway. The function is called outside autocast.
     """
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, NAME, (function, tensors, y._version))
+        setattr(y, NAME, (Again(function), tensors, y._version))
     return y
+
+
+def offer_product(y: Tensor, function: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> None:
+    """Note on a product that it is ``function(x, *tensors)``, for layers that :func:`accept_product`."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        setattr(y, OFFER, (function, x, tensors, y._version))
+
+
+def accept_product(y: Tensor) -> bool:
+    """Tag a product as what is recomputed, if it was offered and not changed since."""
+    function, x, tensors, version = getattr(y, OFFER, (None, None, (), None))
+    if version != y._version:
+        return False
+    if not _is_tagged(y):
+        function, kept = through(function, x, *tensors)
+        tag_for_recompute(y, function, *kept)
+    return True
 
 
 def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
     """A function that returns a tensor in backward, and its arguments, which are to be saved."""
-    if allowed and hasattr(x, NAME):
-        function, tensors, version = getattr(x, NAME)
-        if x._version == version:
-            return function, tensors
-    return _itself, (x,)
+    if not allowed or not _is_tagged(x):
+        return _itself, (x,)
+    again, tensors, _ = getattr(x, NAME)
+    restore, again.has_reader = again if again.has_reader else again.last, True
+    return restore, tensors
+
+
+def through(
+    function: Callable[..., Tensor], x: Tensor, *tensors: Tensor
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``function(x, *tensors)`` as a function of what is saved for x, and its arguments."""
+    restore, kept = save_or_recompute(x)
+    count = len(kept)
+    return lambda *t: function(restore(*t[:count]), *t[count:]), (*kept, *tensors)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, its tag with it."""
-    y, (function, tensors) = x.to(dtype), save_or_recompute(x)
-    if y is x or function is _itself:
+    y = x.to(dtype)
+    if y is x or not _is_tagged(x):
         return y
-    return tag_for_recompute(y, lambda *t: function(*t).to(dtype), *tensors)
+    function, kept = through(lambda t: t.to(dtype), x)
+    return tag_for_recompute(y, function, *kept)
+
+
+def _is_tagged(x):
+    """Whether a tensor has a tag and was not changed since."""
+    return hasattr(x, NAME) and getattr(x, NAME)[-1] == x._version
 
 
 def _itself(x):

@@ -8,6 +8,7 @@ and needs one map of memory instead of four. Weight and bias are frozen here.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mmpeft.methods.precision import outside_autocast
 
 from .function import FastFunction
 from .matmul import is_low
-from .recompute import tag_for_recompute
+from .recompute import tag_for_recompute, through
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class ResponseNorm(FastFunction):
     ``channel`` are dimensions of x; ``eps`` is added to the mean norm.
     """
 
+    recomputes_input: ClassVar = True
     positions: tuple[int, ...]
     channel: int
     eps: float
@@ -72,4 +74,6 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: 
             norm = torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)
         arguments = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype), norm
     function = ResponseNorm(positions, channel, eps)
-    return tag_for_recompute(function(x, *arguments), function.affine, x, *arguments)
+    y = function(x, *arguments)
+    affine, kept = through(function.affine, x, *arguments)
+    return tag_for_recompute(y, affine, *kept)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.methods import WeightAdapter
+from mmpeft.methods.adapter import SHARDED
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS
@@ -19,7 +20,7 @@ from .cpu import depthwise
 from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
-from .recompute import cast, tag_for_recompute
+from .recompute import cast, offer_product, tag_for_recompute
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
 WHERE = 'in the weight', 'as a branch'
@@ -148,7 +149,11 @@ def _run_linear(layer, geometry, form, branch, x):
         branch, up, down = branch or is_low(x), up.to(x.dtype), down.to(x.dtype)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     y = function(x, weight, bias, up, down, ratio)
-    return y if geometry is None else unflat(y, layout, size)
+    if geometry is not None:
+        return unflat(y, layout, size)
+    if SHARDED not in layer.__dict__:
+        offer_product(y, function, x, weight, bias, up, down, ratio)
+    return y
 
 
 def _run_conv(layer, geometry, form, branch, x):

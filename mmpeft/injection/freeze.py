@@ -7,14 +7,14 @@ from torch import nn
 
 from mmpeft import execution
 from mmpeft.errors import UsageError, near
-from mmpeft.execution.classes import change_class, restore_class
+from mmpeft.execution import SMALL, SPEED
 from mmpeft.methods import Method
 
+from .blocks import recomputable_blocks
 from .reentrant import reach_into_checkpoints
 from .site import adapter_parameters
-from .weights import is_below, layers, newly_initialized, plain_key
-
-STATISTICS = nn.modules.batchnorm._NormBase
+from .statistics import freeze_statistics, release_statistics
+from .weights import plain_key
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Injection:
         trained_before: Names in the model of the parameters that were frozen here.
         frozen_before: Names in the model of the parameters that train since.
         execution: One of ``mmpeft.execution.CHOICES``.
+        memory: One of ``mmpeft.execution.MEMORY``.
     """
 
     method: Method
@@ -38,6 +39,7 @@ class Injection:
     trained_before: tuple[str, ...] = ()
     frozen_before: tuple[str, ...] = ()
     execution: str = execution.AUTO
+    memory: str = SPEED
 
     @property
     def prefix(self) -> str:
@@ -51,6 +53,7 @@ def freeze_target(
     module: str = '',
     trained: Sequence[str] = (),
     execution: str = execution.AUTO,
+    memory: str = SPEED,
 ) -> None:
     """Freeze a module except for some parameters, and append the record to ``model.peft``.
 
@@ -79,6 +82,7 @@ def freeze_target(
         tuple(n for n, p in everything.items() if id(p) in frozen and not method.trains_base),
         tuple(n for n, p in everything.items() if id(p) in thawed),
         execution,
+        memory,
     )
     _apply(model, record)
     model.peft = [*records, record]
@@ -101,9 +105,9 @@ def release(model: nn.Module, records: Iterable[Injection] | None = None) -> Non
         records = model.__dict__.pop('peft', [])
     for record in reversed(list(records)):
         root = model.get_submodule(record.module)
-        release_statistics(root)
         for layer in root.modules():
             execution.disable(layer)
+        release_statistics(root)
         _set_training(model, record.frozen_before, False)
         _set_training(model, record.trained_before, True)
 
@@ -115,44 +119,17 @@ def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_key(name): p for name, p in named if id(p) not in adapters}
 
 
-class FrozenStatistics:
-    """A norm layer in evaluation mode; ``peft_mode`` is the mode that was asked for."""
-
-    def train(self, mode=True):
-        self.peft_mode = mode
-        return super().train(False)
-
-
-def freeze_statistics(module: nn.Module) -> None:
-    """Hold the running statistics of all norm layers in a module that are not newly initialized.
-
-    The layers change their class, so that ``model.train()`` and ``copy.deepcopy`` keep the effect.
-    """
-    new = newly_initialized(module)
-    for path, layer in layers(module):
-        held = isinstance(layer, STATISTICS) and not is_below(path, new)
-        if held and not isinstance(layer, FrozenStatistics):
-            change_class(layer, FrozenStatistics)
-            layer.train(layer.training)
-
-
-def release_statistics(module: nn.Module) -> None:
-    """Undo :func:`freeze_statistics`."""
-    for layer in module.modules():
-        if isinstance(layer, FrozenStatistics):
-            restore_class(layer, FrozenStatistics)
-            layer.train(layer.__dict__.pop('peft_mode'))
-
-
 def _apply(model, record):
     reach_into_checkpoints()
     _set_training(model, record.trained_before, False)
     _set_training(model, record.frozen_before, True)
+    root = model.get_submodule(record.module)
     if not record.method.trains_base:
-        root = model.get_submodule(record.module)
         freeze_statistics(root)
         if record.execution != execution.PLAIN:
             execution.enable_frozen(root)
+    blocks = recomputable_blocks(root) if record.memory == SMALL else ()
+    execution.keep_less(root, record.memory, blocks)
 
 
 def _set_training(model, names, trains):

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from mmpeft.errors import UsageError, near
-from mmpeft.execution import AUTO, CHOICES
+from mmpeft.execution import AUTO, BALANCED, CHOICES, MEMORY, PLAIN, SPEED
 from mmpeft.methods import Method, Ranked
 from mmpeft.registry import METHODS
 
@@ -33,6 +33,7 @@ def inject(
     unfreeze: str | Sequence[str] = (),
     empty: bool = False,
     execution: str = AUTO,
+    memory: str = SPEED,
 ) -> Summary:
     """Freeze a model's target module and adapt it, in place.
 
@@ -58,6 +59,11 @@ def inject(
             computes the same; ``'merged'`` and ``'branch'`` put thin updates
             into the weight, or beside the layer; ``'plain'`` builds weights
             as torch's parametrize does and leaves frozen layers unchanged.
+        memory: What the target module keeps for backward. ``'speed'``: what it needs, each map
+            once; ``'balanced'``: that without the inputs of GELU and SiLU, so that the products
+            before them are done again in backward; ``'small'``: the inputs of blocks, which run
+            again as a whole. Outputs and gradients are the same. Of several injections the one
+            that keeps least counts.
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
@@ -68,6 +74,7 @@ def inject(
     targets = Targets.of(targets)
     if execution not in CHOICES:
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
+    _check_memory(memory, execution)
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     target_module(model, targets.module)
     refuse_quantized(model, targets.module)
@@ -76,7 +83,7 @@ def inject(
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     trained = _trained(target_module(model, targets.module), unfreeze)
     sites = make_adapters(sites, empty, execution)
-    freeze_target(model, method, targets.module, trained, execution)
+    freeze_target(model, method, targets.module, trained, execution, memory)
     for site in sites:
         site.adapter.injection = len(model.peft) - 1
     attach(sites)
@@ -88,6 +95,16 @@ def inject(
     if method.adapts:
         _warn_unknown(result)
     return result
+
+
+def _check_memory(memory, execution):
+    if memory not in MEMORY:
+        raise UsageError(f'memory={memory!r} is not one of {", ".join(map(repr, MEMORY))}.')
+    if memory == BALANCED and execution == PLAIN:
+        raise UsageError(
+            "memory='balanced' does products again by mmpeft's own layers, and execution='plain' "
+            "leaves torch's. Take execution='auto', or memory='small'."
+        )
 
 
 def _check_beside_earlier(model, method, module):

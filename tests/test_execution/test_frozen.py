@@ -100,3 +100,36 @@ def gradients(model, x, amp=False):
     y.to(x.dtype).square().mean().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return dict(x=x.grad) | found
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('affine', [True, False])
+def test_a_batch_norm_keeps_no_map(layout, affine):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=affine).double()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    mmpeft.inject(model.double(), METHODS['lora'])
+    randomize(model)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64).contiguous(memory_format=layout)
+    assert_as_plain(model.train(), x)
+    found = second_derivatives(model, x)
+    with plain(model):
+        assert_equal(found, second_derivatives(model, x), 1e-10)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        y = norm(x.new_ones(2, 4, 6, 5, requires_grad=True))
+    assert all(t.numel() <= 4 for t in saved) and y.shape == (2, 4, 6, 5)
+
+
+def test_a_batch_norm_in_low_precision_is_no_less_exact():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4).requires_grad_(False).eval()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(5, 4, dtype=torch.bfloat16)
+    (expected,) = torch.autograd.grad(norm(x), x, dy)
+    execution.enable_frozen(norm)
+    (dx,) = torch.autograd.grad(norm(x), x, dy)
+    assert dx.dtype == torch.bfloat16 and torch.equal(dx, expected)

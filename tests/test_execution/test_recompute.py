@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import GlobalResponseNormMlp
 from torch import nn
 
 import mmpeft
@@ -12,6 +13,7 @@ from mmpeft.execution.recompute import (
     cast,
     save_or_recompute,
     tag_for_recompute,
+    through,
 )
 from tests.cases import randomize
 from tests.comparing import assert_as_plain
@@ -77,3 +79,30 @@ def test_what_needs_no_gradient_has_no_tag():
     y = tag_for_recompute(F.gelu(x), F.gelu, x)
     function, tensors = save_or_recompute(y)
     assert tensors == (y,) and function(y) is y
+
+
+def test_backward_computes_a_map_once_for_all_that_need_it():
+    calls = []
+
+    def double(x):
+        calls.append(1)
+        return 2 * x
+
+    x = torch.randn(4, 3, requires_grad=True)
+    y = tag_for_recompute(2 * x, double, x)
+    first, kept = save_or_recompute(y)
+    second, others = through(torch.neg, y)
+    with torch.no_grad():
+        for passes in (1, 2):
+            assert torch.equal(second(*others), -2 * x)
+            assert torch.equal(first(*kept), 2 * x) and len(calls) == passes
+    assert y._mmpeft_recompute[0].value is None  # nothing is held after backward
+
+
+def test_a_response_norm_keeps_the_input_of_the_activation_alone():
+    """Of the maps of a ConvNeXt-V2 MLP: x, and the four times wider input of the GELU."""
+    mlp = GlobalResponseNormMlp(64, 256).double()
+    mmpeft.inject(mlp, dict(type='LoRA', rank=1))
+    x = torch.randn(2, 10, 10, 64, dtype=torch.float64, requires_grad=True)
+    _, kept = kept_bytes(mlp, x)
+    assert 5 * x.nbytes <= kept < 5.2 * x.nbytes

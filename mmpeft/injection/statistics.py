@@ -1,0 +1,38 @@
+"""Running statistics of frozen norms, which stay as they are in training too."""
+
+from torch import nn
+
+from mmpeft.execution.classes import change_class, restore_class
+
+from .weights import is_below, layers, newly_initialized
+
+STATISTICS = nn.modules.batchnorm._NormBase
+
+
+class FrozenStatistics:
+    """A norm layer in evaluation mode; ``peft_mode`` is the mode that was asked for."""
+
+    def train(self, mode=True):
+        self.peft_mode = mode
+        return super().train(False)
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Hold the running statistics of all norm layers in a module that are not newly initialized.
+
+    The layers change their class, so that ``model.train()`` and ``copy.deepcopy`` keep the effect.
+    """
+    new = newly_initialized(module)
+    for path, layer in layers(module):
+        held = isinstance(layer, STATISTICS) and not is_below(path, new)
+        if held and not isinstance(layer, FrozenStatistics):
+            change_class(layer, FrozenStatistics)
+            layer.train(layer.training)
+
+
+def release_statistics(module: nn.Module) -> None:
+    """Undo :func:`freeze_statistics`."""
+    for layer in module.modules():
+        if isinstance(layer, FrozenStatistics):
+            restore_class(layer, FrozenStatistics)
+            layer.train(layer.__dict__.pop('peft_mode'))
