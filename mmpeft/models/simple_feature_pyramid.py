@@ -65,7 +65,8 @@ class SimpleFeaturePyramid(BaseModule):
                 f'SimpleFeaturePyramid was built for maps of {self.in_channels} channels and got '
                 f'{x.shape[1]}. Set model.neck.in_channels={x.shape[1]}.'
             )
-        levels = [level(x) for level in self.levels]
+        # A norm's output is channels-last in memory, which mmcv's RoIAlign and DETRs do not take.
+        levels = [level(x).contiguous() for level in self.levels]
         while len(levels) < self.num_outs:
             levels.append(F.max_pool2d(levels[-1], 1, stride=2))
         return tuple(levels)

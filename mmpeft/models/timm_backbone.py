@@ -89,6 +89,7 @@ class TimmBackbone(BaseModule):
             )
         if drop_path:
             kwargs['drop_path_rate'] = drop_path
+        self.name = name
         self.pretrained = pretrained
         self.checkpoint = checkpoint
         self._create = dict(
@@ -131,7 +132,7 @@ class TimmBackbone(BaseModule):
                     raise
             except AssertionError as error:
                 raise UsageError(
-                    f'timm cannot build {self._create["model_name"]!r} with the levels '
+                    f'timm cannot build {self.name!r} with the levels '
                     f'out_indices={self._create["out_indices"]}: {error}.'
                 ) from error
 
@@ -147,20 +148,19 @@ class TimmBackbone(BaseModule):
         super().init_weights()
         self._is_init = True
         if self.checkpoint:
-            path, name = Path(self.checkpoint), self._create['model_name']
-            weights = read_weights(path, name, self.model.state_dict(), self._whole())
+            path = Path(self.checkpoint)
+            weights = read_weights(path, self.name, self.model.state_dict(), self._whole())
             self.model.load_state_dict(weights)
             print_log(f'Loaded {len(weights)} tensors of the backbone from {path}', 'current')
         elif self.pretrained:
             self._load_hub()
 
     def _load_hub(self):
-        name = self._create['model_name']
         try:
             source = self._network(pretrained=True)
         except Exception as error:
             raise UsageError(
-                f'timm could not fetch the pretrained weights of {name!r} '
+                f'timm could not fetch the pretrained weights of {self.name!r} '
                 f'({type(error).__name__}: {error}). Without a connection, download them '
                 "elsewhere and set backbone.pretrained=False, backbone.checkpoint='FILE'."
             ) from error
@@ -188,7 +188,7 @@ class TimmBackbone(BaseModule):
         """
         if any(side % self.stride for side in x.shape[2:]):
             raise UsageError(
-                f'{self._create["model_name"]} takes images whose height and width are multiples '
+                f'{self.name} takes images whose height and width are multiples '
                 f'of {self.stride}, not {tuple(x.shape[2:])}. Set pad_size_divisor={self.stride} '
                 '(in mmseg size or size_divisor) in model.data_preprocessor.'
             )

@@ -59,6 +59,7 @@ def test_levels_are_those_of_the_paper():
     assert [tuple(e.shape) for e in expected] == [tuple(level.shape[1:]) for level in levels]
     for ours, theirs in zip(levels, expected, strict=True):
         np.testing.assert_allclose(ours[0].numpy(), theirs, rtol=1e-9, atol=1e-9)
+        assert ours.is_contiguous()
 
 
 def test_what_does_not_fit_is_refused():

@@ -190,8 +190,8 @@ def test_the_largest_needs_no_memory_to_be_counted():
     with torch.device('meta'):
         backbone = TimmBackbone('vit_7b_patch16_dinov3.lvd1689m', out_indices=(-1,))
         summary = mmpeft.inject(backbone, dict(type='LoRA', rank=16))
-    width, hidden, blocks = 4096, 8192, 40
-    each = 16 * ((width + 3 * width) + (width + width) + 3 * (width + hidden))
-    patch = summary.adapters - blocks * each
-    assert 0 < patch < each and summary.unfrozen == 2 * width
+    width, hidden = 4096, 8192
+    block = (width + 3 * width) + (width + width) + 3 * (width + hidden)
+    assert summary.adapters == 16 * (40 * block + 3 * 16 * 16 + width)
+    assert summary.unfrozen == 2 * width
     assert 6.6e9 < summary.base < 6.8e9
