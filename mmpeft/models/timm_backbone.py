@@ -1,4 +1,4 @@
-"""Any timm model as a multi-level backbone of OpenMMLab."""
+"""Any timm model as a backbone of OpenMMLab: pyramids, and plain transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +8,26 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
-from timm.models import load_state_dict as read_weights
+from timm.models._features import FeatureGetterNet
 
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.errors import UsageError
 from mmpeft.registry import MODELS
+
+from .timm_weights import name_in, read_weights
+
+# timm's arguments that let a network take images of any size, where its positions can.
+ANY_SIZE = (dict(strict_img_size=False), dict(dynamic_img_size=True), {})
 
 
 @MODELS.register_module()
 class TimmBackbone(BaseModule):
     """A timm network that returns one feature map for each level.
+
+    Convolutional networks, Swin and Hiera have levels of falling resolution. A
+    plain vision transformer has one resolution, that of its patches; a level is
+    the output of a block, without class and register tokens, as a map. A neck,
+    :class:`~mmpeft.models.SimpleFeaturePyramid` or mmseg's ``Feature2Pyramid``,
+    makes a pyramid of it. Rotary and absolute positions follow the image's size.
 
     As in the ConvNeXt recipes of mmdet and mmseg, every level ends in a
     LayerNorm over its channels. The norms ``norm<level>`` are newly initialized
@@ -30,18 +41,26 @@ class TimmBackbone(BaseModule):
         name: A timm model, such as ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
         pretrained: Load timm's pretrained weights from its hub.
         checkpoint: In place of ``pretrained``, a local file (``.pth``,
-            ``.safetensors``) of the network's weights under timm's names.
-        out_indices: The levels to return.
+            ``.safetensors``) of the network's weights, in timm's layout or
+            another that :func:`~.timm_weights.read_weights` takes.
+        out_indices: The levels to return, (0, 1, 2, 3) if None. Of a plain
+            transformer the blocks, counted from the end if negative; blocks
+            behind the last one are left out.
         out_norm: Put a LayerNorm on each level.
         drop_path: Stochastic depth rate of the deepest block.
         with_cp: Recompute activations in backward. timm uses the form without
             reentrance, which a frozen stem needs.
         init_cfg: As in :class:`mmengine.model.BaseModule`.
-        **kwargs: For :func:`timm.create_model`.
+        **kwargs: For :func:`timm.create_model`, such as ``patch_size=16`` for a
+            transformer with patches of 14.
+
+    Attributes:
+        pretrained_cfg: What timm says of the weights: ``mean``, ``std``, ``license``.
 
     Raises:
-        UsageError: timm does not know the name, or both ``pretrained`` and
-            ``checkpoint`` are given.
+        UsageError: timm does not know the name, both ``pretrained`` and
+            ``checkpoint`` are given, the network has no such levels, or a plain
+            transformer was given no ``out_indices``.
     """
 
     def __init__(
@@ -49,7 +68,7 @@ class TimmBackbone(BaseModule):
         name: str,
         pretrained: bool = False,
         checkpoint: str | None = None,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         out_norm: bool = True,
         drop_path: float = 0.0,
         with_cp: bool = False,
@@ -70,21 +89,52 @@ class TimmBackbone(BaseModule):
             )
         if drop_path:
             kwargs['drop_path_rate'] = drop_path
+        self.name = name
         self.pretrained = pretrained
         self.checkpoint = checkpoint
-        self.out_indices = tuple(out_indices)
         self._create = dict(
-            model_name=name, features_only=True, out_indices=self.out_indices, **kwargs
+            model_name=name,
+            features_only=True,
+            out_indices=(0, 1, 2, 3) if out_indices is None else tuple(out_indices),
+            **kwargs,
         )
-        self.model = timm.create_model(pretrained=False, **self._create)
+        network = self._network()
+        info = network.feature_info
+        strides = {level['reduction'] for level in info.info}
+        if out_indices is None and len(strides) == 1 < len(info):
+            raise UsageError(
+                f'{name!r} is a plain transformer, whose {len(info)} blocks have maps of the same '
+                'size. Say which to return: out_indices=(-1,) for a pyramid on the last one, or '
+                'several, such as (2, 5, 8, 11).'
+            )
+        # timm's wrapper of what returns its own levels has nothing but the network in it.
+        self.returns_levels = isinstance(network, FeatureGetterNet)
+        self.model = network.model if self.returns_levels else network
+        self.pretrained_cfg = network.pretrained_cfg
+        self.out_indices = tuple(i % len(info) for i in info.out_indices)
+        # What divides an image's size, where positions or windows ask for it.
+        self.stride = max(strides) if self.returns_levels else 1
         if with_cp:
             self.model.set_grad_checkpointing(True)
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
         self.newly_initialized = tuple(f'norm{i}' for i in self.out_indices) if out_norm else ()
         if out_norm:
-            channels = self.model.feature_info.channels()
-            for level, width in zip(self.out_indices, channels, strict=True):
+            for level, width in zip(self.out_indices, info.channels(), strict=True):
                 self.add_module(f'norm{level}', LayerNorm2d(width, eps=1e-6))
+
+    def _network(self, **changes):
+        """timm's network, for images of any size if it has a way to take them."""
+        for options in ANY_SIZE:
+            try:
+                return timm.create_model(**options | self._create | changes)
+            except TypeError as error:
+                if not options or next(iter(options)) not in str(error):
+                    raise
+            except AssertionError as error:
+                raise UsageError(
+                    f'timm cannot build {self.name!r} with the levels '
+                    f'out_indices={self._create["out_indices"]}: {error}.'
+                ) from error
 
     def init_weights(self) -> None:
         """Load the pretrained weights, if any are named.
@@ -98,68 +148,59 @@ class TimmBackbone(BaseModule):
         super().init_weights()
         self._is_init = True
         if self.checkpoint:
-            self._load_file(Path(self.checkpoint))
+            path = Path(self.checkpoint)
+            weights = read_weights(path, self.name, self.model.state_dict(), self._whole())
+            self.model.load_state_dict(weights)
+            print_log(f'Loaded {len(weights)} tensors of the backbone from {path}', 'current')
         elif self.pretrained:
             self._load_hub()
 
     def _load_hub(self):
-        name = self._create['model_name']
         try:
-            source = timm.create_model(pretrained=True, **self._create)
+            source = self._network(pretrained=True)
         except Exception as error:
             raise UsageError(
-                f'timm could not fetch the pretrained weights of {name!r} '
+                f'timm could not fetch the pretrained weights of {self.name!r} '
                 f'({type(error).__name__}: {error}). Without a connection, download them '
                 "elsewhere and set backbone.pretrained=False, backbone.checkpoint='FILE'."
             ) from error
-        self.model.load_state_dict(source.state_dict())
+        self.model.load_state_dict((source.model if self.returns_levels else source).state_dict())
 
-    def _load_file(self, path):
-        if not path.is_file():
-            raise MissingFileError(
-                f'The backbone checkpoint {str(path)!r} does not exist. Set '
-                'model.backbone.checkpoint to a file with the weights of timm model '
-                f'{self._create["model_name"]!r}, or to None.'
-            )
-        weights = read_weights(str(path), use_ema=False)
-        own = self.model.state_dict()
-        found = {key: weights[name] for key in own if (name := _name_in(weights, key))}
-        wrong = [k for k in own if k not in found or found[k].shape != own[k].shape]
-        if wrong:
-            raise UsageError(
-                f'{str(path)!r} does not fit timm model {self._create["model_name"]!r}: '
-                f'{len(wrong)} of {len(own)} tensors are missing or have another shape, such '
-                f'as {", ".join(wrong[:3])}. Give the file of the same model, under timm names.'
-            )
-        self.model.load_state_dict(found)
-        print_log(f'Loaded {len(found)} tensors of the backbone from {path}', 'current')
+    def _whole(self):
+        """timm's whole network, without memory."""
+        with torch.device('meta'):
+            cut = dict(features_only=False, out_indices=None)
+            whole = {k: v for k, v in (self._create | cut).items() if v not in (None, False)}
+            return timm.create_model(**whole)
 
     def names_in_whole(self) -> dict[str, str]:
         """Paths below ``model`` of what holds tensors, and those in ``timm.create_model(name)``."""
-        cut = ('features_only', 'out_indices')
-        with torch.device('meta'):
-            own = timm.create_model(**self._create)
-            whole = timm.create_model(**{k: v for k, v in self._create.items() if k not in cut})
-        weights, names = whole.state_dict(), {}
-        for key in own.state_dict():
-            path, _, tensor = key.rpartition('.')
-            names[path] = _name_in(weights, key).removesuffix(f'.{tensor}')
+        weights, names = self._whole().state_dict(), {}
+        for key in self.model.state_dict():
+            names[key.rpartition('.')[0]] = name_in(weights, key).rpartition('.')[0]
         return names
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(N, 3, H, W) to a contiguous map (N, C_i, H_i, W_i) for each of ``out_indices``."""
-        levels = self.model(x)
-        if self.channels_last:
-            levels = [level.permute(0, 3, 1, 2) for level in levels]
+        """(N, 3, H, W) to a contiguous map (N, C_i, H_i, W_i) for each of ``out_indices``.
+
+        Raises:
+            UsageError: The size is not divided by the patches of a transformer.
+        """
+        if any(side % self.stride for side in x.shape[2:]):
+            raise UsageError(
+                f'{self.name} takes images whose height and width are multiples '
+                f'of {self.stride}, not {tuple(x.shape[2:])}. Set pad_size_divisor={self.stride} '
+                '(in mmseg size or size_divisor) in model.data_preprocessor.'
+            )
+        if self.returns_levels:
+            levels = self.model.forward_intermediates(
+                x, indices=list(self.out_indices), output_fmt='NCHW', intermediates_only=True
+            )
+        else:
+            levels = self.model(x)
+            if self.channels_last:
+                levels = [level.permute(0, 3, 1, 2) for level in levels]
         norms = [getattr(self, f'norm{i}', torch.nn.Identity()) for i in self.out_indices]
         maps = (norm(level) for norm, level in zip(norms, levels, strict=True))
         # mmcv's RoIAlign reads memory as if it were contiguous, and timm's may be channels-last.
         return tuple(level.contiguous() for level in maps)
-
-
-def _name_in(weights, key):
-    """The name of a features-only tensor in a state dict of the whole model."""
-    top, _, rest = key.partition('.')
-    split = top.replace('_', '.'), top.replace('_', '.', 1)
-    names = key, *(f'{each}.{rest}' for each in split), rest
-    return next((name for name in names if name in weights), None)

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
+from mmpeft.engine.normalisation import normalisation_fault
 from mmpeft.engine.resume import pending_source
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.wrappers import is_sharded
@@ -103,6 +104,8 @@ class PEFTHook(Hook):
             runner.model = wrapped
         if trains and not self._prepared:
             self._prepared = True
+            if fault := normalisation_fault(model):
+                runner.logger.warning(fault)
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             rebuild_optimizer(runner)
             model.register_forward_hook(_add_penalty, with_kwargs=True)

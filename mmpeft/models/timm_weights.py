@@ -1,0 +1,88 @@
+"""Files of weights for timm's networks, in the layouts that they are published in."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from mmpeft.errors import MissingFileError, UsageError
+
+from .dinov3_names import timm_names
+
+
+def read_weights(path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Module):
+    """The weights of a network from a file in timm's layout, its authors', or transformers'.
+
+    What timm converts when it fetches weights is converted alike: names of the
+    authors' releases, patch embeddings and positions of another size. DINOv3 is
+    also read in transformers' layout.
+
+    Args:
+        path: A ``.pth`` or ``.safetensors`` file.
+        name: The timm model, for messages.
+        own: The network's state dict, which may be cut from timm's whole one.
+        whole: timm's whole network, which may be on the meta device.
+
+    Returns:
+        A tensor for each key of ``own``.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UsageError: It lacks weights of the network or has them in other shapes,
+            or the network lacks biases that it has.
+    """
+    if not path.is_file():
+        raise MissingFileError(
+            f'The backbone checkpoint {str(path)!r} does not exist. Set '
+            f'model.backbone.checkpoint to a file with the weights of timm model {name!r}, or to '
+            'None.'
+        )
+    weights = timm_names(load_state_dict(str(path), use_ema=False))
+    convert = getattr(inspect.getmodule(type(whole)), 'checkpoint_filter_fn', None)
+    if _misfits(weights, own) and convert is not None:
+        try:
+            weights = convert(weights, whole)
+        except (KeyError, AttributeError, RuntimeError):
+            pass  # of another model; what does not fit is named below
+    wrong, extra = _misfits(weights, own), _lost_biases(weights, own)
+    if wrong:
+        raise UsageError(
+            f'{str(path)!r} does not fit timm model {name!r}: {len(wrong)} of {len(own)} tensors '
+            f'are missing or have another shape, such as {", ".join(wrong[:3])}. Give the file of '
+            "the same model, in timm's layout, its authors', or (DINOv3) transformers'."
+        )
+    if extra:
+        raise UsageError(
+            f'{str(path)!r} has biases that timm model {name!r} lacks, such as {extra[0]}, and '
+            'they are not zero. Choose a model that has them (for DINOv3 the one whose name has '
+            '_dinov3_qkvb).'
+        )
+    return {key: weights[name_in(weights, key)] for key in own}
+
+
+def name_in(weights: Mapping[str, Tensor], key: str) -> str | None:
+    """The name of a features-only tensor in a state dict of the whole model, None if not there."""
+    top, _, rest = key.partition('.')
+    split = top.replace('_', '.'), top.replace('_', '.', 1)
+    names = key, *(f'{each}.{rest}' for each in split)
+    return next((name for name in names if name in weights), None)
+
+
+def _misfits(weights, own):
+    names = {key: name_in(weights, key) for key in own}
+    return [k for k, name in names.items() if not name or weights[name].shape != own[k].shape]
+
+
+def _lost_biases(weights, own):
+    read = {name_in(weights, key) for key in own}
+    blocks = {name.rsplit('.', 2)[0] for name in read if name.count('.') > 2}
+    return [
+        name
+        for name, value in weights.items()
+        if name.endswith('bias')
+        and name not in read
+        and name.rpartition('.')[0].rpartition('.')[0] in blocks | {b + '.attn' for b in blocks}
+        and value.any()
+    ]
