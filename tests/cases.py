@@ -65,6 +65,9 @@ METHODS = dict(
     vpt=dict(type='VPT', tokens=3),
     vpt_deep=dict(type='VPT', tokens=2, deep=True),
     mona=dict(type='Mona', rank=2),
+    adaptformer=dict(type='AdaptFormer', rank=2),
+    convpass=dict(type='Convpass', rank=2),
+    conv_adapter=dict(type='ConvAdapter', reduction=2),
     bitfit=dict(type='BitFit'),
     frozen=dict(type='Frozen'),
     full=dict(type='Full'),
@@ -293,7 +296,10 @@ BLOCKS = dict(
     ),
 )
 # Networks without a place for a method, and those where it does not start as the identity.
-NO_PLACE = {('ScaledParallelAdapter', 'resnet'), ('VPT', 'swin')}
+NO_PLACE = {
+    *((method, 'resnet') for method in ('ScaledParallelAdapter', 'AdaptFormer', 'Convpass')),
+    ('VPT', 'swin'),
+}
 NO_IDENTITY = {('VPT', 'vit')}
 
 
