@@ -14,6 +14,7 @@ from mmpeft.injection.site import attached
 from mmpeft.methods.activation.maps import grid_of
 from tests.cases import randomize
 
+pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
 
