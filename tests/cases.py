@@ -65,6 +65,7 @@ METHODS = dict(
     shira_magnitude=dict(type='SHiRA', density=0.2, mask='magnitude'),
     randlora=dict(type='RandLoRA', rank=2, scale=2.0),
     filter_atoms=dict(type='FilterAtoms', block=3),
+    ditask=dict(type='DiTASK', cells=5),
     houlsby=dict(type='HoulsbyAdapter', rank=2),
     pfeiffer=dict(type='PfeifferAdapter', rank=3, activation='swish'),
     parallel=dict(type='ParallelAdapter', rank=2),
@@ -303,10 +304,11 @@ BLOCKS = dict(
         (2, 3, 8, 4),
     ),
 )
-# Networks without a place for a method, and those where it does not start as the identity.
+# Networks and layers without a place for a method, and networks where it starts otherwise.
 NO_PLACE = {
     *((method, 'resnet') for method in ('ScaledParallelAdapter', 'AdaptFormer', 'Convpass')),
     ('VPT', 'swin'),
+    ('DiTASK', 'transposed3d'),
 }
 NO_IDENTITY = {('VPT', 'vit')}
 

@@ -43,7 +43,7 @@ class FacT(Ranked, DeltaMethod):
     card = Card(
         family='extension',
         formula='Wₗ + s · U Gₗ Vᵀ, or s · U (C ×₃ Pₗ) Vᵀ; U, V and C shared',
-        suits='Transformers of one width: the smallest files, below a hundredth of LoRA.',
+        suits='Transformers of one width, where a further weight adds its small core alone.',
     )
 
     rank: int = 16

@@ -32,7 +32,7 @@ class MiSS(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(D [I I … I])',
-        suits='Half of the parameters of LoRA at the same rank, and one factor to train.',
+        suits='LoRA with one factor to train: half of its parameters on a square weight.',
     )
 
     tied = ('shards',)

@@ -3,7 +3,7 @@
     W' = W, with ``values`` added to k entries of it        Eq. 1
 
 ``mask`` chooses them: 'random', or 'magnitude' for the entries of the largest |W| (SHiRA-Rand and
--WM). SHiRA-Grad, the entries of the largest gradients, is FISH; its squares have the same order.
+-WM). SHiRA-Grad, the entries of the largest gradients, is not here; FISH takes their squares.
 :mod:`.sparse` has what such methods share. An adapter changes 1 to 2 % of the weights, so that
 several can be added to one base with little overlap.
 """

@@ -21,7 +21,7 @@ class AdaptFormer(ScaledParallelAdapter):
     card = Card(
         family='activations',
         formula='MLP(x) + s · (h(x A + a) B + b)',
-        suits='Vision transformers: the usual baseline beside VPT, at a tenth of full tuning.',
+        suits='Vision transformers; a usual baseline beside VPT.',
     )
 
     rank: int = 64

@@ -40,7 +40,7 @@ class Mona(Ranked, ActivationMethod):
     card = Card(
         family='activations',
         formula='x + h(F(U A)) B, F depthwise 3x3, 5x5 and 7x7, behind each residual addition',
-        suits='Dense prediction with vision transformers, where it is the strongest published.',
+        suits='Detection and segmentation with Swin, where it was published above full tuning.',
     )
 
     kinds = ('block',)
