@@ -36,6 +36,7 @@ METHODS = dict(
     ia3=dict(type='IA3'),
     ssl=dict(type='SSL'),
     ssb=dict(type='SSB'),
+    ssf=dict(type='SSF'),
     sam_parser=dict(type='SAMPARSER'),
     sam_parser_leading=dict(type='SAMPARSER', rank=2),
     svdiff=dict(type='SVDiff'),
@@ -54,6 +55,17 @@ METHODS = dict(
     ),
     fish=dict(type='FISH', density=0.2, samples=2),
     pafi=dict(type='PaFi', density=0.2),
+    oft=dict(type='OFT', block_size=3),
+    boft=dict(type='BOFT', block_size=2, factors=2),
+    rep_adapter=dict(type='RepAdapter', rank=2, scale=0.5),
+    fact=dict(type='FacT', rank=2),
+    fact_tk=dict(type='FacT', rank=3, form='tk', update='lie'),
+    miss=dict(type='MiSS', rank=2),
+    shira=dict(type='SHiRA', density=0.2),
+    shira_magnitude=dict(type='SHiRA', density=0.2, mask='magnitude'),
+    randlora=dict(type='RandLoRA', rank=2, scale=2.0),
+    filter_atoms=dict(type='FilterAtoms', block=3),
+    ditask=dict(type='DiTASK', cells=5),
     houlsby=dict(type='HoulsbyAdapter', rank=2),
     pfeiffer=dict(type='PfeifferAdapter', rank=3, activation='swish'),
     parallel=dict(type='ParallelAdapter', rank=2),
@@ -61,6 +73,10 @@ METHODS = dict(
     scaled_parallel=dict(type='ScaledParallelAdapter', rank=2),
     vpt=dict(type='VPT', tokens=3),
     vpt_deep=dict(type='VPT', tokens=2, deep=True),
+    mona=dict(type='Mona', rank=2),
+    adaptformer=dict(type='AdaptFormer', rank=2),
+    convpass=dict(type='Convpass', rank=2),
+    conv_adapter=dict(type='ConvAdapter', reduction=2),
     bitfit=dict(type='BitFit'),
     frozen=dict(type='Frozen'),
     full=dict(type='Full'),
@@ -288,8 +304,12 @@ BLOCKS = dict(
         (2, 3, 8, 4),
     ),
 )
-# Networks without a place for a method, and those where it does not start as the identity.
-NO_PLACE = {('ScaledParallelAdapter', 'resnet'), ('VPT', 'swin')}
+# Networks and layers without a place for a method, and networks where it starts otherwise.
+NO_PLACE = {
+    *((method, 'resnet') for method in ('ScaledParallelAdapter', 'AdaptFormer', 'Convpass')),
+    ('VPT', 'swin'),
+    ('DiTASK', 'transposed3d'),
+}
 NO_IDENTITY = {('VPT', 'vit')}
 
 

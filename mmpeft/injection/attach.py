@@ -45,6 +45,8 @@ def make_adapters(
         for name in site.method.tied:
             own = getattr(adapter, name)
             key = site.method, name, site.method.tie_key(site.spec), own.dtype, own.device
+            if site.method.tied_in_layer:
+                key += id(site.layer), site.tensor.removesuffix('weight').removesuffix('bias')
             setattr(adapter, name, shared.setdefault(key, own))
         adapters[site.tie_key] = adapter
     return [replace(s, adapter=adapters[s.tie_key], execution=execution) for s in sites]

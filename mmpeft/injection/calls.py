@@ -7,7 +7,7 @@ Some networks read the weight of a layer and never call the layer: torchvision's
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import torch
@@ -15,9 +15,10 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mmpeft.errors import TrainingError
+from mmpeft.methods.spec import ConvGeometry
 
-from .site import attached, own_parameters
-from .weights import PARAMETRIZATIONS, join
+from .site import Site, attached, own_parameters
+from .weights import PARAMETRIZATIONS, is_below, join, layers, weights_of
 
 
 def uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -110,8 +111,25 @@ def watch(model: nn.Module) -> None:
         TrainingError: Later, by ``model(...)``; names the module.
     """
     unwatch(model)
-    if any(not site.tensor for site in attached(model)):
+    acting = [site for site in attached(model) if not site.tensor]
+    if acting:
         _Watch(model)
+    follow_patches(model, acting)
+
+
+def follow_patches(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Let adapters that need the grid of an image's patches learn it from the last 2-d convolution
+    with a stride before them that is in none of their modules."""
+    sites = {site.path: site.adapter for site in sites if site.method.needs_grid}
+    patches = None
+    for path, module in layers(model):
+        inside = is_below(path, sites)
+        if path in sites and patches is not None:
+            sites[path].follow(patches)
+        spec = dict(weights_of(module)).get('weight')
+        if spec and not inside and 'conv' in spec.kinds and len(spec.kernel_size) == 2:
+            if max(ConvGeometry.of(module, spec).stride) > 1 and not spec.transposed:
+                patches = module
 
 
 def unwatch(model: nn.Module) -> None:

@@ -207,6 +207,38 @@ class Search:
         return True
 
     @cached_property
+    def block(self) -> Points:
+        """Residual blocks of convolutions, and the smallest modules with one attention or mixer
+        and one MLP, with the norm between the two where there is one."""
+        found = {}
+        for path, module in self.modules.items():
+            mixing = within({**self.attention, **self.mixer}, path)
+            mlps = within(self.mlp, path)
+            if isinstance(module, LISTS) or not len(mixing) == len(mlps) == 1:
+                continue
+            mlp, mixer = self.mlp[mlps[0]], self.modules[mixing[0]]
+            is_conv = mixing[0] in self.mixer
+            axis = axis_of(mixer) if is_conv else mlp.axis
+            ends = () if is_conv else self._between(path, mixing[0], mlps[0])
+            found[path] = make_point('block', module, mlp.shape, axis, ends)
+        for path, (first, *_, last) in self._chains.items():
+            own, module = self._inside[path], self.modules[path]
+            shape = own[last].out_features, own[first].in_features
+            found[path] = make_point('block', module, shape, axis_of(getattr(module, last)))
+        return smallest(found)
+
+    def _between(self, path, attention, mlp):
+        """Of a block's two norms the second, and the first layer of its MLP."""
+        start = self.mlp[mlp].ends[:1] or ('',)
+        parts = [attention] + [mlp] * (mlp != path)
+        norms = [p for p in within(self.modules, path) if norm_spec(self.modules[p])]
+        norms = [p for p in norms if not is_below(p, parts)]
+        if len(norms) != 2:
+            return ()
+        below = len(path) + bool(path)
+        return norms[1][below:], join(mlp, *start)[below:]
+
+    @cached_property
     def border(self) -> Points:
         """Convolutions of stride 1 with zeros around the map, in blocks, MLPs and mixers."""
         inner = [join(block, name) for block, chain in self._chains.items() for name in chain]

@@ -51,6 +51,7 @@ class Method:
         trains_base: Whether the weights of the target module train themselves.
         merges: Whether adapters can be folded into the weights.
         tied: Names of factors that all weights of one :meth:`tie_key` share.
+        tied_in_layer: Whether they share them only with their own bias.
         renamed: Former names of arguments and the present ones.
     """
 
@@ -60,6 +61,7 @@ class Method:
     trains_base: ClassVar[bool] = False
     merges: ClassVar[bool] = True
     tied: ClassVar[tuple[str, ...]] = ()
+    tied_in_layer: ClassVar[bool] = False
     renamed: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs):

@@ -22,6 +22,8 @@ def magnitude_ratio(magnitude: Tensor, norm: Tensor, detach: bool = False) -> Te
 
 def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
     """A number for each output channel, (out_features,), shaped to multiply the weight."""
+    if len(spec.shape) == 1:
+        return values
     ones = (1,) * len(spec.kernel_size)
     if not spec.input_first:
         return values.view(-1, 1, *ones)

@@ -14,6 +14,7 @@ POINT_DESCRIPTIONS = dict(
     layer='a linear layer or convolution',
     tokens='a transformer block with global attention over a plain sequence, not over windows',
     border='a zero-padded convolution of stride 1 in a block',
+    block='a residual block of convolutions, of one with an mlp, or of attention and an mlp',
 )
 POINT_KINDS = tuple(POINT_DESCRIPTIONS)
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -141,9 +142,12 @@ class InsertionPoint:
         numel: Parameters of the module, or of the block whose residual branch it ends.
         first: Whether it is the first of its kind in the network.
         ends: Empty, or the paths below the module of two layers whose input and output are meant:
-            the module has an MLP, say, that is no module of its own.
+            the module has an MLP, say, that is no module of its own. Of a ``'block'`` with
+            attention, the norm before its MLP, which gets what lies between the two, and the
+            first layer of the MLP.
         layer: The role of the weight, if the point is a ``'layer'``.
         geometry: If the module is a convolution and the point a ``'layer'`` or ``'border'``.
+        grid: While the network runs, of the patches of an image, for methods that ask for it.
     """
 
     kinds: frozenset[str]
@@ -154,6 +158,7 @@ class InsertionPoint:
     ends: tuple[str, ...] = ()
     layer: WeightSpec | None = None
     geometry: ConvGeometry | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def out_features(self) -> int:
@@ -164,7 +169,7 @@ class InsertionPoint:
         return self.shape[1]
 
     def to_dict(self) -> dict:
-        """Plain data for JSON, without ``layer`` and ``geometry``, which the module has.
+        """Plain data for JSON, without what the module has: ``layer``, ``geometry``, ``grid``.
 
         :func:`mmpeft.injection.points.restore_point` is the reverse.
         """

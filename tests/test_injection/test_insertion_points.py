@@ -615,8 +615,8 @@ def test_an_adapted_network_has_the_places_of_the_plain_one(name):
         (
             torchvision.models.resnet18,
             'ScaledParallelAdapter',
-            r"at insertion points of kind 'mlp' \(layers d -> h -> d with h >= d\), and ResNet has "
-            r"none\. It has 8 'branch', 21 'layer', 13 'border'\. .*Houlsby.*VPT.* would fit",
+            r"at insertion points of kind 'mlp' \(layers d -> h -> d with h >= d\), and ResNet "
+            r"has none\. It has 8 'branch', 21 'layer', 13 'border', 8 'block'\. .*VPT.* would fit",
         ),
         (mmdet_swin, 'VPT', r"'tokens' .*not over windows\).*'border'.*3 'attention', 3 'mlp'"),
         (

@@ -35,4 +35,4 @@ def test_no_method_warns_by_default(file):
 
 def test_there_are_all_methods():
     used = {Config.fromfile(file).peft['method']['type'] for file in FILES}
-    assert len(FILES) == 38 and used == set(mmpeft.METHODS.module_dict)
+    assert used == set(mmpeft.METHODS.module_dict)

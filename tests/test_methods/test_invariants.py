@@ -34,7 +34,7 @@ ON_WEIGHTS = [
     (layer, name)
     for layer in LAYERS
     for name, config in METHODS.items()
-    if config['type'] not in ACTING
+    if config['type'] not in ACTING and (config['type'], layer) not in NO_PLACE
 ]
 ON_ACTIVATIONS = [
     (block, name)
@@ -55,7 +55,7 @@ def rotated():
         for turn, place in enumerate(places):
             layers = GROUPS.get(place, (place,))
             case = layers[(number + turn) % len(layers)], names[turn % len(names)]
-            if (method, place) not in NO_PLACE:
+            if not {(method, place), (method, case[0])} & NO_PLACE:
                 yield case
 
 

@@ -1,6 +1,6 @@
 """Methods that act on activations, one file each."""
 
-from . import bottleneck, parallel, prompts
+from . import adaptformer, bottleneck, conv_adapter, convpass, mona, parallel, prompts
 from .base import ActivationAdapter, ActivationMethod, BranchMethod
 
 __all__ = ['ActivationAdapter', 'ActivationMethod', 'BranchMethod']

@@ -4,12 +4,13 @@ They apply at insertion points of a network (:mod:`mmpeft.injection.insertion_po
 goes into a module or what comes out of it, and cannot be merged into a weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmpeft.errors import UsageError
 from mmpeft.methods.adapter import Adapter
 from mmpeft.methods.base import Factors, Method
 from mmpeft.methods.precision import outside_autocast
@@ -22,10 +23,14 @@ class ActivationMethod(Method):
 
     Subclasses define :meth:`init`, and :meth:`before` or :meth:`after`, which run outside autocast
     and return the dtype of the activation that they change. ``kinds`` are of ``POINT_KINDS``.
+
+    Attributes:
+        needs_grid: Whether points have the ``grid`` of the patches of an image.
     """
 
     kinds: ClassVar[tuple[str, ...]]
     merges: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     def accepts(self, point: InsertionPoint) -> bool:
         """Whether the method is defined at an insertion point."""
@@ -46,6 +51,10 @@ class ActivationMethod(Method):
     def after(self, x: Tensor, y: Tensor, factors: Factors, point: InsertionPoint) -> Tensor:
         """The output of the module instead of ``y``; ``x`` is its input."""
         return y
+
+    def inside(self, x: Tensor, factors: Factors, point: InsertionPoint) -> Tensor:
+        """What is added to the features ``x`` between attention and MLP of a ``'block'``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +77,11 @@ class ActivationAdapter(Adapter):
         super().__init__(*args, **kwargs)
         self.handles = []
         self.ran = False
-        self._input = None
+        self._input = self._added = self._grid = self._patches = None
 
     def __getstate__(self):
         # An exception may leave a tensor with a graph, which cannot be copied.
-        return self.__dict__ | dict(_input=None)
+        return self.__dict__ | dict(_input=None, _added=None)
 
     def hook(self, module: nn.Module) -> None:
         """Register the hooks of an insertion point.
@@ -80,8 +89,13 @@ class ActivationAdapter(Adapter):
         It calls the adapter itself after its forward, so that the adapter can be found there; what
         happens inside is between ``spec.ends``, if any.
         """
-        if self.spec.ends:
-            first, last = map(module.get_submodule, self.spec.ends)
+        first, last = map(module.get_submodule, self.spec.ends or ('', ''))
+        if self._is_block:
+            self.handles += [
+                first.register_forward_pre_hook(self.inside, with_kwargs=True),
+                last.register_forward_pre_hook(self.check_order),
+            ]
+        elif self.spec.ends:
             self.handles += [
                 first.register_forward_pre_hook(self.keep_input, with_kwargs=True),
                 last.register_forward_hook(self.after, with_kwargs=True),
@@ -90,36 +104,85 @@ class ActivationAdapter(Adapter):
             self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
         self.handles.append(module.register_forward_hook(self, with_kwargs=True))
 
+    def follow(self, patches: nn.Module) -> None:
+        """Learn the grid of an image's patches from the convolution that cuts them."""
+        if self._patches is not None:
+            self._patches.remove()
+        self._patches = patches.register_forward_hook(self.keep_grid)
+
     def unhook(self) -> None:
         while self.handles:
             self.handles.pop().remove()
+        if self._patches is not None:
+            self._patches.remove()
 
     def forward(self, module, args, kwargs, output):
         """A forward hook with kwargs of the insertion point."""
-        return None if self.spec.ends else self.after(module, args, kwargs, output)
+        between = self.spec.ends and not self._is_block
+        return None if between else self.after(module, args, kwargs, output)
 
     def before(self, module, args, kwargs):
         """A forward pre-hook with kwargs that changes the input."""
         x = _first(args, kwargs)
         with outside_autocast(x.device.type):
-            changed = self.method.before(x, self.factors, self.spec)
-        args = tuple(changed if value is x else value for value in args)
-        return args, {key: changed if value is x else value for key, value in kwargs.items()}
+            changed = self.method.before(x, self.factors, self._point)
+        return _exchanged(args, kwargs, x, changed)
 
     def keep_input(self, module, args, kwargs):
         """A forward pre-hook with kwargs of the first layer between ``spec.ends``."""
         self._input = _first(args, kwargs)
 
+    def keep_grid(self, module, args, output):
+        """A forward hook of the convolution that cuts an image into patches."""
+        self._grid = tuple(output.shape[-2:])
+
+    def inside(self, module, args, kwargs):
+        """A forward pre-hook with kwargs of the norm before the MLP of a block.
+
+        What it adds goes around the MLP too: :meth:`after` adds it to the output of the block.
+        """
+        x = _first(args, kwargs)
+        with outside_autocast(x.device.type):
+            self._added = self.method.inside(x, self.factors, self._point)
+            changed = (x.to(self._added.dtype) + self._added).to(x.dtype)
+        return _exchanged(args, kwargs, x, changed)
+
+    def check_order(self, module, args):
+        """A forward pre-hook of the MLP of a block, before which its norm was called."""
+        if self._added is None:
+            raise UsageError(
+                f'{type(self.method).__name__}: the MLP of a block runs before the norm '
+                f'{self.spec.ends[0]!r}, as in post-norm transformers. It needs a norm before the '
+                'MLP; leave such blocks out with targets.exclude.'
+            )
+
     def after(self, module, args, kwargs, output):
         """A forward hook with kwargs that changes the output."""
-        x, self._input = (self._input if self.spec.ends else _first(args, kwargs)), None
+        between = self.spec.ends and not self._is_block
+        x, self._input = (self._input if between else _first(args, kwargs)), None
         self.ran = True
         self.warn_of_rounding()
         y = output[0] if isinstance(output, tuple) else output
+        added, self._added = self._added, None
         with outside_autocast(x.device.type):
-            changed = self.method.after(x, y, self.factors, self.spec)
+            if added is not None:
+                y = (y.to(added.dtype) + added).to(y.dtype)
+            changed = self.method.after(x, y, self.factors, self._point)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    @property
+    def _is_block(self):
+        return bool(self.spec.ends) and 'block' in self.spec.kinds
+
+    @property
+    def _point(self):
+        return replace(self.spec, grid=self._grid) if self.method.needs_grid else self.spec
 
 
 def _first(args, kwargs):
     return next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+
+
+def _exchanged(args, kwargs, old, new):
+    args = tuple(new if value is old else value for value in args)
+    return args, {key: new if value is old else value for key, value in kwargs.items()}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import UsageError
-from mmpeft.methods.base import Card, Factors, register, uniform
+from mmpeft.methods.base import Card, Factors, Method, register, uniform
 from mmpeft.methods.ranked import Ranked
 from mmpeft.methods.spec import ConvGeometry, InsertionPoint
 
@@ -66,6 +66,16 @@ def for_all_groups(weight: Tensor, groups: int) -> Tensor:
     return weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 
+def check_size(method: Method, added: Tensor, y: Tensor, point: InsertionPoint) -> None:
+    """Raise UsageError unless a branch beside a convolution has the shape of its output."""
+    if added.shape != y.shape:
+        raise UsageError(
+            f'{type(method).__name__}: a convolution of kernel {point.layer.kernel_size} returned '
+            f'{tuple(y.shape)}, where its stride, padding and dilation give {tuple(added.shape)}. '
+            'It pads its input itself; leave such layers out with targets.exclude.'
+        )
+
+
 @register
 class ParallelAdapter(Ranked, BranchMethod):
     """A bottleneck of ``rank`` r beside each linear layer and convolution.
@@ -102,13 +112,7 @@ class ParallelAdapter(Ranked, BranchMethod):
             down = for_all_groups(down, groups)
             inner = activation(geometry.convolve(x, down, groups=groups))
             added = across_channels(inner, up, None, -1 - axes, groups)
-        if added.shape != y.shape:
-            raise UsageError(
-                f'{type(self).__name__}: a convolution of kernel {layer.kernel_size} returned '
-                f'{tuple(y.shape)}, where its stride, padding and dilation give '
-                f'{tuple(added.shape)}. It pads its input itself; leave such layers out with '
-                'targets.exclude.'
-            )
+        check_size(self, added, y, point)
         return self.scale * added
 
 
