@@ -1,0 +1,167 @@
+"""Plan, run and report the study.
+
+    python projects/transfer_study/study.py run --workers 2
+    python projects/transfer_study/study.py report
+
+A run can be stopped and started again: each trial appends one line to the records when it ends,
+and what has a line is not run again. Several workers, also on several machines with one file
+system, divide the trials among themselves.
+"""
+
+import argparse
+import fcntl
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from transfer_study import report
+from transfer_study.methods import MAIN, METHODS
+from transfer_study.plan import pending
+from transfer_study.trial import BACKBONES, TASKS, Trial, run_trial
+
+FOLDER = Path(__file__).parent
+PACKAGES = ('torch', 'timm', 'numpy')
+
+
+def read_records(path: Path) -> dict[str, dict]:
+    """The records of a file by the ids of their trials."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = [json.loads(line) for line in lines]
+    return {record['id']: record for record in records}
+
+
+def append_record(path: Path, record: dict) -> None:
+    """Add one line, whole even if other workers add theirs at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('a') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(record) + '\n')
+
+
+@contextmanager
+def claimed(folder: Path, trial: Trial):
+    """Whether this worker may run a trial: no other one that lives is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / trial.id).open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def versions() -> dict[str, str]:
+    """What a record has to name so that it can be made again."""
+    commit = ['git', 'describe', '--always', '--dirty']
+    done = subprocess.run(commit, cwd=FOLDER, capture_output=True, text=True)
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | dict(mmpeft=done.stdout.strip() or importlib.metadata.version('mmpeft'))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Run trials until none is left that can start."""
+    stamp = versions()
+    while True:
+        records = read_records(args.records)
+        waiting = list(pending(args.base, args.methods, args.seeds, records))
+        if not waiting:
+            return
+        for trial in waiting:
+            with claimed(args.claims, trial) as mine:
+                if not mine or trial.id in read_records(args.records):
+                    continue
+                record = dict(id=trial.id, trial=asdict(trial), versions=stamp)
+                record |= run_trial(trial) | dict(date=time.strftime('%Y-%m-%d'))
+                append_record(args.records, record)
+                score = record['failed'] or f'{record["accuracy"]:.4f}'
+                print(f'{len(records) + 1:>5} {describe(trial)}: {score}', flush=True)
+                break
+        else:
+            time.sleep(5)  # others are at the last trials of a stage
+
+
+def describe(trial: Trial) -> str:
+    """A trial in one line."""
+    setting = f'rate {trial.rate:g}, scale {trial.scale:g}' if trial.epochs else f'{trial.ridge:g}'
+    return f'{trial.method:<14} {trial.stage:<5} {trial.epochs:>2} epochs, {setting}, {trial.seed}'
+
+
+def run(args: argparse.Namespace) -> None:
+    """Work in this process and in as many others as there are workers more."""
+    command = [sys.executable, *sys.argv]
+    others = [
+        subprocess.Popen([*command, '--workers', '1'], env=os.environ | dict(OMP_NUM_THREADS='1'))
+        for _ in range(args.workers - 1)
+    ]
+    try:
+        work(args)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        statuses = [process.wait() for process in others]
+    if any(statuses):
+        raise SystemExit(f'{sum(map(bool, statuses))} workers failed; see above.')
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('command', choices=('run', 'report', 'status'))
+    parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
+    parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
+    parser.add_argument('--size', type=int, default=64, help='side of the images, pixels')
+    parser.add_argument('--budget', type=int, default=67_000, help='parameters of the adapters')
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+    parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
+    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--workers', type=int, default=1, help='processes of one thread')
+    parser.add_argument('--records', type=Path, default=None, help='one JSON line a trial')
+    args = parser.parse_args(arguments)
+    if args.main:
+        args.methods = list(MAIN)
+    name = f'{args.task}_{args.backbone}'
+    args.records = args.records or FOLDER / 'records' / f'{name}.jsonl'
+    args.claims = Path('work_dirs/transfer_study') / name
+    args.base = Trial(
+        task=args.task,
+        backbone=args.backbone,
+        size=args.size,
+        method='frozen',
+        budget=args.budget,
+        rate=0.0,
+        scale=1.0,
+        ridge=0.0,
+        epochs=0,
+        stage='tune',
+        seed=0,
+    )
+    return args
+
+
+def main() -> None:
+    args = parse()
+    warnings.filterwarnings('ignore', '.*more parameters than the weight')
+    if args.command == 'run':
+        run(args)
+        return
+    records = read_records(args.records)
+    if args.command == 'status':
+        for trial in pending(args.base, args.methods, args.seeds, records):
+            print(describe(trial))
+        hours = sum(record['seconds'] for record in records.values()) / 3600
+        print(f'{len(records)} trials in {hours:.1f} core-hours')
+    else:
+        print(report.tables(args.base, args.methods, args.seeds, records))
+
+
+if __name__ == '__main__':
+    main()

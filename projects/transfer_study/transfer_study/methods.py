@@ -1,0 +1,34 @@
+"""The methods that are compared, in the order in which they are run."""
+
+from mmpeft.engine.method_argument import read_method
+
+MAIN = ('frozen', 'full', 'bitfit', 'lora', 'flora', 'liera', 'dora')
+OTHER = (
+    'liera_exact',
+    'liera_dora',
+    'liera_pissa',
+    'liera_flora',
+    'pissa',
+    'adalora',
+    'trilora',
+    'trilora_mpc_o',
+    'ia3',
+    'ssb',
+    'ssl',
+    'houlsby',
+    'lora_loralib',
+)
+# What no file of configs/_base_/methods holds: a setting of one that is there.
+SETTINGS = dict(
+    liera_exact=('liera', dict(update='lie_exact')), lora_loralib=('lora', dict(layout='loralib'))
+)
+
+
+def hook_arguments(name: str) -> dict:
+    """``method``, ``targets`` and ``unfreeze`` of PEFTHook for a name above."""
+    file, changes = SETTINGS.get(name, (name, {}))
+    hook = read_method(file)
+    return hook | dict(method=hook['method'] | changes)
+
+
+METHODS = {name: hook_arguments(name) for name in MAIN + OTHER}

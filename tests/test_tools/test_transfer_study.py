@@ -1,0 +1,188 @@
+"""The study: its plan, its statistics and its trials, on a network and images made here."""
+
+import json
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+
+@pytest.fixture(scope='module')
+def study(script):
+    return script('projects/transfer_study', 'study')
+
+
+@pytest.fixture(scope='module')
+def base(study):
+    return study.parse(['run']).base
+
+
+def outcome(trial):
+    """A record whose accuracy depends on rate, scale and ridge alone, with a peak."""
+    distance = abs(np.log10(max(trial.rate, 1e-9) / 1e-2)) + abs(np.log10(trial.scale / 4))
+    accuracy = round(0.9 - 0.01 * distance - 0.001 * abs(np.log10(max(trial.ridge, 1e-9))), 4)
+    result = dict(accuracy=accuracy, held_loss=1 - accuracy, failed=None, parameters=9, seconds=1)
+    return dict(id=trial.id, trial=asdict(trial)) | result
+
+
+@pytest.mark.parametrize('method', ['frozen', 'full', 'lora'])
+def test_a_method_gets_twelve_candidates_four_of_them_again_and_its_seeds(study, base, method):
+    from transfer_study.plan import finals, pending
+
+    records, rounds = {}, []
+    methods = list(dict.fromkeys(['frozen', method]))
+    while waiting := list(pending(base, methods, 5, records)):
+        rounds.append(waiting)
+        records |= {trial.id: outcome(trial) for trial in waiting}
+    own = [[t for t in waiting if t.method == method] for waiting in rounds]
+    again = 4 if method == 'frozen' else 8  # one draw is that of the candidates
+    assert [len(trials) for trials in own if trials] == [12, again, 5]
+    tuned, final = [t for stage in own for t in stage if t.stage == 'tune'], own[-1]
+    assert {t.seed for t in final} == set(range(5)) and {t.seed for t in tuned} == {100, 101}
+    assert len({replace(t, seed=0) for t in final}) == 1
+    best = max(tuned, key=lambda t: records[t.id]['accuracy'])
+    assert (final[0].rate, final[0].scale) == (best.rate, best.scale)
+    assert [r['trial']['seed'] for r in finals(base, method, 5, records)] == [0, 1, 2, 3, 4]
+
+
+def test_a_failed_trial_is_not_chosen(base):
+    from transfer_study.plan import best
+
+    trials = [replace(base, method='lora', rate=rate) for rate in (1e-3, 1e-2)]
+    records = {t.id: outcome(t) for t in trials}
+    assert best(trials, records, 1)[0].rate == 1e-2
+    records[trials[1].id]['failed'] = 'NaN'
+    assert best(trials, records, 1)[0].rate == 1e-3
+
+
+def test_what_has_a_record_is_not_run_again(study, base, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_trial(trial):
+        ran.append(trial.id)
+        if len(ran) == 15:
+            raise KeyboardInterrupt
+        return outcome(trial)
+
+    monkeypatch.setattr(study, 'run_trial', run_trial)
+    monkeypatch.chdir(tmp_path)
+    args = study.parse(['run', '--methods', 'frozen', '--records', 'records.jsonl'])
+    with pytest.raises(KeyboardInterrupt):
+        study.work(args)
+    assert len(study.read_records(args.records)) == 14
+    study.work(args)
+    assert len(ran) == len({*ran}) + 1 == 22
+    lines = args.records.read_text().splitlines()
+    assert len(lines) == 21 and all({'versions', 'date'} <= json.loads(x).keys() for x in lines)
+
+
+def test_a_trial_is_run_by_one_worker(study, base, tmp_path):
+    with study.claimed(tmp_path, base) as first, study.claimed(tmp_path, base) as second:
+        assert (first, second) == (True, False)
+    with study.claimed(tmp_path, base) as again:
+        assert again
+
+
+def test_holm_and_intervals():
+    from transfer_study.report import holm, interval
+
+    rng = np.random.default_rng(0)
+    p_values = list(rng.uniform(0, 0.2, 6))
+    adjusted = holm(p_values)
+    smallest = sorted(p_values)
+    assert min(adjusted) == pytest.approx(6 * smallest[0])
+    by_p = [a for _, a in sorted(zip(p_values, adjusted, strict=True))]
+    assert all(a <= b for a, b in pairwise(by_p)) and max(adjusted) <= 1
+    # Rejects exactly what Holm's step-down procedure rejects.
+    rejected = 0
+    while rejected < 6 and smallest[rejected] <= 0.05 / (6 - rejected):
+        rejected += 1
+    assert sum(p <= 0.05 for p in adjusted) == rejected
+    values = rng.normal(size=5)
+    mean, half = interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose((mean - half, mean + half), expected)
+
+
+def test_the_head_is_the_regularized_logistic_regression():
+    from transfer_study.trial import converge_head
+
+    torch.manual_seed(0)
+    x, y, ridge = torch.randn(90, 5), torch.randint(3, (90,)), 0.05
+    head = converge_head(x, y, 3, ridge)
+    expected = LogisticRegression(C=1 / (ridge * len(x)), tol=1e-10, max_iter=2000).fit(x, y)
+    torch.testing.assert_close(
+        head(x).softmax(1).detach(), torch.tensor(expected.predict_proba(x)).float(),
+        atol=1e-4, rtol=0,
+    )  # fmt: skip
+
+
+def test_augmentation_mirrors_and_shifts_by_two_pixels():
+    from transfer_study.trial import augment
+
+    image = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6) + 1
+    padded = torch.nn.functional.pad(image, (2, 2, 2, 2))[0]
+    crops = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
+    allowed = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(1))}
+    made = {tuple(out.flatten().tolist()) for out in augment(image.expand(2000, 6, 6))}
+    assert made == allowed
+
+
+def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
+    """Each method adapts a toy network, all at one budget, and repeats its record."""
+    from transfer_study import trial as module
+    from transfer_study.methods import METHODS
+    from transfer_study.plan import size_of
+
+    def toy():
+        torch.manual_seed(3)
+        layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
+        more = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1), nn.ReLU()
+        return nn.Sequential(*layers, *more, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    def images(trial):
+        generator = torch.Generator().manual_seed(trial.seed)
+        labels = torch.randint(3, (96,), generator=generator)
+        maps = torch.randint(0, 120, (96, 28, 28), generator=generator, dtype=torch.uint8)
+        maps[torch.arange(96), :, labels * 9] = 255
+        return (maps[:64], labels[:64]), (maps[64:], labels[64:])
+
+    monkeypatch.setitem(module.BACKBONES, 'toy', (toy, 127.0, 128.0))
+    monkeypatch.setitem(module.TASKS, 'toy', (images, 3))
+    start = replace(base, task='toy', backbone='toy', size=28, ridge=0.01, rate=1e-2)
+    records = {}
+    for method in METHODS.keys() - {'houlsby'}:  # which finds no block in a chain of layers
+        has_budget, has_scale = size_of(method)
+        budget = 800 if method == 'lora_loralib' else 200
+        trial = replace(
+            start,
+            method=method,
+            epochs=int(method != 'frozen'),
+            budget=budget if has_budget else 0,
+            scale=4.0 if has_scale else 1.0,
+        )
+        record = records[method] = module.run_trial(trial)
+        assert record['failed'] is None, method
+        assert not has_budget or 0 < record['parameters'] <= budget, method
+        assert not has_scale or 'scale=None' not in record['method'], method
+    for method in METHODS.keys() - {'houlsby', 'frozen'}:
+        assert records[method]['held_loss'] != records['frozen']['held_loss'], method
+    again = module.run_trial(trial)
+    assert again | dict(seconds=0) == record | dict(seconds=0)
+
+
+def test_missing_material_names_the_command(tmp_path, script):
+    script('projects/transfer_study', 'study')
+    from transfer_study import material
+
+    with pytest.raises(SystemExit, match='apt-get install dataset-fashion-mnist'):
+        material.fashion_mnist('train', tmp_path)
+    for name in material.FASHION_FILES:
+        (tmp_path / f'{name}-ubyte.gz').write_bytes(b'other')
+    with pytest.raises(SystemExit, match='has SHA-256 .*Install the right one'):
+        material.fashion_mnist('train', tmp_path)
