@@ -5,12 +5,14 @@ import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import mmpeft
 from mmpeft import execution
-from tests.cases import BLOCKS, METHODS, randomize
+from mmpeft.methods import ActivationMethod
+from tests.cases import BLOCKS, METHODS, Layer, randomize
 from tests.comparing import assert_equal, plain, results
 from tests.test_execution.tables import LARGE, NORMAL, adapted
 
@@ -24,6 +26,12 @@ NETWORKS = dict(
         depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None, num_classes=4
     ),
     resnet=lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4, channels=(8, 8, 16, 16)),
+)
+EACH_KIND = Layer(
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(24, 4)
+    ),
+    (2, 3, 6, 6),
 )
 FAMOUS = ('lora_channel', 'flora', 'liera', 'dora')
 OTHERS = [name for name in METHODS if name not in FAMOUS]
@@ -53,30 +61,27 @@ def assert_compiled(model, x, tolerance):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-def assert_block_compiled(kind, name):
-    case = BLOCKS[kind]
+def assert_block_compiled(case, name):
     torch.default_generator.manual_seed(0)
     model = case.build()
-    try:
-        mmpeft.inject(model, METHODS[name])
-    except mmpeft.errors.UsageError:
-        # Tokens are in transformers alone, and MLPs not in residual networks.
-        assert METHODS[name]['type'] in ('VPT', 'ScaledParallelAdapter') and kind != 'vit'
-        return
+    mmpeft.inject(model, METHODS[name])
     randomize(model, 0.02)
     assert_compiled(model, case.input(), 1e-10)
 
 
-@pytest.mark.parametrize('name', FAMOUS)
-@pytest.mark.parametrize('kind', ['vit', 'convnext', 'resnet'])
+@pytest.mark.parametrize(
+    'kind, name', zip(('vit', 'convnext', 'resnet', 'vit'), FAMOUS, strict=True)
+)
 def test_blocks_compiled_without_graph_breaks(kind, name):
-    assert_block_compiled(kind, name)
+    assert_block_compiled(BLOCKS[kind], name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OTHERS)
 def test_all_methods_compiled_without_graph_breaks(name):
-    assert_block_compiled('vit' if METHODS[name]['type'] == 'VPT' else 'convnext', name)
+    acts = issubclass(mmpeft.METHODS.get(METHODS[name]['type']), ActivationMethod)
+    kind = 'vit' if METHODS[name]['type'] == 'VPT' else 'convnext'
+    assert_block_compiled(BLOCKS[kind] if acts else EACH_KIND, name)
 
 
 @pytest.mark.slow
