@@ -70,7 +70,13 @@ def assert_block_compiled(case, name):
 
 
 @pytest.mark.parametrize(
-    'kind, name', zip(('vit', 'convnext', 'resnet', 'vit'), FAMOUS, strict=True)
+    'kind, name',
+    [
+        ('vit', 'dora'),
+        pytest.param('convnext', 'flora', marks=pytest.mark.slow),
+        pytest.param('resnet', 'liera', marks=pytest.mark.slow),
+        pytest.param('vit', 'lora_channel', marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_compiled_without_graph_breaks(kind, name):
     assert_block_compiled(BLOCKS[kind], name)
@@ -85,14 +91,14 @@ def test_all_methods_compiled_without_graph_breaks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['flora', 'dora'])
-@pytest.mark.parametrize('kind', NETWORKS)
+@pytest.mark.parametrize(
+    'kind, name', [('vit', 'flora'), ('convnext', 'dora'), ('resnet', 'flora')]
+)
 def test_networks_compiled_without_graph_breaks(kind, name):
     assert_compiled(network(kind, name), torch.randn(2, 3, 32, 32), 1e-4)
 
 
-@pytest.mark.parametrize('name', FORMS)
-@pytest.mark.parametrize('case', ['large_linear', 'kernel'])
+@pytest.mark.parametrize('case, name', zip(['large_linear', 'kernel'] * 4, FORMS, strict=True))
 def test_gradients_of_compiled_layers(case, name):
     model, x = adapted(LARGE[case], METHODS[name]), LARGE[case].input()
     torch._dynamo.reset()
@@ -101,8 +107,15 @@ def test_gradients_of_compiled_layers(case, name):
         assert_equal(found, results(model, x), 1e-10)
 
 
-@pytest.mark.parametrize('strict', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', FAMOUS)
+@pytest.mark.parametrize(
+    'name, strict',
+    [
+        ('flora', False),
+        ('dora', False),
+        pytest.param('lora_channel', True, marks=pytest.mark.slow),
+        pytest.param('liera', True, marks=pytest.mark.slow),
+    ],
+)
 def test_exported(name, strict):
     model, x = network('convnext', name).eval(), torch.randn(2, 3, 32, 32)
     expected = model(x)
@@ -111,7 +124,7 @@ def test_exported(name, strict):
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('name', FAMOUS)
+@pytest.mark.parametrize('name', ['flora', 'dora'])
 def test_traced_with_gradients(name):
     model, x = network('convnext', name).eval(), torch.randn(2, 3, 32, 32)
     expected = model(x)
@@ -174,15 +187,17 @@ def test_a_hessian():
         torch.testing.assert_close(found, hessian(of_one)(trained[name]), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize('way', execution.CHOICES)
-@pytest.mark.parametrize('name', NORMAL)
-@pytest.mark.parametrize('case', CASES)
-def test_without_gradients(case, name, way):
-    model, x = adapted(LARGE[case], METHODS[name], way=way), LARGE[case].input()
-    with torch.no_grad():
-        found = model(x)
-        with plain(model):
-            torch.testing.assert_close(found, model(x), rtol=0, atol=1e-10)
+@pytest.mark.parametrize('number, name', enumerate(NORMAL))
+def test_without_gradients(number, name, subtests):
+    """On layers that select each kernel, each executed in another way."""
+    ways = execution.CHOICES
+    for turn, case in enumerate(CASES):
+        with subtests.test(case), torch.no_grad():
+            way = ways[(number + turn) % len(ways)]
+            model, x = adapted(LARGE[case], METHODS[name], way=way), LARGE[case].input()
+            found = model(x)
+            with plain(model):
+                torch.testing.assert_close(found, model(x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])

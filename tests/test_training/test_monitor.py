@@ -13,7 +13,7 @@ from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.freeze import release_statistics
 from mmpeft.injection.site import named_adapters
 from tests.allocating import adapted_network, loss_of, through_a_file, trainable
-from tests.cases import METHODS
+from tests.cases import FAMILIES, METHODS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 ADALORA = dict(type='AdaLoRA', rank=2, warmup=2, settle=5, every=2, orthogonality=0.0)
@@ -34,7 +34,9 @@ def train(model, optimizer, steps, change=lambda step: None):
         optimizer.step()
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(m, marks=[pytest.mark.slow] * (m not in FAMILIES)) for m in METHODS]
+)
 def test_a_loop_that_is_well_has_no_warnings(name):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
