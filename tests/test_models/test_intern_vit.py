@@ -384,9 +384,9 @@ def test_a_block_in_bfloat16(method):
 def test_injection_into_the_whole_model_is_quick():
     with torch.device('meta'):
         model = InternViT('6b', frozen_dtype='bfloat16')
-    start = time.perf_counter()
+    start = time.process_time()
     result = mmpeft.inject(model, dict(type='FLoRA', rank=16), dict(kinds=('linear',)))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(result.rows) == 4 * 48
     assert result.share == pytest.approx(0.0067, abs=1e-4)
 
