@@ -24,6 +24,14 @@ def _one_process():
     assert not left, f'{left} would make the next test one process of several'
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _unformatted_configs():
+    """Let Runners log and write their configs as they are; yapf takes longer than a toy trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 @pytest.fixture(scope='session')
 def script():
     """Import a script by its folder and name; what it imports beside it is found."""

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -286,4 +287,9 @@ def check_local_links(page, root):
         target = page if not file else (page.parent / file.partition('?')[0]).resolve()
         assert target.exists(), f'{page.relative_to(root)}: {link}'
         if anchor and target.suffix == '.html' and '_modules' not in target.parts:
-            assert f'id="{anchor}"' in target.read_text(), f'{page.relative_to(root)}: {link}'
+            assert anchor in anchors(target), f'{page.relative_to(root)}: {link}'
+
+
+@cache
+def anchors(page):
+    return set(re.findall(r'id="([^"]+)"', page.read_text()))

@@ -68,7 +68,7 @@ def setup_arguments():
 
 
 def run(*command, **kwargs):
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
 @pytest.mark.slow

@@ -88,9 +88,8 @@ def scenes(tmp_path_factory, script):
 
 @pytest.fixture
 def workplace(scenes, tmp_path, monkeypatch):
-    """A folder to work in, with data; Runners do not spend seconds on printing their config."""
+    """A folder to work in, with data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Config, 'pretty_text', property(str))
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/digits').symlink_to(scenes)
     return tmp_path

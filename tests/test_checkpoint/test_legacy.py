@@ -23,6 +23,7 @@ from tests.toy import state_of
 V030 = Path(__file__).parents[1] / 'fixtures/v030'
 CASES = json.loads((V030 / 'cases.json').read_text())
 ADAPTERS = {case['name']: case for case in CASES['adapters']}
+QUICK = {*list(ADAPTERS)[::4], 'of_0_2'}
 CHECKPOINTS = {case['name']: case for case in CASES['checkpoints']}
 
 
@@ -48,7 +49,9 @@ def assert_is(model, path, output):
     assert difference <= 1e-5 * output.abs().max()
 
 
-@pytest.mark.parametrize('name', ADAPTERS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in ADAPTERS]
+)
 def test_a_file_loads_into_the_plain_network_and_is_saved_anew(name, expected, tmp_path):
     case, output = ADAPTERS[name], expected[f'adapters/{name}']
     path = V030 / case['file']

@@ -42,7 +42,6 @@ def launch(script, *arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from timm.models.convnext import ConvNeXt
+from timm.layers import LayerNorm, LayerNorm2d
+from timm.models.convnext import ConvNeXtStage
 from torch import nn
 
 import mmpeft
@@ -33,13 +34,14 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
-        self.blocks = ConvNeXt(
-            in_chans=8, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None,
-            num_classes=4,
+        self.stage = ConvNeXtStage(
+            8, 16, depth=1, use_grn=True, ls_init_value=None, norm_layer=LayerNorm2d,
+            norm_layer_cl=LayerNorm,
         )  # fmt: skip
+        self.fc = nn.Linear(16, 4)
 
     def forward(self, x):
-        return self.blocks(self.stem(x))
+        return self.fc(self.stage(self.stem(x)).mean((2, 3)))
 
 
 def names(model):
@@ -52,7 +54,7 @@ def modes(model):
 
 @pytest.fixture
 def x():
-    return torch.randn(2, 3, 32, 32)
+    return torch.randn(2, 3, 16, 16)
 
 
 def adapted(name):
@@ -61,7 +63,7 @@ def adapted(name):
         mmpeft.inject(model, METHODS[name])
     except mmpeft.errors.UsageError as error:
         assert 'insertion point' in str(error), name  # tokens, in a network of convolutions
-        mmpeft.inject(model.blocks.head.fc, METHODS['lora'])
+        mmpeft.inject(model.fc, METHODS['lora'])
     randomize(model, 0.03)
     return model
 

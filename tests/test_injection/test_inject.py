@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cache
 
 import pytest
 import timm
@@ -19,24 +20,28 @@ from tests.networks import Block, Net, assert_same, snapshot
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
+@cache
+def empty(name):
+    """Without values and adapters; each test removes its own."""
+    with torch.device('meta'):
+        return timm.create_model(name, features_only=True)
+
+
 @pytest.mark.parametrize(
     'name, method, kinds, expected',
     [
         ('convnextv2_large', dict(type='LoRA', rank=8, layout='loralib'), None, 12_946_080),
-        ('convnextv2_large', dict(type='LoRA', rank=16, layout='loralib'), None, 25_892_160),
         ('convnextv2_large', dict(type='LoRA', rank=32, layout='loralib'), None, 51_784_320),
         ('convnextv2_base', dict(type='LieRA', rank=16, layout='loralib'), None, 17_271_104),
         ('convnextv2_base', dict(type='LieRA', rank=32, layout='loralib'), None, 34_542_208),
         ('convnextv2_base', dict(type='LieRA', rank=2, layout='loralib'), ('conv',), 1_797_928),
-        ('convnextv2_base', dict(type='LieRA', rank=4, layout='loralib'), ('conv',), 3_595_856),
-        ('convnextv2_base', dict(type='LieRA', rank=8, layout='loralib'), ('conv',), 7_191_712),
         ('convnextv2_base', dict(type='LieRA', rank=16, layout='loralib'), ('conv',), 14_383_424),
     ],
 )
 def test_parameter_counts_of_the_papers(name, method, kinds, expected):
-    with torch.device('meta'):
-        model = timm.create_model(name, features_only=True)
+    model = empty(name)
     summary = mmpeft.inject(model, method, dict(kinds=kinds))
+    mmpeft.remove(model)
     assert summary.adapters == expected
     assert summary.base == {'convnextv2_large': 196_416_768, 'convnextv2_base': 87_690_752}[name]
 

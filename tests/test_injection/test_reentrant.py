@@ -113,11 +113,16 @@ def _double(value):
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name, method',
+    [
+        (name, method)
+        for name in NETWORKS
+        for method in METHODS
+        if method != 'houlsby' or name not in ('hand', 'words', 'gpt2', 'timm_convnext')
+    ],
+)
 def test_every_adapter_gets_the_gradient_that_it_gets_without(name, method, monkeypatch):
-    if method == 'houlsby' and name in ('hand', 'words', 'gpt2', 'timm_convnext'):
-        pytest.skip('has no such blocks')
     monkeypatch.setattr('timm.layers.use_reentrant_ckpt', lambda: True)
     monkeypatch.setattr('timm.models._manipulate.use_reentrant_ckpt', lambda: True)
     network, recompute = NETWORKS[name]

@@ -44,6 +44,11 @@ WRAPPERS = dict(
     both=lambda model: compiled(inside(checkpoint_wrapper)(model)),
     data_parallel=nn.DataParallel,
 )
+# Compiling takes seconds.
+EVERY = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ('compile', 'both')))
+    for name in WRAPPERS
+]
 
 
 def make(method=LORA):
@@ -59,7 +64,7 @@ def x():
     return torch.randn(2, 8, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize('name', WRAPPERS)
+@pytest.mark.parametrize('name', EVERY)
 def test_wrappers_leave_no_trace_in_files(name, tmp_path):
     wrap, plain = WRAPPERS[name], make()
     wrapped = wrap(make())
@@ -77,7 +82,7 @@ def test_wrappers_leave_no_trace_in_files(name, tmp_path):
         torch.testing.assert_close(base(x()), expected)
 
 
-@pytest.mark.parametrize('name', WRAPPERS)
+@pytest.mark.parametrize('name', EVERY)
 def test_what_is_in_wrappers_is_adapted_merged_and_restored(name):
     wrapped, plain = WRAPPERS[name](make(None)), make(None)
     modules = list(wrapped.modules())

@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ def test_schedules_that_cannot_be_are_refused(config, overrides, words):
         mmpeft.allocate(model, torch.optim.SGD(trainable(model), 0.1), 20)
 
 
+STOPS = (5, 12, 25, 30, 40, 50)
 RUNS = dict(
     adalora=RANKS | dict(every=3),
     diff_pruning=dict(
@@ -76,22 +78,22 @@ RUNS = dict(
 
 @cache
 def through(name):
-    """The end of a run that was not interrupted."""
-    model, optimizer, _ = started(RUNS[name])
-    train(model, optimizer, range(60))
-    return model.state_dict()
+    """States at each stop of a run that was not interrupted, and its end."""
+    run, states = started(RUNS[name]), {}
+    for start, stop in pairwise((0, *STOPS, 60)):
+        train(*run[:2], range(start, stop))
+        states[stop] = copy.deepcopy([part.state_dict() for part in run])
+    return states
 
 
 @pytest.mark.parametrize('name', RUNS)
-@pytest.mark.parametrize('stop', [5, 12, 25, 30, 40, 50])
+@pytest.mark.parametrize('stop', STOPS)
 def test_a_resumed_run_is_equal_to_the_last_bit(name, stop):
-    stopped = started(RUNS[name])
-    train(*stopped[:2], range(stop))
-    states = through_a_file([part.state_dict() for part in stopped])
-    resumed = started(RUNS[name], *states)
+    states = through(name)
+    resumed = started(RUNS[name], *through_a_file(states[stop]))
     train(*resumed[:2], range(stop, 60))
     assert [a.step for a in resumed[2].allocators] == [60]
-    for key, value in through(name).items():
+    for key, value in states[60][0].items():
         assert torch.equal(resumed[0].state_dict()[key], value), key
 
 

@@ -15,7 +15,7 @@ from mmpeft.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = sorted((ROOT / 'configs/upstream').glob('*.py'))
-QUICK = ('segformer_mit-b0_ade20k', 'rtmdet_tiny_coco')
+QUICK = ('rtmdet_tiny_coco',)
 pytestmark = pytest.mark.usefixtures('scope')
 
 

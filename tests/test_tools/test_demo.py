@@ -1,7 +1,6 @@
 """The demo's parts: composed configs, jobs, the report."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -132,12 +131,11 @@ def test_run_jobs_stops_at_a_failure(jobs, tmp_path):
     code = f'import pathlib, time\ntime.sleep(600)\npathlib.Path({str(mark)!r}).touch()'
     slow = write_job(jobs, tmp_path, 'slow', code)
     fails = write_job(jobs, tmp_path, 'fails', 'raise SystemExit("no such thing")')
-    start = time.monotonic()
     with pytest.raises(
         SystemExit, match='no such thing(.|\n)*fails ended with status 1.*fails.log'
     ):
         jobs.run_jobs([slow, fails])
-    assert time.monotonic() - start < 600 and not mark.exists()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize('merges', [True, False])

@@ -13,7 +13,7 @@ from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.freeze import release_statistics
 from mmpeft.injection.site import named_adapters
 from tests.allocating import adapted_network, loss_of, through_a_file, trainable
-from tests.cases import METHODS
+from tests.cases import FAMILIES, METHODS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 ADALORA = dict(type='AdaLoRA', rank=2, warmup=2, settle=5, every=2, orthogonality=0.0)
@@ -34,15 +34,23 @@ def train(model, optimizer, steps, change=lambda step: None):
         optimizer.step()
 
 
-@pytest.mark.parametrize('name', METHODS)
+# Without a place in this network, or without anything to train.
+UNFIT = ('houlsby', 'pfeiffer', 'scaled_parallel', 'vpt', 'vpt_deep', 'frozen')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in FAMILIES))
+        for name in METHODS
+        if name not in UNFIT
+    ],
+)
 def test_a_loop_that_is_well_has_no_warnings(name):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
-        try:
-            model, optimizer, monitor = started(METHODS[name])
-        except (UsageError, ValueError):  # for other layers, or trains nothing
-            pytest.skip('not for this network')
+        model, optimizer, monitor = started(METHODS[name])
         with monitor:
             train(model, optimizer, range(20))
     assert monitor.iteration == 20

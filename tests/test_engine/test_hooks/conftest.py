@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 
@@ -15,12 +14,6 @@ from tests.toy import save_weights
 def pretrained(tmp_path):
     """Weights of a backbone that are not those of its initialisation."""
     return save_weights(tmp_path / 'pretrained.pth')
-
-
-@pytest.fixture(autouse=True)
-def no_text(monkeypatch):
-    """Formatting the config for logs and checkpoints takes half the time of a toy run."""
-    monkeypatch.setattr(Config, 'pretty_text', '')
 
 
 @pytest.fixture

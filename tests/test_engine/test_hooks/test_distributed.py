@@ -33,7 +33,6 @@ def launch(processes, script, *arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 
