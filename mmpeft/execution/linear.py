@@ -72,7 +72,7 @@ class AdaptedLinear(FastFunction):
             d_up = layout.weight_grad(dy, narrow).to(dtype).mul_(scale)
         if thin and need_down:
             d_down = layout.weight_grad(inner, x).to(dtype)
-        if not thin or (need_ratio and (y is None or _has_zeros(ratio))):
+        if not thin or (need_ratio and (y is None or has_zeros(ratio))):
             dense = layout.weight_grad(dy, x).to(dtype)
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
@@ -81,7 +81,7 @@ class AdaptedLinear(FastFunction):
             if need_ratio:
                 d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
         elif need_ratio:
-            d_ratio = layout.bias_grad(dy * y) - (0 if bias is None else bias * d_bias)
+            d_ratio = layout.dot(dy, y, dtype) - (0 if bias is None else bias * d_bias)
             d_ratio = d_ratio.to(dtype) / ratio
         if ratio is not None and d_up is not None:
             d_up = d_up * ratio[:, None]
@@ -122,6 +122,6 @@ def thin_pays(out: int, features: int, rank: int) -> bool:
     return 2 * rank * (out + features) < out * features
 
 
-def _has_zeros(x: Tensor) -> bool:
+def has_zeros(x: Tensor) -> bool:
     """Whether a tensor has any; one without data has none."""
     return not isinstance(x, FakeTensor) and not x.all()
