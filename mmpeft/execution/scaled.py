@@ -29,7 +29,7 @@ class ScaledLayer(FastFunction):
         geometry: Of a convolution, with zeros alone and as many before an axis as after it; None
             for a linear layer.
         groups: Of a convolution.
-        beside: Scale the maps in forward instead of the weight.
+        beside: Scale the maps instead of the weight.
     """
 
     recomputes_input: ClassVar = True
@@ -52,6 +52,7 @@ class ScaledLayer(FastFunction):
     def gradients(self, needs, dy, x, weight, bias, outputs, inputs, y):
         need_x, _, need_bias, need_outputs, need_inputs = needs
         dx = d_bias = d_outputs = d_inputs = None
+        dy = dy.contiguous() if self.geometry is None else dy
         if need_bias or (need_outputs and bias is not None):
             d_bias = self._total(dy).to(dy.dtype if bias is None else bias.dtype)
         y = None if need_outputs and y is not None and has_zeros(outputs) else y
@@ -64,14 +65,15 @@ class ScaledLayer(FastFunction):
             d_outputs = self._dot(dy, y, outputs.dtype)
             d_outputs = (d_outputs if bias is None else d_outputs - bias * d_bias) / outputs
         if need_x or need_inputs:
-            whole = not need_inputs or not has_zeros(inputs)
-            dx = self._pulled(dy, x, self._scaled(weight, outputs, inputs if whole else None))
+            apart = self.beside or (need_inputs and has_zeros(inputs))
+            pulled = dy * self._along(outputs, dy) if self.beside and outputs is not None else dy
+            within = None if self.beside else outputs, None if apart else inputs
+            dx = self._pulled(pulled, x, self._scaled(weight, *within))
         if need_inputs:
             d_inputs = self._dot(dx, x, inputs.dtype)
-            if whole:
-                d_inputs = d_inputs / inputs
-            else:
-                dx = (dx * self._along(inputs, dx)).to(x.dtype)
+            d_inputs = d_inputs if apart else d_inputs / inputs
+        if dx is not None and inputs is not None and apart:
+            dx = dx * self._along(inputs, dx)
         return dx if need_x else None, None, d_bias if need_bias else None, d_outputs, d_inputs
 
     def reference(self, x, weight, bias, outputs, inputs):
