@@ -59,15 +59,17 @@ class AdaptedLinear(FastFunction):
         layout, scale, dtype, dy = self.layout, self.scale, up.dtype, dy.contiguous()
         need_x, _, need_bias, need_up, need_down, need_ratio = needs
         rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
-        thin = self.update == 'additive' and thin_pays(*weight.shape, len(down))
+        positions, need_up = dy.numel() // len(weight), need_up or need_ratio
+        sizes = positions, *weight.shape, len(down), need_up + need_down
+        thin = self.update == 'additive' and thin_pays(*sizes)
         dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
-        if thin or (need_x and self.branch):
+        if (thin and need_down) or (need_x and self.branch):
             inner = layout.matmul(dy, rows.to(dy.dtype).T)
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
-        if thin and (need_up or need_ratio):
+        if thin and need_up:
             narrow = layout.matmul(x, down.to(x.dtype)) if narrow is None else narrow
             d_up = layout.weight_grad(dy, narrow).to(dtype).mul_(scale)
         if thin and need_down:
@@ -77,7 +79,8 @@ class AdaptedLinear(FastFunction):
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
-                d_up, d_down = linear(dense, down).mul_(scale), linear(rows.T, dense.T)
+                d_up = linear(dense, down).mul_(scale) if need_up else None
+                d_down = linear(rows.T, dense.T) if need_down else None
             if need_ratio:
                 d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
         elif need_ratio:
@@ -114,12 +117,14 @@ class AdaptedLinear(FastFunction):
         return linear(up * (self.scale * ratio), down.T).addcmul_(weight, ratio)
 
 
-def thin_pays(out: int, features: int, rank: int) -> bool:
-    """Whether thin products are cheaper than the dense gradient, by position.
+def thin_pays(positions: int, out: int, features: int, rank: int, sides: int = 2) -> bool:
+    """Whether thin products are cheaper than the dense gradient, for one factor or both.
 
-    Thin: x V^T, dy U and their products with dy and x, 2 r (O + I). Dense: O I.
+    Thin, by factor: T r (O + I), for x V^T and its product with dy, say. Dense: T O I, and O I r
+    by factor.
     """
-    return 2 * rank * (out + features) < out * features
+    thin, dense = positions * (out + features), out * features
+    return sides * rank * thin < (positions + sides * rank) * dense
 
 
 def has_zeros(x: Tensor) -> bool:

@@ -87,7 +87,9 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
             run = partial(_run_beside, layer, original, form.dropped(spec))
             return Kernel(f'thin products, {WHERE[1]}', run)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        thin = form.update == 'additive' and thin_pays(out, features, form.rank)
+        parts = form.up, form.core, form.down
+        sides = min(2, sum(t is not None and t.requires_grad for t in parts))
+        thin = thin_pays(positions, out, features, form.rank, sides) and form.update == 'additive'
         branch = branch and is_thin
         name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
         return Kernel(name, partial(_run_linear, layer, geometry, form, branch))

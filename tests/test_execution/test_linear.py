@@ -198,13 +198,13 @@ def test_gradients_by_finite_differences(update, branch, with_ratio, rank, layou
     """Of every argument; W has none."""
     torch.manual_seed(0)
     function = AdaptedLinear(layout, update, 0.5, branch)
-    shapes = [(1, 3, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
+    shapes = [(1, 12, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=s != (6, 5)) for s in shapes]
     if layout is ChannelsFirst:
         tensors[0] = tensors[0].detach().mT.contiguous().requires_grad_()
     if not with_ratio:
         tensors[-1] = None
-    assert thin_pays(6, 5, rank) == (rank == 1)
+    assert thin_pays(12, 6, 5, rank) == (rank == 1)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
     exact = function.reference(*tensors)
