@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmpeft.methods.normal_form import NormalForm
 
 from .function import FastFunction
-from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add
+from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float
 
 
 @dataclass(eq=False)
@@ -33,7 +33,8 @@ class AdaptedLinear(FastFunction):
         update: Of :data:`mmpeft.methods.updates.UPDATES`.
         scale: s
         branch: Compute an additive update without ratio beside the product instead of in W. In
-            low precision W' itself would round a small update away.
+            low precision W' itself would round a small update away; where it is built all the same
+            its difference from W has a product of its own, or one in float32 has both.
     """
 
     recomputes_input: ClassVar = True
@@ -48,11 +49,12 @@ class AdaptedLinear(FastFunction):
             narrow = layout.matmul(x, down)
             return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (narrow, None)
         adapted = self._adapted(weight, up, down, ratio)
-        if is_low(x):
+        if is_low(x) and not takes_float(x):
             y = layout.matmul(x, adapted.sub_(weight).to(x.dtype), bias)
             y = layout.accumulate(y, x, weight)
         else:
-            y = layout.matmul(x, adapted, bias)
+            bias = None if bias is None else bias.to(adapted.dtype)
+            y = layout.matmul(x.to(adapted.dtype), adapted, bias).to(x.dtype)
         return y, (None, None if ratio is None else y)
 
     def gradients(self, needs, dy, x, weight, bias, up, down, ratio, narrow, y):

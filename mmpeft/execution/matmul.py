@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cpu import onednn
 
+AMX = torch.cpu._is_amx_tile_supported()
 # Elements of a part of a map that stays in a processor's cache.
 CACHED = 2**17
 
@@ -18,6 +19,14 @@ CACHED = 2**17
 def is_low(x: Tensor) -> bool:
     """Whether a tensor has less than float32's precision."""
     return x.dtype.itemsize < 4
+
+
+def takes_float(x: Tensor) -> bool:
+    """Whether one product in float32 takes less time than two in a map's lower precision.
+
+    On a CPU without units for them the latter are many times slower.
+    """
+    return x.device.type == 'cpu' and not AMX
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.execution import matmul
 from mmpeft.execution.linear import AdaptedLinear, thin_pays
 from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast
 from tests.cases import METHODS, Layer
@@ -86,8 +87,9 @@ SMALL_UPDATES = dict(
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('name', SMALL_UPDATES)
-def test_small_updates_show_in_low_precision(name, amp, dtype):
+def test_small_updates_show_in_low_precision(name, amp, dtype, monkeypatch):
     """An update of 1e-5, far below the weights' rounding, moves the outputs by its own amount."""
+    monkeypatch.setattr(matmul, 'AMX', amp)  # two products in low precision, or one in float32
     torch.manual_seed(0)
     size = 256
     base = nn.Linear(size, size, bias=False)
