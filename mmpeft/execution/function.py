@@ -1,6 +1,7 @@
 """The base of all fast forms: one autograd function around hand-written gradients."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,10 +27,12 @@ class FastFunction:
         of the others where these are transformed (:func:`is_transformed`) and where gradients are
         differentiated again (``create_graph=True``).
 
-    Where ``recomputes_input``, backward may recompute x instead of saving it.
+    Where ``recomputes_input``, backward may recompute x instead of saving it; where
+    ``asks_for_input``, ``gradients`` is given a function in place of x that returns it.
     """
 
     recomputes_input: ClassVar[bool] = False
+    asks_for_input: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         """y, with its gradients."""
@@ -73,7 +76,9 @@ class _Recorded(Function):
     def backward(ctx, dy):
         needs, tensors, (start, end) = ctx.needs_input_grad[1:], ctx.saved_tensors, ctx.ends
         with outside_autocast(dy.device.type):
-            x = ctx.restore(*tensors[:start])
+            x = partial(ctx.restore, *tensors[:start])
+            if torch.is_grad_enabled() or not ctx.function.asks_for_input:
+                x = x()
             if torch.is_grad_enabled():
                 return None, *_of_reference(ctx.function, needs, dy, (x, *tensors[start:end]))
             if ctx.changed is not None and ctx.changed():

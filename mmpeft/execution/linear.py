@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmpeft.methods.normal_form import NormalForm
 
 from .function import FastFunction
-from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add
+from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float
 
 
 @dataclass(eq=False)
@@ -33,7 +33,8 @@ class AdaptedLinear(FastFunction):
         update: Of :data:`mmpeft.methods.updates.UPDATES`.
         scale: s
         branch: Compute an additive update without ratio beside the product instead of in W. In
-            low precision W' itself would round a small update away.
+            low precision W' itself would round a small update away; where it is built all the same
+            its difference from W has a product of its own, or one in float32 has both.
     """
 
     recomputes_input: ClassVar = True
@@ -48,40 +49,44 @@ class AdaptedLinear(FastFunction):
             narrow = layout.matmul(x, down)
             return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (narrow, None)
         adapted = self._adapted(weight, up, down, ratio)
-        if is_low(x):
+        if is_low(x) and not takes_float(x):
             y = layout.matmul(x, adapted.sub_(weight).to(x.dtype), bias)
             y = layout.accumulate(y, x, weight)
         else:
-            y = layout.matmul(x, adapted, bias)
+            bias = None if bias is None else bias.to(adapted.dtype)
+            y = layout.matmul(x.to(adapted.dtype), adapted, bias).to(x.dtype)
         return y, (None, None if ratio is None else y)
 
     def gradients(self, needs, dy, x, weight, bias, up, down, ratio, narrow, y):
         layout, scale, dtype, dy = self.layout, self.scale, up.dtype, dy.contiguous()
         need_x, _, need_bias, need_up, need_down, need_ratio = needs
         rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
-        thin = self.update == 'additive' and thin_pays(*weight.shape, len(down))
+        positions, need_up = dy.numel() // len(weight), need_up or need_ratio
+        sizes = positions, *weight.shape, len(down), need_up + need_down
+        thin = self.update == 'additive' and thin_pays(*sizes)
         dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
-        if thin or (need_x and self.branch):
+        if (thin and need_down) or (need_x and self.branch):
             inner = layout.matmul(dy, rows.to(dy.dtype).T)
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
-        if thin and (need_up or need_ratio):
+        if thin and need_up:
             narrow = layout.matmul(x, down.to(x.dtype)) if narrow is None else narrow
             d_up = layout.weight_grad(dy, narrow).to(dtype).mul_(scale)
         if thin and need_down:
             d_down = layout.weight_grad(inner, x).to(dtype)
-        if not thin or (need_ratio and (y is None or _has_zeros(ratio))):
+        if not thin or (need_ratio and (y is None or has_zeros(ratio))):
             dense = layout.weight_grad(dy, x).to(dtype)
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
-                d_up, d_down = linear(dense, down).mul_(scale), linear(rows.T, dense.T)
+                d_up = linear(dense, down).mul_(scale) if need_up else None
+                d_down = linear(rows.T, dense.T) if need_down else None
             if need_ratio:
                 d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
         elif need_ratio:
-            d_ratio = layout.bias_grad(dy * y) - (0 if bias is None else bias * d_bias)
+            d_ratio = layout.dot(dy, y, dtype) - (0 if bias is None else bias * d_bias)
             d_ratio = d_ratio.to(dtype) / ratio
         if ratio is not None and d_up is not None:
             d_up = d_up * ratio[:, None]
@@ -114,14 +119,16 @@ class AdaptedLinear(FastFunction):
         return linear(up * (self.scale * ratio), down.T).addcmul_(weight, ratio)
 
 
-def thin_pays(out: int, features: int, rank: int) -> bool:
-    """Whether thin products are cheaper than the dense gradient, by position.
+def thin_pays(positions: int, out: int, features: int, rank: int, sides: int = 2) -> bool:
+    """Whether thin products are cheaper than the dense gradient, for one factor or both.
 
-    Thin: x V^T, dy U and their products with dy and x, 2 r (O + I). Dense: O I.
+    Thin, by factor: T r (O + I), for x V^T and its product with dy, say. Dense: T O I, and O I r
+    by factor.
     """
-    return 2 * rank * (out + features) < out * features
+    thin, dense = positions * (out + features), out * features
+    return sides * rank * thin < (positions + sides * rank) * dense
 
 
-def _has_zeros(x: Tensor) -> bool:
+def has_zeros(x: Tensor) -> bool:
     """Whether a tensor has any; one without data has none."""
     return not isinstance(x, FakeTensor) and not x.all()

@@ -11,10 +11,22 @@ from torch import Tensor
 
 from .cpu import onednn
 
+AMX = torch.cpu._is_amx_tile_supported()
+# Elements of a part of a map that stays in a processor's cache.
+CACHED = 2**17
+
 
 def is_low(x: Tensor) -> bool:
     """Whether a tensor has less than float32's precision."""
     return x.dtype.itemsize < 4
+
+
+def takes_float(x: Tensor) -> bool:
+    """Whether one product in float32 takes less time than two in a map's lower precision.
+
+    On a CPU without units for them the latter are many times slower.
+    """
+    return x.device.type == 'cpu' and not AMX
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,6 +56,16 @@ class ChannelsLast:
         return onednn.weight_grad(dy, x) if onednn.pays(dy, x) else dy @ x.T
 
     @staticmethod
+    def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over positions of the product of two maps (..., C): (C,)."""
+        one, other = (x.reshape(-1, x.shape[-1]) for x in (one, other))
+        rows = _rows(one)
+        total = one.new_zeros(min(rows, len(one)), one.shape[1], dtype=dtype)
+        for a, b in zip(one.split(rows), other.split(rows), strict=True):
+            total[: len(a)].addcmul_(a, b)
+        return total.sum(0)
+
+    @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
         """The sum over positions of dy (..., O): (O,)."""
         return dy.reshape(-1, dy.shape[-1]).sum(0)
@@ -71,8 +93,20 @@ class ChannelsFirst:
         return result
 
     @staticmethod
+    def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+        images, shape = len(one), (-1, one.shape[2])
+        rows = _rows(one := one.reshape(shape))
+        pairs = zip(one.split(rows), other.reshape(shape).split(rows), strict=True)
+        return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in pairs]).view(images, -1).sum(0)
+
+    @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
         return dy.sum((0, 2))
+
+
+def _rows(x: Tensor) -> int:
+    """As many as a processor's cache holds."""
+    return max(1, CACHED // x.shape[1]) if x.device.type == 'cpu' else max(1, len(x))
 
 
 Layout = type[ChannelsLast] | type[ChannelsFirst]

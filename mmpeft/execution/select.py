@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mmpeft.methods import WeightAdapter
 from mmpeft.methods.adapter import SHARDED
-from mmpeft.methods.normal_form import NormalForm
+from mmpeft.methods.normal_form import NormalForm, Scales
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS
 
@@ -21,6 +22,7 @@ from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, offer_product, tag_for_recompute
+from .scaled import ScaledLayer
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
 WHERE = 'in the weight', 'as a branch'
@@ -40,23 +42,30 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         layer: Enabled, and with one adapter on its weight.
         x: (..., in) of a linear layer, (N, in, *size) of a convolution.
     """
-    if not has_one_adapter(layer):
+    chain = layer.parametrizations.weight
+    adapter, *others = chain
+    if others or not isinstance(adapter, WeightAdapter):
         return None
-    adapter, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-    spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
+    original, spec, geometry = chain.original, adapter.spec, layer.geometry
+    trains, transformed = torch.is_grad_enabled(), is_transformed()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
     if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
+    with outside_autocast(original.device.type):
+        form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
+    if isinstance(form, Scales):
+        if transformed or parametrize._cache_enabled or original.requires_grad:
+            return None
+        adapter.warn_of_rounding()
+        return Kernel('scaled channels', partial(_run_scaled, layer, original, geometry, form))
     if 'depthwise' in spec.kinds:
-        pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
+        pays = trains and not transformed and depthwise.pays(layer, geometry, x)
         run = partial(_run_depthwise, layer, geometry)
         return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
     adapter.warn_of_rounding()
-    with outside_autocast(adapter.device.type):
-        form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
     is_thin = form.update == 'additive' and form.magnitude is None
@@ -66,18 +75,28 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         positions //= prod(geometry.stride)
     branch = layer.execution == BRANCH
     if layer.execution == AUTO:
-        branch = is_transformed() or branch_pays(positions, out, features, *kernel_size)
-    if is_transformed() or not trains:
+        passes = 2 if trains else 1
+        branch = transformed or branch_pays(positions, passes, out, features, *kernel_size)
+    if transformed:
         run = partial(_run_composed, layer, form)
         return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
+    if not trains and not (branch and is_thin):
+        run = partial(_run_built, layer, original, geometry, form.dropped(spec))
+        return None if parametrize._cache_enabled else Kernel('weight built in one pass', run)
+    if not trains and geometry is None and x.dtype == original.dtype == form.up.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            run = partial(_run_beside, layer, original, form.dropped(spec))
+            return Kernel(f'thin products, {WHERE[1]}', run)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        thin = form.update == 'additive' and thin_pays(out, features, form.rank)
+        parts = form.up, form.core, form.down
+        sides = min(2, sum(t is not None and t.requires_grad for t in parts))
+        thin = thin_pays(positions, out, features, form.rank, sides) and form.update == 'additive'
         branch = branch and is_thin
         name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
         return Kernel(name, partial(_run_linear, layer, geometry, form, branch))
     if not is_thin:
         return None
-    if layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
+    if trains and layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
     branch = branch and form.core is not None and form.down is not None
     run = partial(_run_conv, layer, geometry, form, branch)
@@ -90,13 +109,13 @@ def has_one_adapter(layer: nn.Module) -> bool:
     return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
 
 
-def branch_pays(positions: int, out: int, features: int, *kernel_size: int) -> bool:
+def branch_pays(positions: int, passes: int, out: int, features: int, *kernel_size: int) -> bool:
     """Whether an update is cheaper as a branch beside a layer than in its weight.
 
-    By the elements that they read and write: the branch adds to a map of O channels in forward
-    and of I in backward; the weight is built in both.
+    By the elements that they read and write: the branch reads a map of I channels and adds to one
+    of O, once; the weight is built in each of ``passes``, 2 with backward.
     """
-    return positions * (out + features) < 2 * out * features * prod(kernel_size)
+    return positions * (out + features) < passes * out * features * prod(kernel_size)
 
 
 def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) -> bool:
@@ -135,6 +154,23 @@ def _run_composed(layer, form, x):
     return geometry.convolve(x, chain.original, layer.bias) + narrow
 
 
+def _run_beside(layer, original, form, x):
+    """A linear layer with an additive update beside it, where no gradient is wanted."""
+    up, down = form.matrices()
+    y, narrow = F.linear(x, original, layer.bias), F.linear(x, down)
+    y.view(-1, len(up)).addmm_(narrow.view(-1, len(down)), up.T, alpha=form.scale)
+    return y
+
+
+def _run_built(layer, original, geometry, form, x):
+    """The layer as it is, for a weight that no gradient is wanted of."""
+    x, weight, bias = _in_one_dtype(x, original, layer.bias)
+    with outside_autocast(x.device.type):
+        adapted = form.built(original).to(weight.dtype)
+        run = F.linear if geometry is None else geometry.convolve
+        return run(x, adapted, bias)
+
+
 def _run_linear(layer, geometry, form, branch, x):
     layout = ChannelsLast
     if geometry is not None:
@@ -154,6 +190,17 @@ def _run_linear(layer, geometry, form, branch, x):
     if SHARDED not in layer.__dict__:
         offer_product(y, function, x, weight, bias, up, down, ratio)
     return y
+
+
+def _run_scaled(layer, original, geometry, form, x):
+    x, weight, bias = _in_one_dtype(x, original, layer.bias)
+    if geometry is not None:
+        x, geometry = geometry.padded(x)
+    beside = layer.execution == BRANCH
+    if layer.execution == AUTO:
+        beside = x.numel() < original.numel()
+    function = ScaledLayer(geometry, getattr(layer, 'groups', 1), beside)
+    return function(x, weight, bias, form.outputs, form.inputs)
 
 
 def _run_conv(layer, geometry, form, branch, x):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmpeft.registry import METHODS
 
 from .arguments import check_types
-from .normal_form import NormalForm
+from .normal_form import NormalForm, Scales
 from .spec import WeightSpec
 
 Factors = dict[str, Tensor]
@@ -110,8 +110,8 @@ class Method:
 
     def normal_form(
         self, factors: Factors, spec: WeightSpec, training: bool = False
-    ) -> NormalForm | None:
-        """What :meth:`apply` computes, as thin factors; None to build phi(W)."""
+    ) -> NormalForm | Scales | None:
+        """What :meth:`apply` computes, as thin factors or scales; None to build phi(W)."""
         return None
 
     def penalty(self, factors: Factors, spec: WeightSpec) -> Tensor | None:

@@ -17,6 +17,9 @@ from typing import ClassVar
 
 from .base import Card, Factors, Method, register
 from .channels import per_input, per_output
+from .normal_form import Scales
+
+SHIFTS = 'shift_out', 'shift_in'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class ChannelScaling(Method):
         for side in self.sides:
             weight = weight * (1 + shaped[side](factors[f'shift_{side}'], spec))
         return weight
+
+    def normal_form(self, factors, spec, training=False):
+        return Scales(*(1 + factors[name] if name in factors else None for name in SHIFTS))
 
 
 @register

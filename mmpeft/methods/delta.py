@@ -105,10 +105,10 @@ class DeltaMethod(Method):
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
         """phi(W) = update(W, scale * dW)."""
-        delta = self.scaling * self.delta(factors, spec)
+        delta = self.delta(factors, spec)
         if training and self.dropout:
             delta = delta * per_input(draw_input_dropout(delta, spec, self.dropout), spec)
-        return UPDATES[self.update](weight, delta)
+        return UPDATES[self.update](weight, delta, self.scaling)
 
     def definition(self):
         return super().definition() | dict(scale=self.scaling, alpha=None)

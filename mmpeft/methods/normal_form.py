@@ -11,6 +11,19 @@ from .updates import UPDATES
 
 
 @dataclass(frozen=True, eq=False)
+class Scales:
+    """phi(W) = D1 W D2, in layers of any groups.
+
+    Attributes:
+        outputs: D1, of the output channels over all groups; None for the identity.
+        inputs: D2, of the input channels likewise.
+    """
+
+    outputs: Tensor | None
+    inputs: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class NormalForm:
     """phi(W) by thin factors of its channel modes.
 
@@ -83,12 +96,28 @@ class NormalForm:
         inverse = square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
         return torch.where(square > 0, self.magnitude * inverse, 1)
 
+    def built(self, weight: Tensor) -> Tensor:
+        """W' as :meth:`apply` gives it, without gradients: in the memory of dW, in few passes."""
+        up, shape, weight = self.up, weight.shape, weight.flatten(1).to(self.up.dtype)
+        core = self.down if self.core is None else self.core.flatten(1)
+        if self.core is not None and self.down is not None:
+            core = (self.down.T @ self.core.view(*self.core.shape[:2], -1)).flatten(1)
+        if self.update == 'additive':
+            adapted = torch.addmm(weight, up, core, alpha=self.scale)
+        else:
+            delta = up @ core
+            adapted = UPDATES[self.update](weight, delta, self.scale, delta)
+        if self.magnitude is not None:
+            norm = torch.linalg.vector_norm(adapted, dim=1)
+            adapted.mul_(magnitude_ratio(self.magnitude, norm)[:, None])
+        return adapted.view(shape)
+
     def apply(self, weight: Tensor) -> Tensor:
         """W' without dropout, by operations of torch alone; W is (out, in, *kernel)."""
         delta = self.up if self.core is None else torch.tensordot(self.up, self.core, 1)
         if self.down is not None:
             delta = torch.tensordot(delta, self.down, ([1], [0])).movedim(-1, 1)
-        direction = UPDATES[self.update](weight, self.scale * delta.view(weight.shape))
+        direction = UPDATES[self.update](weight, delta.view(weight.shape), self.scale)
         if self.magnitude is None:
             return direction
         norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)

@@ -56,6 +56,12 @@ class SAMPARSER(DeltaMethod):
         scaled = factors['left'] * self.diagonal(factors)
         return torch.mm(scaled, factors['right']).view(spec.shape)
 
+    def low_rank(self, factors, spec):
+        scaled, right = factors['left'] * self.diagonal(factors), factors['right']
+        if spec.is_matrix:
+            return scaled, None, right
+        return (scaled, right.view(-1, *spec.shape[1:]), None) if spec.is_plain else None
+
 
 @register
 class SVDiff(SAMPARSER):

@@ -12,9 +12,19 @@ from typing import Literal
 
 import torch
 
-UPDATES = {
-    'additive': torch.add,
-    'lie': lambda weight, delta: torch.addcmul(weight, weight, delta),
-    'lie_exact': lambda weight, delta: weight * delta.exp(),
-}
+
+def _additive(weight, delta, scale, out=None):
+    return torch.add(weight, delta, alpha=scale, out=out)
+
+
+def _lie(weight, delta, scale, out=None):
+    return torch.addcmul(weight, weight, delta, value=scale, out=out)
+
+
+def _lie_exact(weight, delta, scale, out=None):
+    return torch.mul(weight, torch.mul(delta, scale, out=out).exp(), out=out)
+
+
+# Functions of W, dW, the factor before it, and a tensor for the result, which may be dW.
+UPDATES = dict(additive=_additive, lie=_lie, lie_exact=_lie_exact)
 Update = Literal['additive', 'lie', 'lie_exact']

@@ -8,6 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.execution import matmul
 from mmpeft.execution.linear import AdaptedLinear, thin_pays
 from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast
 from tests.cases import METHODS, Layer
@@ -86,8 +87,9 @@ SMALL_UPDATES = dict(
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('name', SMALL_UPDATES)
-def test_small_updates_show_in_low_precision(name, amp, dtype):
+def test_small_updates_show_in_low_precision(name, amp, dtype, monkeypatch):
     """An update of 1e-5, far below the weights' rounding, moves the outputs by its own amount."""
+    monkeypatch.setattr(matmul, 'AMX', amp)  # two products in low precision, or one in float32
     torch.manual_seed(0)
     size = 256
     base = nn.Linear(size, size, bias=False)
@@ -198,13 +200,13 @@ def test_gradients_by_finite_differences(update, branch, with_ratio, rank, layou
     """Of every argument; W has none."""
     torch.manual_seed(0)
     function = AdaptedLinear(layout, update, 0.5, branch)
-    shapes = [(1, 3, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
+    shapes = [(1, 12, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=s != (6, 5)) for s in shapes]
     if layout is ChannelsFirst:
         tensors[0] = tensors[0].detach().mT.contiguous().requires_grad_()
     if not with_ratio:
         tensors[-1] = None
-    assert thin_pays(6, 5, rank) == (rank == 1)
+    assert thin_pays(12, 6, 5, rank) == (rank == 1)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
     exact = function.reference(*tensors)

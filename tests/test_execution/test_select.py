@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mmpeft
 from mmpeft import execution
@@ -26,6 +26,7 @@ KERNELS = {
 }
 MAPS = [name for name in KERNELS if name in LARGE and len(LARGE[name].size) == 4]
 # What differs to a kernel: the update, which factors are there, and what is normalized.
+SCALES = ('ia3', 'ssl', 'ssb')
 FORMS = ('lora', 'lora_channel', 'flora', 'lotr', 'liera', 'flora_lie_exact', 'dora')
 
 
@@ -46,6 +47,48 @@ def test_depthwise_kernels_of_all_methods(case, name):
 @pytest.mark.parametrize('case', LARGE)
 def test_every_execution_computes_the_same(case, name, way):
     assert_as_plain(adapted(LARGE[case], METHODS[name], way=way), LARGE[case].input())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', NORMAL + OTHER)
+def test_evaluation_computes_the_same(name):
+    for case, layer in TABLE.items():
+        for way in (execution.AUTO, execution.MERGED, execution.BRANCH):
+            model, x = adapted(layer, METHODS[name], way=way).eval(), layer.input()
+            found = model(x)
+            with plain(model):
+                assert_equal(dict(y=found), dict(y=model(x)), 1e-10)
+            if name in OTHER or case not in LARGE:
+                break
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('case', ['large_linear', 'pointwise', 'kernel', 'large_depthwise'])
+@pytest.mark.parametrize('name', ['lora_channel', 'flora', 'liera', 'dora', 'loha', 'ssb'])
+def test_evaluation_misses_no_change(name, case):
+    model, x = adapted(LARGE[case], METHODS[name]).eval(), LARGE[case].input()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def assign(tensor):
+        tensor.data = torch.randn_like(tensor)
+
+    def swap(tensor):  # as an average of the weights is put in place and back
+        other = torch.randn_like(tensor)
+        tensor.data.copy_(other)
+
+    before = model(x)
+    for change in (assign, swap, Tensor.zero_, lambda tensor: tensor.mul_(2)):
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            model.load_state_dict(state)
+            assert torch.equal(model(x), before)
+            change(tensor)
+            found = model(x)
+            with plain(model):
+                assert_equal(dict(y=found), dict(y=model(x)), 1e-10)
+            assert key.endswith('.bias') or change is Tensor.zero_ or not torch.equal(found, before)
+    model.load_state_dict(state)
+    model.float()  # moves the tensors as another device does
+    assert (model(x.float()).double() - before).abs().max() < 1e-4 * before.abs().max()
 
 
 @pytest.mark.parametrize('name', FORMS)
@@ -69,7 +112,21 @@ def test_which_fast_form_a_layer_takes(case, monkeypatch):
     assert taken == ([KERNELS[case]] if case in KERNELS else [])
 
 
-@pytest.mark.parametrize('name', OTHER)
+@pytest.mark.parametrize('way', [execution.AUTO, execution.MERGED, execution.BRANCH])
+@pytest.mark.parametrize('name', SCALES)
+def test_scaled_channels(name, way):
+    for layer in TABLE.values():
+        model, x = adapted(layer, METHODS[name], way=way), layer.input()
+        assert_as_plain(model, x)
+        if model(x).ndim == 4 and x.ndim == 4:
+            assert_as_plain(model, x.contiguous(memory_format=torch.channels_last))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data[1] = -1.0  # a scale of zero
+        assert_as_plain(model, x)
+
+
+@pytest.mark.parametrize('name', [name for name in OTHER if name not in SCALES])
 def test_without_a_normal_form_the_weight_is_built(name):
     model = adapted(TABLE['linear'], METHODS[name])
     assert execution.is_enabled(model[0])
@@ -162,4 +219,11 @@ def test_under_checkpointing(reentrant):
 @pytest.mark.parametrize('name', ['lora_channel', 'flora', 'liera', 'dora'])
 def test_dropout_is_that_of_the_plain_form(name, case):
     model = adapted(LARGE[case], METHODS[name] | dict(dropout=0.5), way=execution.MERGED)
-    assert_as_plain(model, LARGE[case].input())
+    x = LARGE[case].input()
+    assert_as_plain(model, x)
+    with torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        found = model(x)
+        with plain(model):
+            torch.default_generator.manual_seed(0)
+            assert_equal(dict(y=found), dict(y=model(x)), 1e-10)

@@ -1,7 +1,7 @@
 """Products in float32 by oneDNN.
 
-torch itself uses MKL, which leaves the AVX-512 units of other makers' processors unused. Where there
-are none, MKL is as fast or faster.
+torch itself uses MKL, which leaves the AVX-512 units of other makers' processors unused. Where
+there are none, MKL is as fast or faster.
 Shapes are those of :mod:`mmpeft.execution.matmul`.
 """
 
