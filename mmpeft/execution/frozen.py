@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mmpeft.methods.adapter import SHARDED
+from mmpeft.quantization import Quantized
+from mmpeft.transforms import is_transformed
 
 from .classes import Fast
 from .cpu import onednn
-from .function import is_transformed
 from .recompute import tag_for_recompute
 from .response_norm import response_norm
 
@@ -19,8 +20,8 @@ class FrozenLinear(Fast):
     """A linear layer without adapter."""
 
     def forward(self, x):
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or not _is_passed_through(self, x) or not onednn.pays(x, self.weight):
+        other = torch.is_autocast_enabled(x.device.type) or isinstance(self.weight, Quantized)
+        if other or not _is_passed_through(self, x) or not onednn.pays(x, self.weight):
             return super().forward(x)
         return onednn.FrozenLinear.apply(x, self.weight, self.bias)
 

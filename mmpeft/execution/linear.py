@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft.methods.normal_form import NormalForm
+from mmpeft.quantization import dequantized
 
 from .function import FastFunction
 from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add
@@ -43,7 +44,7 @@ class AdaptedLinear(FastFunction):
     branch: bool
 
     def forward(self, x, weight, bias, up, down, ratio):
-        layout = self.layout
+        layout, weight = self.layout, dequantized(weight)
         if self.branch:
             narrow = layout.matmul(x, down)
             return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (narrow, None)
@@ -60,6 +61,8 @@ class AdaptedLinear(FastFunction):
         need_x, _, need_bias, need_up, need_down, need_ratio = needs
         rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
         thin = self.update == 'additive' and thin_pays(*weight.shape, len(down))
+        if need_x or need_ratio or not thin:
+            weight = dequantized(weight)
         dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
@@ -93,7 +96,7 @@ class AdaptedLinear(FastFunction):
         return dx, None, d_bias if need_bias else None, d_up, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, down, ratio):
-        adapted = NormalForm(up, None, down, self.update, self.scale).apply(weight)
+        adapted = NormalForm(up, None, down, self.update, self.scale).apply(dequantized(weight))
         adapted = adapted if ratio is None else adapted * ratio[:, None]
         x = x if self.layout is ChannelsLast else x.mT
         y = torch.nn.functional.linear(x, adapted.to(x.dtype), bias)

@@ -13,10 +13,11 @@ from mmpeft.methods import WeightAdapter
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS
+from mmpeft.quantization import Quantized
+from mmpeft.transforms import is_transformed
 
 from .conv import TuckerConv
 from .cpu import depthwise
-from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, tag_for_recompute
@@ -45,7 +46,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
-    if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
+    if type(original) not in (Tensor, nn.Parameter, Quantized) or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     if 'depthwise' in spec.kinds:
         pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)

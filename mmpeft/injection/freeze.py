@@ -9,6 +9,7 @@ from mmpeft import execution
 from mmpeft.errors import UsageError, near
 from mmpeft.execution.classes import change_class, restore_class
 from mmpeft.methods import Method
+from mmpeft.quantization import Quantized
 
 from .reentrant import reach_into_checkpoints
 from .site import adapter_parameters
@@ -158,5 +159,5 @@ def _apply(model, record):
 def _set_training(model, names, trains):
     names = set(names)
     for name, parameter in plain_parameters(model).items():
-        if name in names:
+        if name in names and not isinstance(parameter, Quantized):
             parameter.requires_grad_(trains)
