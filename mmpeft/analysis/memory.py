@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from mmpeft.injection.weights import layers
 from mmpeft.quantization import stored_parts
 
 
@@ -99,7 +100,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
         running.pop()
 
     with ExitStack() as stack:
-        for path, module in model.named_modules():
+        for path, module in layers(model):  # kernels pass adapters with hooks by
             stack.callback(module.register_forward_pre_hook(enter(path)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft.methods import WeightAdapter
 from mmpeft.methods.normal_form import NormalForm
@@ -24,6 +25,7 @@ from .recompute import cast, tag_for_recompute
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
 WHERE = 'in the weight', 'as a branch'
+KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
 class Kernel(NamedTuple):
@@ -46,7 +48,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
-    if type(original) not in (Tensor, nn.Parameter, Quantized) or adapter._forward_pre_hooks:
+    if type(original) not in KNOWN or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     if 'depthwise' in spec.kinds:
         pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
