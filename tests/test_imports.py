@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'mmpeft'
 # From low to high. A room imports itself and the levels before its own.
 LEVELS = (
-    ('errors', 'registry', 'version'),
+    ('errors', 'registry', 'version', 'transforms'),
+    ('quantization',),
     ('methods',),
     ('execution',),
     ('injection',),
@@ -28,7 +29,8 @@ BELOW = {
     for room in rooms
 }
 BELOW['registry'] = {'errors', 'version'}
-BELOW['models'] = BELOW['datasets'] = {'errors', 'registry'}
+BELOW['models'] = {'errors', 'registry', 'quantization'}
+BELOW['datasets'] = {'errors', 'registry'}
 for room in (*LEVELS[-2], *LEVELS[-1]):
     BELOW[room] |= {'models', 'datasets'}
 # What `import mmpeft` may need beside the standard library.

@@ -10,6 +10,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from mmpeft.injection.weights import layers
+from mmpeft.quantization import stored_parts
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,7 +53,7 @@ def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, i
         with mode:
             recomputed, still_kept = saved_bytes(again.backbone, torch.randn(images))
         recomputed += _largest_block(again.backbone, kept, still_kept)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     return Memory(weights, trained, 2 * trained, saved, recomputed)
 
 
@@ -77,15 +80,17 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
 
     Of the whole pass, and by the path of each module that runs in it.
     """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    held = [part for t in (*model.parameters(), *model.buffers()) for part in stored_parts(t).values()]
+    own = {part.untyped_storage()._cdata for part in held}
     seen, running, by_module = {}, [], defaultdict(int)
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen[storage._cdata] = storage  # held, so that its address stays its own
-            for path in running:
-                by_module[path] += storage.nbytes()
+        for part in stored_parts(tensor).values():
+            storage = part.untyped_storage()
+            if storage._cdata not in own and storage._cdata not in seen:
+                seen[storage._cdata] = storage  # held, so that its address stays its own
+                for path in running:
+                    by_module[path] += storage.nbytes()
         return tensor
 
     def enter(path):
@@ -95,7 +100,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
         running.pop()
 
     with ExitStack() as stack:
-        for path, module in model.named_modules():
+        for path, module in layers(model):  # kernels pass adapters with hooks by
             stack.callback(module.register_forward_pre_hook(enter(path)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))

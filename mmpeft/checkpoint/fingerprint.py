@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.injection.weights import plain_key
+from mmpeft.quantization import Quantized, stored_in, stored_parts
 
 from .keys import frozen_keys
 from .sharding import on_whole
@@ -19,7 +20,8 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
     """:func:`digest` of the frozen base; '' if nothing is frozen.
 
     It does not depend on the device, nor on the names that
-    :func:`mmpeft.inject` gives to adapted weights.
+    :func:`mmpeft.inject` gives to adapted weights. Weights in few bits count as they are stored,
+    and the fingerprint of a base that has some begins with their format, such as ``'nf4-'``.
 
     Args:
         model: Holds the values, with adapters or without.
@@ -30,7 +32,9 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
     if not names:
         return ''
     state = {plain_key(key): value for key, value in model.state_dict().items()}
-    return digest({name: state[name] for name in names})
+    base = {name: state[name] for name in names}
+    formats = {stored_in(value) for value in base.values() if isinstance(value, Quantized)}
+    return '-'.join([*sorted(formats), digest(base)])
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -39,13 +43,19 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes."""
+    """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes.
+
+    Of weights in few bits what is stored.
+    """
 
     def digest_one(name):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name]
         whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        if value.numel():
-            whole.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        for part_name, part in stored_parts(value).items():
+            part = part.detach().cpu().contiguous()
+            whole.update(part_name.encode())
+            if part.numel():
+                whole.update(part.reshape(-1).view(torch.uint8).numpy().data)
         return whole.digest()
 
     names = sorted(state)

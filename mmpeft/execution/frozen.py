@@ -12,10 +12,12 @@ from torch.autograd import Function
 from torch.nn.utils import parametrize
 
 from mmpeft.methods.adapter import SHARDED
+from mmpeft.quantization import Quantized
+from mmpeft.transforms import is_transformed
 
 from .classes import Fast
 from .cpu import onednn
-from .function import FastFunction, is_transformed
+from .function import FastFunction
 from .matmul import linear
 from .recompute import accept_product, offer_product, tag_for_recompute, through
 from .response_norm import response_norm
@@ -25,7 +27,7 @@ class FrozenLinear(Fast):
     """A linear layer without adapter."""
 
     def forward(self, x):
-        if not _is_passed_through(self, x):
+        if not _is_passed_through(self, x) or isinstance(self.weight, Quantized):
             return super().forward(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast or not onednn.pays(x, self.weight):

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from mmpeft.methods.precision import outside_autocast
+from mmpeft.transforms import is_transformed
 
 from .recompute import save_or_recompute
 
@@ -42,18 +43,6 @@ class FastFunction:
             with outside_autocast(x.device.type):
                 return self.forward(x, *tensors)[0]
         return _Recorded.apply(self, x, *tensors)
-
-
-def is_transformed() -> bool:
-    """Whether torch records or transforms operations instead of running them one by one.
-
-    This is so in ``torch.compile``, ``torch.export``, ``torch.jit.trace``, the transforms of
-    ``torch.func`` and forward-mode differentiation. They take torch's own operations alone.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    recorded = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return recorded or forward_ad._current_level >= 0
 
 
 class _Recorded(Function):

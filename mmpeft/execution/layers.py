@@ -4,10 +4,14 @@ A layer changes its class, as a parametrized one does, so that copies and
 checkpoints keep working; ``layer.weight`` remains phi(W) to whoever reads it.
 """
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from mmpeft.methods.spec import ConvGeometry
+from mmpeft.quantization import Quantized
+from mmpeft.transforms import is_transformed
 
 from .classes import Fast, change_class, is_changed, restore_class
 from .frozen import kind_for
@@ -22,7 +26,13 @@ class Adapted(Fast):
 
     def forward(self, x):
         kernel = select_kernel(self, x)
-        return super().forward(x) if kernel is None else kernel.run(x)
+        if kernel is not None:
+            return kernel.run(x)
+        original = self.parametrizations.weight.original
+        if isinstance(original, Quantized) and torch.is_grad_enabled() and not is_transformed():
+            # W' would be kept for backward, in many times the memory of the weight.
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
 
 
 def enable(layer: nn.Module, execution: str = AUTO) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft.methods.normal_form import NormalForm
+from mmpeft.quantization import dequantized
 
 from .function import FastFunction
 from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float
@@ -44,7 +45,7 @@ class AdaptedLinear(FastFunction):
     branch: bool
 
     def forward(self, x, weight, bias, up, down, ratio):
-        layout = self.layout
+        layout, weight = self.layout, dequantized(weight)
         if self.branch:
             narrow = layout.matmul(x, down)
             return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (narrow, None)
@@ -64,6 +65,8 @@ class AdaptedLinear(FastFunction):
         positions, need_up = dy.numel() // len(weight), need_up or need_ratio
         sizes = positions, *weight.shape, len(down), need_up + need_down
         thin = self.update == 'additive' and thin_pays(*sizes)
+        if need_x or need_ratio or not thin:
+            weight = dequantized(weight)
         dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
@@ -98,7 +101,7 @@ class AdaptedLinear(FastFunction):
         return dx, None, d_bias if need_bias else None, d_up, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, down, ratio):
-        adapted = NormalForm(up, None, down, self.update, self.scale).apply(weight)
+        adapted = NormalForm(up, None, down, self.update, self.scale).apply(dequantized(weight))
         adapted = adapted if ratio is None else adapted * ratio[:, None]
         x = x if self.layout is ChannelsLast else x.mT
         y = torch.nn.functional.linear(x, adapted.to(x.dtype), bias)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from mmpeft.methods import WeightAdapter
@@ -15,10 +16,11 @@ from mmpeft.methods.adapter import SHARDED
 from mmpeft.methods.normal_form import NormalForm, Scales
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS
+from mmpeft.quantization import Quantized
+from mmpeft.transforms import is_transformed
 
 from .conv import TuckerConv
 from .cpu import depthwise
-from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, offer_product, tag_for_recompute
@@ -26,6 +28,7 @@ from .scaled import ScaledLayer
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
 WHERE = 'in the weight', 'as a branch'
+KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
 class Kernel(NamedTuple):
@@ -50,7 +53,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     trains, transformed = torch.is_grad_enabled(), is_transformed()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
-    if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
+    if type(original) not in KNOWN or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     with outside_autocast(original.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)

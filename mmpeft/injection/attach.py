@@ -13,6 +13,7 @@ from mmpeft import execution
 from mmpeft.errors import UsageError
 from mmpeft.execution.classes import allow_pickling
 from mmpeft.methods import ActivationAdapter, WeightAdapter
+from mmpeft.quantization import Quantized
 
 from .calls import unwatch
 from .guards import unguard
@@ -120,10 +121,12 @@ def detach_all(model: nn.Module) -> None:
 
 
 def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor on another's device and in its dtype; a parameter remains the same object."""
+    """A tensor on another's device and in its dtype; a plain parameter remains the same object."""
     moved = tensor.to(like.device, like.dtype)
     if moved is tensor or not isinstance(tensor, nn.Parameter):
         return moved
+    if isinstance(tensor, Quantized):
+        return nn.Parameter(moved, tensor.requires_grad)
     tensor.data = moved.data
     return tensor
 

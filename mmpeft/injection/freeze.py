@@ -9,6 +9,7 @@ from mmpeft import execution
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import SMALL, SPEED
 from mmpeft.methods import Method
+from mmpeft.quantization import Quantized
 
 from .blocks import recomputable_blocks
 from .reentrant import reach_into_checkpoints
@@ -135,5 +136,5 @@ def _apply(model, record):
 def _set_training(model, names, trains):
     names = set(names)
     for name, parameter in plain_parameters(model).items():
-        if name in names:
+        if name in names and not isinstance(parameter, Quantized):
             parameter.requires_grad_(trains)

@@ -16,7 +16,7 @@ from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .guards import guard
-from .quantized import refuse_quantized
+from .quantized import quantize_weights, refuse_quantized, to_quantize
 from .ranks import settle_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
@@ -34,6 +34,7 @@ def inject(
     empty: bool = False,
     execution: str = AUTO,
     memory: str = SPEED,
+    frozen_dtype: str | None = None,
 ) -> Summary:
     """Freeze a model's target module and adapt it, in place.
 
@@ -64,6 +65,8 @@ def inject(
             before them are done again in backward; ``'small'``: the inputs of blocks, which run
             again as a whole. Outputs and gradients are the same. Of several injections the one
             that keeps least counts.
+        frozen_dtype: Store the frozen weights of linear layers in few bits by torchao: ``'int8'``,
+            ``'fp8'`` or ``'nf4'``; as they are if None. The adapters belong to the rounded weights.
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
@@ -81,7 +84,11 @@ def inject(
     _check_beside_earlier(model, method, targets.module)
     sites = select(model, method, targets)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
-    trained = _trained(target_module(model, targets.module), unfreeze)
+    root = target_module(model, targets.module)
+    trained = _trained(root, unfreeze)
+    if frozen_dtype is not None:
+        kept = _kept(model, method, root, trained)
+        quantize_weights(to_quantize(model, targets.module, frozen_dtype, kept), frozen_dtype)
     sites = make_adapters(sites, empty, execution)
     freeze_target(model, method, targets.module, trained, execution, memory)
     for site in sites:
@@ -143,6 +150,18 @@ def _trained(root, patterns):
             raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
         trained += matches
     return tuple(dict.fromkeys(trained))
+
+
+def _kept(model, method, root, trained):
+    """The parameters that train themselves, by this injection and earlier ones."""
+    if method.trains_base:
+        raise UsageError(
+            f'{type(method).__name__} trains the weights themselves, and frozen_dtype is for frozen '
+            'ones. Leave frozen_dtype out.'
+        )
+    own, everything = plain_parameters(root), plain_parameters(model)
+    earlier = [everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained]
+    return [*(own[name] for name in trained), *earlier]
 
 
 def _warn_unknown(summary):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import UsageError
+from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
@@ -49,12 +50,14 @@ def remove(model: nn.Module) -> nn.Module:
 
 @on_inner
 @torch.no_grad()
-def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
+def merge(
+    model: nn.Module, reversible: bool = False, frozen_dtype: str | None = None
+) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
 
-    phi(W) is computed in float64 and rounded once to the weight's dtype. All
-    weights are checked before the first is changed. A head that is adapted and
-    tied to an embedding that is not is untied, in the config of a Hugging Face
+    phi(W) is computed in float64 and rounded once to the weight's dtype. Weights in few bits
+    become plain ones of their dtype, adapted or not. All weights are checked before the first is
+    changed. A head that is adapted and tied to an embedding that is not is untied, in the config of a Hugging Face
     model too (``tie_word_embeddings``), so that its file loads as it is.
 
     Args:
@@ -62,12 +65,17 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
         reversible: Keep the adapters and the frozen weights that they change
             outside the state dict, for :func:`unmerge`. Until then the base
             stays frozen. A second ``merge(model)`` drops them.
+        frozen_dtype: Store merged weights that were in few bits in this format of
+            :func:`mmpeft.inject`, and leave the others in few bits as they are. This rounds the
+            merged weights once more.
 
     Raises:
         UsageError: A method cannot be merged, a weight is tied to one that is adapted
             otherwise, a merged weight has NaN or infinite elements or exceeds its dtype, a
             reversible merge would be the second one, or the model is sharded. It is unchanged.
     """
+    if frozen_dtype is not None:
+        check_format(frozen_dtype)
     sites = detachable(model)
     fixed = [site for site in sites if not site.method.merges]
     if fixed:
@@ -91,12 +99,16 @@ def merge(model: nn.Module, reversible: bool = False) -> nn.Module:
     unguard(model)
     originals = []
     for chains in weights:
-        merged = _merged(chains[0])
+        merged, was_quantized = _merged(chains[0]), isinstance(chains[0][0].original, Quantized)
+        if frozen_dtype is not None and was_quantized:
+            merged = nn.Parameter(quantize(merged, frozen_dtype), False)
         for first, *_ in chains:
             if reversible:
                 originals.append((first.layer, first.tensor, first.original))
             detach([first])
             first.layer._parameters[first.tensor] = merged
+    if frozen_dtype is None:
+        originals += _dequantize(model)
     for config in untied:
         setattr(config, TIE, False)
     if not reversible:
@@ -174,9 +186,23 @@ def _configs_to_untie(model, weights) -> list[Any]:
     return list({id(config): config for config in found}.values())
 
 
+def _dequantize(model) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Make all weights in few bits plain, and return what they were, as in :class:`Merged`."""
+    originals, plain = [], {}
+    for layer in model.modules():
+        for name, weight in layer._parameters.items():
+            if isinstance(weight, Quantized):
+                if id(weight) not in plain:
+                    plain[id(weight)] = nn.Parameter(dequantized(weight), False)
+                originals.append((layer, name, weight))
+    for layer, name, weight in originals:
+        layer._parameters[name] = plain[id(weight)]
+    return originals
+
+
 def _merged(chain: list[Site]) -> nn.Parameter:
     """phi(W) of all adapters of a weight, computed in float64 and rounded once to its dtype."""
-    name, original = chain[0].name, chain[0].original
+    name, original = chain[0].name, dequantized(chain[0].original)
     value = original.double()
     for site in chain:
         value = site.adapter.in_double(value)
@@ -191,4 +217,4 @@ def _merged(chain: list[Site]) -> nn.Parameter:
             f'The merged {name} reaches {value.abs().max().item():.3g}, which {original.dtype} '
             'cannot hold. Merge the model in float32 or bfloat16.'
         )
-    return nn.Parameter(rounded, original.requires_grad)
+    return nn.Parameter(rounded, chain[0].original.requires_grad)

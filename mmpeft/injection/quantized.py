@@ -1,12 +1,80 @@
-"""Refuse quantized weights, recognized without importing the libraries that made them."""
+"""Frozen weights in few bits: what a target stores so, and what is refused."""
+
+from collections.abc import Iterable
 
 from torch import nn
 
 from mmpeft.errors import UsageError
+from mmpeft.quantization import Quantized, can_quantize, check_format, quantize
 
-from .weights import join, layers, lineage
+from .ties import holders
+from .weights import PARAMETRIZATIONS, join, layers, lineage, original_of, weights_of
 
 LIBRARIES = 'bitsandbytes', 'torchao', 'torch.ao.nn.quantized', 'torch.ao.nn.intrinsic.quantized'
+
+
+def to_quantize(
+    model: nn.Module, path: str, dtype: str, trained: Iterable[nn.Parameter]
+) -> list[list[tuple[nn.Module, str]]]:
+    """The frozen linear weights of a target module that a format can store.
+
+    Args:
+        model: With its weights.
+        path: Of the target module.
+        dtype: See :func:`mmpeft.quantization.quantize`.
+        trained: Parameters that stay as they are.
+
+    Returns:
+        For each weight the layers that hold it, and its name in them.
+
+    Raises:
+        UsageError: There is none, an earlier injection has adapted one of them, or the format is
+            not available.
+    """
+    check_format(dtype)
+    held, trained = holders(model), {id(p) for p in trained}
+    inside, found, present = set(), {}, False
+    for below, layer in layers(model.get_submodule(path)):
+        for name, spec in weights_of(layer):
+            weight = original_of(layer, name)
+            if isinstance(weight, Quantized):
+                _check_same(join(path, below, name), weight, dtype)
+                present = True
+            if name != 'weight' or 'linear' not in spec.kinds or id(weight) in trained:
+                continue
+            if type(weight) is not nn.Parameter or not can_quantize(weight, dtype):
+                continue
+            if name in getattr(layer, PARAMETRIZATIONS, ()):
+                raise UsageError(
+                    f'{join(path, below, name)} has an adapter already, which was made for the '
+                    f'weight as it is. Give frozen_dtype={dtype!r} to the first mmpeft.inject.'
+                )
+            inside.add((layer, name))
+            found[id(weight)] = [(layer, name) for _, layer, name in held[id(weight)]]
+    found = [places for places in found.values() if inside.issuperset(places)]
+    if not found and not present:
+        raise UsageError(
+            f'frozen_dtype={dtype!r}: {path or "the model"!r} has no linear layer whose weight is '
+            'frozen and can be stored so. Leave frozen_dtype out.'
+        )
+    return found
+
+
+def _check_same(name, weight, dtype):
+    if weight.format != dtype:
+        raise UsageError(
+            f'frozen_dtype={dtype!r}: {name} is stored in {weight.format!r} already. Give that, or '
+            'leave frozen_dtype out.'
+        )
+
+
+def quantize_weights(weights: list[list[tuple[nn.Module, str]]], dtype: str) -> None:
+    """Store the weights that :func:`to_quantize` found in few bits, one after another, in place."""
+    for places in weights:
+        layer, name = places[0]
+        stored = nn.Parameter(quantize(layer._parameters[name], dtype), False)
+        for layer, name in places:
+            layer._parameters[name] = stored
 
 
 def refuse_quantized(model: nn.Module, path: str = '') -> None:

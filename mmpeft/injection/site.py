@@ -10,6 +10,7 @@ from mmpeft import execution
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationAdapter, Adapter, Method
 from mmpeft.methods.spec import InsertionPoint, WeightSpec
+from mmpeft.quantization import dequantized
 
 from .weights import ADAPTERS, PARAMETRIZATIONS, join, layers, original_of, weights_of
 
@@ -44,7 +45,7 @@ class Site:
     def weight(self) -> Tensor:
         """The weight as it is now; for activations an empty tensor of the layer's dtype."""
         if self.tensor:
-            return getattr(self.layer, self.tensor)
+            return dequantized(getattr(self.layer, self.tensor))
         like = next(iter(self.layer.parameters()), torch.empty(0))
         return torch.empty(0, dtype=like.dtype, device=like.device)
 

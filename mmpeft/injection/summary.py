@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 
 from mmpeft.methods.spec import KINDS, WeightSpec
+from mmpeft.quantization import Quantized, stored_in
 
 from .site import Site, adapters_of, attached, own_parameters
 from .weights import is_below, join, layers, newly_initialized, unknown_parameters, weights_of
@@ -48,6 +49,8 @@ class Summary:
         skipped: How many weights of each kind in the target are not adapted.
         unknown: Elements of what no method is defined on, by name; see
             :func:`~mmpeft.injection.weights.unknown_parameters`.
+        stored: Bytes of the target without adapters, by format or dtype; empty where nothing is
+            in few bits.
     """
 
     rows: list[SummaryRow] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Summary:
     outside: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -93,6 +97,9 @@ class Summary:
             f'= {self.share:.2%} of the {self.base:,} parameters there',
             f'trainable outside (neck, heads): {self.outside:,}',
         ]
+        if self.stored:
+            parts = (f'{size / 2**20:,.1f} MiB {kind}' for kind, size in self.stored.items())
+            lines.append(f'stored there without adapters: {", ".join(parts)}')
         return '\n'.join(lines)
 
 
@@ -114,6 +121,10 @@ def _summary(model):
     roots = [model.get_submodule(path) for path in modules]
     rows = summary_rows(attached(model))
     own = {id(p): p for root in roots for p in own_parameters(root)}.values()
+    stored = Counter()
+    if any(isinstance(p, Quantized) for p in own):
+        for p in own:
+            stored[stored_in(p)] += p.nbytes
     inside = {id(p) for root in roots for p in root.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
     return Summary(
@@ -129,6 +140,7 @@ def _summary(model):
             for path, root in zip(modules, roots, strict=True)
             for name, size in unknown_parameters(root).items()
         },
+        stored=dict(stored),
     )
 
 

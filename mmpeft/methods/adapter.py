@@ -6,6 +6,8 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from mmpeft.quantization import dequantized
+
 from .base import Factors, Method
 from .precision import outside_autocast
 from .spec import WeightSpec
@@ -37,7 +39,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.method = method
         self.spec = spec
-        like = weight.detach()
+        like = dequantized(weight.detach())
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         with torch.no_grad():
             factors = method.init(like.to('meta') if empty else like, spec)
@@ -134,6 +136,7 @@ class WeightAdapter(Adapter):
         self, weight: Tensor, factors: Factors, dtype: torch.dtype, training: bool = False
     ) -> Tensor:
         """phi(W) for given factors, computed in ``dtype``."""
+        weight = dequantized(weight)
         seen = _turned(weight, self.spec).to(dtype)
         adapted = self.method.apply(seen, factors, self.spec, training)
         if self.spec.padding_idx is not None:

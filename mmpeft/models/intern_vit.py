@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from mmpeft.errors import UsageError, near
+from mmpeft.quantization import FORMATS, can_quantize, check_format, quantize, stored_parts
 from mmpeft.registry import MODELS
 
 from .intern_vit_arch import NORMS, Architecture, architecture_of
@@ -109,8 +110,10 @@ class InternViT(BaseModule):
         drop_path: Stochastic depth rate of the deepest block.
         with_cp: Recompute blocks in backward.
         frozen_dtype: ``'bfloat16'`` and ``'float16'`` hold the network in half
-            the memory of ``'float32'``; adapters stay in float32. Only for
-            weights that do not train.
+            the memory of ``'float32'``. ``'int8'``, ``'fp8'`` and ``'nf4'`` hold the weights of
+            the blocks' linear layers in 8 or 4 bits, see
+            :func:`mmpeft.quantization.quantize`, and the rest in bfloat16; each weight is rounded
+            as it is read. Adapters stay in float32. Only for weights that do not train.
         init_cfg: As in :class:`mmengine.model.BaseModule`.
 
     Raises:
@@ -132,16 +135,18 @@ class InternViT(BaseModule):
         self.checkpoint = checkpoint
         self.recomputes = with_cp
         self.dtype = _dtype(frozen_dtype)
+        bits = frozen_dtype if frozen_dtype in FORMATS else None
         self.out_indices = _taps(arch.depth, out_indices)
         rates = [drop_path * i / max(arch.depth - 1, 1) for i in range(arch.depth)]
         with _building(self.dtype, empty=checkpoint is not None):
             self.embeddings = Embeddings(arch)
             self.encoder = nn.Module()
-            self.encoder.layers = nn.ModuleList(Block(arch, rate) for rate in rates)
+            self.encoder.layers = nn.ModuleList(_quantized(Block(arch, r), bits) for r in rates)
         if checkpoint is not None and torch.get_default_device().type != 'meta':
             self.to_empty(device=torch.get_default_device())
             for parameter in self.parameters():
-                nn.init.zeros_(parameter)
+                for part in stored_parts(parameter).values():
+                    nn.init.zeros_(part)
 
     def init_weights(self) -> None:
         """Load the checkpoint, or draw random weights if there is none.
@@ -192,9 +197,21 @@ class InternViT(BaseModule):
 
 
 def _dtype(name):
+    if name in FORMATS:
+        check_format(name)
+        return torch.bfloat16
     if name not in DTYPES:
-        raise UsageError(f'InternViT: frozen_dtype={name!r} is unknown. {near(str(name), DTYPES)}')
+        known = near(str(name), [*DTYPES, *FORMATS])
+        raise UsageError(f'InternViT: frozen_dtype={name!r} is unknown. {known}')
     return DTYPES[name]
+
+
+def _quantized(block, bits):
+    """A block with the weights of its linear layers in a format; as it is if that is None."""
+    for layer in block.modules() if bits else ():
+        if isinstance(layer, nn.Linear) and can_quantize(layer.weight, bits):
+            layer.weight = nn.Parameter(quantize(layer.weight, bits), requires_grad=False)
+    return block
 
 
 def _taps(depth, out_indices):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmpeft.errors import MissingFileError, UsageError
 
 from .intern_vit_names import official_name
 
+QKV = '.qkv.'
 UNUSED = re.compile(r'(?:.*\.)?(layernorm|norm|fc_norm|head)\.(weight|bias)\Z')
 
 
@@ -30,32 +32,39 @@ def load_weights(model: nn.Module, source: str) -> None:
         UsageError: A file is damaged, or the weights are of another model.
     """
     files = _files(Path(source))
-    own = model.state_dict()
-    places = {(name, None): value for name, value in own.items()}
-    fused = {name: value.chunk(3) for name, value in own.items() if '.qkv.' in name}
-    places |= {(name, i): third for name, parts in fused.items() for i, third in enumerate(parts)}
-    _check(own, places, files, source)
+    own, thirds = model.state_dict(), defaultdict(dict)
+    shapes = {(name, None): tuple(value.shape) for name, value in own.items()}
+    fused = {name: (len(value) // 3, *value.shape[1:]) for name, value in own.items() if QKV in name}
+    shapes |= {(name, i): shape for name, shape in fused.items() for i in range(3)}
+    _check(own, shapes, files, source)
     for path in track(
         files, f'weights of {Path(source).name}', transient=True, disable=len(files) < 2
     ):
         with _opened(path) as tensors:
             for key, (_, read) in tensors.items():
-                if (place := official_name(key)) in places:
-                    places[place].copy_(read())
+                if (place := official_name(key)) in shapes:
+                    name, third = place
+                    value = read()
+                    if third is not None:
+                        thirds[name][third] = value
+                        if len(thirds[name]) < 3:
+                            continue
+                        value = torch.cat([part for _, part in sorted(thirds.pop(name).items())])
+                    own[name].copy_(value)
     print_log(f'Loaded {len(own)} tensors of InternViT from {source}', 'current')
 
 
-def _check(own, places, files, source):
+def _check(own, shapes, files, source):
     found, unexpected, wrong = set(), [], []
     for path in files:
         with _opened(path) as tensors:
             for key, (shape, _) in tensors.items():
                 place = official_name(key)
-                if place not in places:
+                if place not in shapes:
                     if place is not None and not UNUSED.match(key):
                         unexpected.append(key)
                     continue
-                wanted = tuple(places[place].shape)
+                wanted = shapes[place]
                 if wanted != tuple(shape):
                     wrong.append(f'{place[0]} {tuple(shape)} instead of {wanted}')
                 found.add(place)

@@ -1,0 +1,23 @@
+"""Frozen weights in few bits."""
+
+from .formats import FORMATS
+from .tensor import (
+    Quantized,
+    can_quantize,
+    check_format,
+    dequantized,
+    quantize,
+    stored_in,
+    stored_parts,
+)
+
+__all__ = [
+    'FORMATS',
+    'Quantized',
+    'can_quantize',
+    'check_format',
+    'dequantized',
+    'quantize',
+    'stored_in',
+    'stored_parts',
+]

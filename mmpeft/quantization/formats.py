@@ -1,0 +1,78 @@
+"""Formats of few bits: what is stored of a matrix W (O, I), and its values again.
+
+torchao quantizes. The values are computed here: in one pass, also in compiled code and on tensors
+without data, and equal to torchao's own to the last bit.
+"""
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+Parts = dict[str, Tensor]
+
+
+class Rows:
+    """Whole numbers or float8, and one scale for each row: W = scale * data.
+
+    ``qdata`` (O, I) has a byte for each number, ``scale`` (O, 1) the dtype of W.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def accepts(self, weight: Tensor) -> bool:
+        """Whether a weight can be stored so."""
+        return weight.ndim == 2
+
+    def pack(self, weight: Tensor) -> Parts:
+        """What is stored of a weight."""
+        from torchao import quantization
+
+        whole = self.dtype == torch.int8
+        kind = quantization.Int8Tensor if whole else quantization.Float8Tensor
+        packed = kind.from_hp(weight, granularity=quantization.PerRow())
+        # torchao divides rows of zeros by their largest element.
+        data = packed.qdata.view(torch.uint8).masked_fill(packed.scale == 0, 0)
+        return dict(qdata=data, scale=packed.scale)
+
+    def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """The weight, in the dtype that it was packed from."""
+        scale = parts['scale']
+        return parts['qdata'].view(self.dtype).to(scale.dtype) * scale
+
+
+class NF4:
+    """4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314).
+
+    Blocks of 64 elements in the order of memory have a scale each, stored as int8. Two codes of
+    the table ``nf4`` (16,) share a byte of ``quantized_data``.
+    """
+
+    def accepts(self, weight: Tensor) -> bool:
+        """Whether a weight can be stored so."""
+        return weight.ndim == 2 and weight.numel() % 64 == 0
+
+    def pack(self, weight: Tensor) -> Parts:
+        """What is stored of a weight."""
+        from torchao.quantization import to_nf4
+
+        weight = weight.contiguous()
+        packed = to_nf4(weight, 64, gcd(weight.numel() // 64, 256))
+        parts = {name: getattr(packed, name) for name in packed.__tensor_flatten__()[0]}
+        # torchao divides blocks of zeros by their largest element; code 7 stands for zero.
+        zeros = (weight.view(-1, 64) == 0).all(1, keepdim=True)
+        data = parts['quantized_data'].view(-1, 32).masked_fill(zeros, 0x77)
+        return parts | dict(quantized_data=data.flatten())
+
+    def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """The weight, in the dtype that it was packed from."""
+        factor, mean, table = parts['quantization_factor'], parts['scaler_mean'], parts['nf4']
+        scales = parts['quantized_scalers'].view(len(factor), -1) / factor[:, None]
+        scales = scales.flatten().to(table.dtype) + mean
+        pairs = torch.cartesian_prod(table, table)
+        values = torch.nn.functional.embedding(parts['quantized_data'].int(), pairs)
+        return (values.view(len(scales), -1) * scales[:, None]).view(shape)
+
+
+FORMATS = dict(int8=Rows(torch.int8), nf4=NF4(), fp8=Rows(torch.float8_e4m3fn))
