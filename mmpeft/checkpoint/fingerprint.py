@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.injection.weights import plain_key
+from mmpeft.injection.wrappers import local_part
 
 from .keys import frozen_keys
 from .sharding import on_whole
@@ -39,10 +40,13 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes."""
+    """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes.
+
+    Of a DTensor, over what this rank holds.
+    """
 
     def digest_one(name):
-        value = state[name].detach().cpu().contiguous()
+        value = local_part(state[name].detach()).cpu().contiguous()
         whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         if value.numel():
             whole.update(value.reshape(-1).view(torch.uint8).numpy().data)

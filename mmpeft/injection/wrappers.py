@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
@@ -63,6 +63,11 @@ def is_flattened(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What a rank holds of a DTensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def refuse_sharded(model: nn.Module, name: str) -> None:

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
 from timm.models import load_state_dict as read_weights
 
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.registry import MODELS
 
 
@@ -91,6 +91,7 @@ class TimmBackbone(BaseModule):
 
         Raises:
             MissingFileError: ``checkpoint`` does not exist.
+            DamagedFileError: It cannot be read without running code from it.
             UsageError: The file lacks weights of this network, or timm's hub gave none.
         """
         if self._is_init:
@@ -121,7 +122,14 @@ class TimmBackbone(BaseModule):
                 'model.backbone.checkpoint to a file with the weights of timm model '
                 f'{self._create["model_name"]!r}, or to None.'
             )
-        weights = read_weights(str(path), use_ema=False)
+        try:
+            weights = read_weights(str(path), use_ema=False, weights_only=True)  # runs no code
+        except Exception as error:  # its type depends on the bytes of the file
+            raise DamagedFileError(
+                f'{str(path)!r} is damaged or holds more than plain tensors, and was not read. '
+                'Give an intact .safetensors file or a .pth of tensors '
+                "(torch.save(model.state_dict(), 'FILE.pth'))."
+            ) from error
         own = self.model.state_dict()
         found = {key: weights[name] for key in own if (name := _name_in(weights, key))}
         wrong = [k for k in own if k not in found or found[k].shape != own[k].shape]
