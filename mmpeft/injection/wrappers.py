@@ -90,6 +90,12 @@ def refuse_ddp(model: nn.Module, name: str) -> None:
         )
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether this process is to write a model's files: the first of those that DDP keeps equal."""
+    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
+
+
 def on_inner(function: Callable, adds: bool = False) -> Callable:
     """Let a function of a model work on what wrappers hold, and refuse a sharded model.
 

@@ -188,6 +188,7 @@ def other_wrappers(folder, way):
     models['tied'] = sharded(way, tied, blocks=())
     for name, model in models.items():
         path = mmpeft.save_adapter(model, folder / f'{way}_{name}.safetensors')
+        distributed.barrier()  # of DDP rank 0 writes, and the others do not wait
         mmpeft.load_adapter(model, path)
     return {name: mmpeft.adapter_state_dict(model) for name, model in models.items()}
 
@@ -242,6 +243,8 @@ def inside_ddp(folder):
         load_adapter=error_of(mmpeft.load_adapter, plain, folder / 'other.safetensors'),
         library=error_of(mmpeft.AdapterLibrary, plain),
         summary=str(mmpeft.summary(model)),
+        saved=mmpeft.save_adapter(model, folder / f'ddp_by_rank{RANK}.safetensors').exists(),
+        empty=error_of(mmpeft.save_adapter, plain, folder / 'none.safetensors'),
     )
     with torch.no_grad():
         x = batch('transformer')[0]

@@ -180,6 +180,15 @@ def test_fsdp_without_original_parameters_is_refused(runs):
         assert 'use_orig_params=True' in rank['flat']['print']
 
 
+def test_in_ddp_rank_0_alone_writes(runs):
+    folder, found = runs[0], [rank['ddp', 'calls'] for rank in runs[1]]
+    assert [each['saved'] for each in found] == [True, False]
+    assert [p.name for p in sorted(folder.glob('ddp_by*'))] == [
+        f'ddp_by_rank0.safetensors{end}' for end in ('', '.json')
+    ]
+    assert all('has no adapters' in each['empty'] for each in found)
+
+
 def test_in_ddp_all_but_adding_adapters_works(runs):
     model, base = network('transformer', 'LoRA'), network('transformer').state_dict()
     for rank in runs[1]:

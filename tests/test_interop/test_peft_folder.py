@@ -391,7 +391,6 @@ def folder(base, tmp_path):
         (dict(init_lora_weights='pissa_niter_4'), "init_lora_weights='pissa_niter_4' changes"),
         (dict(bias='all'), "bias='all'"),
         (dict(lora_bias=True), 'lora_bias=True'),
-        (dict(fan_in_fan_out=True), 'fan_in_fan_out=True'),
         (dict(layer_replication=[[0, 1]]), 'layer_replication'),
         (dict(kind_of_the_future=3), 'kind_of_the_future=3'),
         (dict(lora_dropout=0.1), 'lora_dropout=0.1'),
