@@ -66,7 +66,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     branch = layer.execution == BRANCH
     if layer.execution == AUTO:
         branch = is_transformed() or branch_pays(positions, out, features, *kernel_size)
-    if is_transformed() or not trains:
+    if is_transformed() or not (trains or _is_rounded(x, original)):
         run = partial(_run_composed, layer, form)
         return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
@@ -87,6 +87,16 @@ def has_one_adapter(layer: nn.Module) -> bool:
     """Whether a layer's weight carries one adapter and nothing else."""
     chain = layer.parametrizations.weight
     return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
+
+
+def _is_rounded(x, original):
+    """Whether W' would be rounded so far that a small update vanishes.
+
+    Evaluation then runs what training does.
+    """
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize < 4
+    return autocast or is_low(original)
 
 
 def branch_pays(positions: int, out: int, features: int, *kernel_size: int) -> bool:
