@@ -20,7 +20,7 @@ from mmpeft.injection.summary import summary
 from mmpeft.serving.library import AdapterLibrary
 from mmpeft.serving.shared_base import share_base
 from mmpeft.training.allocation import allocate
-from mmpeft.training.monitor import monitor
+from mmpeft.training.monitor import Monitor as monitor
 from mmpeft.training.penalty import penalty
 
 from .registry import METHODS, register_config_packages

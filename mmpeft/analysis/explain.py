@@ -56,8 +56,7 @@ def explain(model: nn.Module, forward: Callable[[], object]) -> list[Explanation
 
     with ExitStack() as stack, torch.enable_grad():
         for path, layer in model.named_modules():
-            adapted = parametrize.is_parametrized(layer, 'weight')
-            if adapted and isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            if parametrize.is_parametrized(layer, 'weight') and _multiplies(layer):
                 stack.callback(layer.register_forward_hook(watch(path)).remove)
         forward()
     return found
@@ -71,8 +70,14 @@ def _explained(path, layer, x, y):
     return Explanation(path, type(layer).__name__, _positions(y, layer), name, floor, extra)
 
 
+def _multiplies(layer):
+    """Whether it is a linear layer or a convolution."""
+    kinds = layer.parametrizations.weight[0].spec.kinds
+    return not isinstance(layer, nn.MultiheadAttention) and bool(kinds & {'linear', 'conv'})
+
+
 def _positions(x, layer):
-    return x.numel() // x.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    return x.numel() // x.shape[1 if isinstance(layer, nn.modules.conv._ConvNd) else -1]
 
 
 def _multiply_adds(layer, x):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.injection.merge import remove
-from mmpeft.injection.wrappers import is_sharded, refuse_ddp, refuse_sharded, unwrapped
+from mmpeft.injection.wrappers import is_sharded, refuse_ddp, refuse_sharded, unwrapped, writes
 
 from . import legacy
 from .atomic import replacing, write_tensors
@@ -32,21 +32,26 @@ from .sharding import load_sharded, on_whole
 from .validation import check_fingerprint, check_fits, check_whole
 
 
-@on_whole(share=True)
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Write what was trained as safetensors, and its manifest beside it as JSON.
 
     Each file appears complete or not at all: ``adapter.safetensors`` and
     ``adapter.safetensors.json``. The model may be in wrappers (DDP, torch.compile), which leave
-    no trace in the file, or sharded (FSDP, fully_shard): then all ranks have to call this, and
-    rank 0 writes.
+    no trace in the file; of DDP rank 0 alone writes, and the others return at once. It may be
+    sharded (FSDP, fully_shard): then all ranks have to call this, and rank 0 writes.
 
     Raises:
         UsageError: The model has no adapters, or they are not whole.
         UnwrittenFileError: The disk is full or cannot be written to.
     """
-    if not getattr(model, 'peft', []):
-        raise UsageError('There is nothing to save: the model has no adapters (mmpeft.inject).')
+    with unwrapped(model) as bare:
+        if not getattr(bare, 'peft', []):
+            raise UsageError('There is nothing to save: the model has no adapters (mmpeft.inject).')
+    return _save(model, path) if writes(model) else Path(path)
+
+
+@on_whole(share=True)
+def _save(model, path):
     return write_adapter(path, adapter_state_dict(model), describe(model))
 
 

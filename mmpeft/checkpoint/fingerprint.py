@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.injection.weights import plain_key
+from mmpeft.injection.wrappers import local_part
 from mmpeft.quantization import Quantized, stored_in, stored_parts
 
 from .keys import frozen_keys
@@ -45,11 +46,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
     """SHA-256 over each tensor, sorted by name: name, dtype, shape and every element; 32 bytes.
 
-    Of weights in few bits what is stored.
+    Of weights in few bits what is stored; of a DTensor what this rank holds.
     """
 
     def digest_one(name):
-        value = state[name]
+        value = local_part(state[name])
         whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         for part_name, part in stored_parts(value).items():
             part = part.detach().cpu().contiguous()

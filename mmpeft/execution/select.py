@@ -83,13 +83,13 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if transformed:
         run = partial(_run_composed, layer, form)
         return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
-    if not trains and not (branch and is_thin):
+    exact = not (trains or _is_rounded(x, original))
+    if exact and not (branch and is_thin):
         run = partial(_run_built, layer, original, geometry, form.dropped(spec))
         return None if parametrize._cache_enabled else Kernel('weight built in one pass', run)
-    if not trains and geometry is None and x.dtype == original.dtype == form.up.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            run = partial(_run_beside, layer, original, form.dropped(spec))
-            return Kernel(f'thin products, {WHERE[1]}', run)
+    if exact and geometry is None and x.dtype == original.dtype == form.up.dtype:
+        run = partial(_run_beside, layer, original, form.dropped(spec))
+        return Kernel(f'thin products, {WHERE[1]}', run)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
         parts = form.up, form.core, form.down
         sides = min(2, sum(t is not None and t.requires_grad for t in parts))
@@ -110,6 +110,14 @@ def has_one_adapter(layer: nn.Module) -> bool:
     """Whether a layer's weight carries one adapter and nothing else."""
     chain = layer.parametrizations.weight
     return len(chain) == 1 and isinstance(chain[0], WeightAdapter)
+
+
+def _is_rounded(x, original):
+    """Whether W' would be rounded so far that a small update vanishes.
+
+    Evaluation then runs what training does.
+    """
+    return torch.is_autocast_enabled(x.device.type) or is_low(original)
 
 
 def branch_pays(positions: int, passes: int, out: int, features: int, *kernel_size: int) -> bool:

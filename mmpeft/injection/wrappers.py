@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
@@ -65,6 +65,11 @@ def is_flattened(model: nn.Module) -> bool:
     return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What a rank holds of a DTensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
 def refuse_sharded(model: nn.Module, name: str) -> None:
     """Raise UsageError, on every rank alike, for a function that takes no sharded model."""
     if is_sharded(model):
@@ -83,6 +88,12 @@ def refuse_ddp(model: nn.Module, name: str) -> None:
             f'mmpeft.{name} adds parameters, and DistributedDataParallel averages the gradients of '
             'those alone that it found when it was made. Adapt the model first, then wrap it.'
         )
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this process is to write a model's files: the first of those that DDP keeps equal."""
+    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
 
 
 def on_inner(function: Callable, adds: bool = False) -> Callable:

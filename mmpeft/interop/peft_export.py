@@ -9,6 +9,7 @@ from mmpeft.checkpoint.keys import adapter_keys, adapter_state_dict
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import Site, attached
 from mmpeft.injection.weights import layers
+from mmpeft.methods.adapter import turned
 from mmpeft.methods.dora import DoRA, output_norm
 from mmpeft.methods.lora import LoRA
 from mmpeft.methods.matrix import matrix_shape
@@ -31,7 +32,7 @@ def to_peft(
         UsageError: peft has no equivalent; the message names the first such layer.
     """
     names = names or Names()
-    methods, state = {}, {}
+    methods, state, turns = {}, {}, False
     for site in attached(model):
         path = names.theirs(site.path)
         if not path:
@@ -46,6 +47,7 @@ def to_peft(
             )
         factors = _converted(model, site, inference)
         methods[path] = site.method
+        turns |= site.spec.fan_in_fan_out
         state |= {f'{PREFIX}{path}.{SUFFIXES[k]}': value for k, value in factors.items()}
     if not methods:
         raise UsageError('There is nothing to convert: the model has no adapters.')
@@ -58,7 +60,8 @@ def to_peft(
     saved, theirs = _modules_to_save(model, names)
     state |= {PREFIX + key: value for key, value in theirs.items()}
     paths = {names.theirs(path) for path, _ in layers(model)} - {None}
-    config = _config(methods, paths) | dict(modules_to_save=saved or None)
+    more = dict(modules_to_save=saved or None, fan_in_fan_out=turns)
+    config = _config(methods, paths) | more
     return config, {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
 
 
@@ -89,7 +92,7 @@ def _without_equal(site):
     if method.matrix_shape(spec) != matrix_shape(spec, method.rank, 'channel'):
         return "is a kernel adapted in loralib's layout, and peft has layout='channel' alone"
     if isinstance(method, DoRA):
-        weight = site.original.to(site.adapter.dtype)
+        weight = turned(site.original, spec).to(site.adapter.dtype)
         direction = LoRA.apply(method, weight, site.adapter.factors, spec)
         if (output_norm(direction, spec) == 0).any():
             return 'has an output channel of zeros, where peft divides by its norm and gives NaN'
@@ -118,7 +121,6 @@ def _config(methods, paths):
         use_rslora=False,
         use_dora=type(next(iter(methods.values()))) is DoRA,
         bias='none',
-        fan_in_fan_out=False,
         init_lora_weights=True,
     )
 

@@ -29,7 +29,7 @@ READ = """
 WITHOUT_EFFECT = """
     task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     target_modules exclude_modules layers_to_transform layers_pattern megatron_core eva_config
-    qalora_group_size runtime_config
+    qalora_group_size runtime_config fan_in_fan_out
 """.split()
 """Keys that no output of a stored adapter depends on. All others must be unset."""
 

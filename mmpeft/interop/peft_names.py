@@ -9,6 +9,9 @@ round trip is equal to the last bit:
     magnitude (out,)              lora_magnitude_vector (out,), of a kernel (1, out, 1, 1)
     scale, or alpha / rank        lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
+Factors of GPT-2's Conv1D, which stores (in, out), are those of the equal linear
+layer; peft sees by the layer whether ``fan_in_fan_out`` is meant.
+
 What trains beside the adapters is stored in peft's ``modules_to_save``. Where
 peft would compute something else, conversion is refused: on grouped and
 dilated kernels, inside ``nn.MultiheadAttention``, with another update than
@@ -80,6 +83,8 @@ def check_layer(model: nn.Module, path: str, tensor: str, spec: WeightSpec) -> N
     Raises:
         UsageError: The message says what is different there.
     """
+    if spec.fan_in_fan_out:
+        return
     layer = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition('.')[0])
     kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)

@@ -141,6 +141,7 @@ class TimmBackbone(BaseModule):
 
         Raises:
             MissingFileError: ``checkpoint`` does not exist.
+            DamagedFileError: It cannot be read without running code from it.
             UsageError: The file lacks weights of this network, or timm's hub gave none.
         """
         if self._is_init:

@@ -7,7 +7,7 @@ from pathlib import Path
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from mmpeft.errors import MissingFileError, UsageError
+from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
 from .dinov3_names import timm_names
 
@@ -30,6 +30,7 @@ def read_weights(path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Mod
 
     Raises:
         MissingFileError: There is no such file.
+        DamagedFileError: It cannot be read without running code from it.
         UsageError: It lacks weights of the network or has them in other shapes,
             or the network lacks biases that it has.
     """
@@ -39,7 +40,15 @@ def read_weights(path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Mod
             f'model.backbone.checkpoint to a file with the weights of timm model {name!r}, or to '
             'None.'
         )
-    weights = timm_names(load_state_dict(str(path), use_ema=False))
+    try:
+        weights = load_state_dict(str(path), use_ema=False, weights_only=True)  # runs no code
+    except Exception as error:  # its type depends on the bytes of the file
+        raise DamagedFileError(
+            f'{str(path)!r} is damaged or holds more than plain tensors, and was not read. '
+            'Give an intact .safetensors file or a .pth of tensors '
+            "(torch.save(model.state_dict(), 'FILE.pth'))."
+        ) from error
+    weights = timm_names(weights)
     convert = getattr(inspect.getmodule(type(whole)), 'checkpoint_filter_fn', None)
     if _misfits(weights, own) and convert is not None:
         try:

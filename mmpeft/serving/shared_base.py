@@ -1,6 +1,7 @@
 """Models on one frozen base share its memory."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
+from mmpeft.injection.wrappers import refuse_sharded, unwrapped
 
 
 def share_base(models: Mapping[str, nn.Module]) -> int:
@@ -19,14 +21,25 @@ def share_base(models: Mapping[str, nn.Module]) -> int:
     device or dtype afterwards gives it a base of its own again.
 
     Args:
-        models: Adapted, on one device, by name.
+        models: Adapted, on one device, by name; may be wrapped (DDP, torch.compile).
 
     Returns:
         Bytes that were freed.
 
     Raises:
-        UsageError: Their bases differ; nothing is shared.
+        UsageError: Their bases differ, one has no adapters or is sharded; nothing is shared.
     """
+    with ExitStack() as stack:
+        bare = {}
+        for name, model in models.items():
+            refuse_sharded(model, 'share_base')
+            bare[name] = stack.enter_context(unwrapped(model))
+            if not getattr(bare[name], 'peft', []):
+                raise UsageError(f'{name!r} has no adapters, so there is no frozen base to share.')
+        return _share(bare)
+
+
+def _share(models):
     held, same = {}, []
     for name, model in models.items():
         state = model.state_dict(keep_vars=True)

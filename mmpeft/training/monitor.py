@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import adapter_parameters, named_adapters
+from mmpeft.injection.wrappers import is_flattened, is_sharded
 
 from .allocation import Allocation, allocate, around_steps
 from .checks.check import Check, listed
@@ -24,17 +25,45 @@ from .penalty import add_gradients
 
 
 class Monitor:
-    """See :func:`mmpeft.monitor`, which has the arguments.
+    """Watch a training loop of your own, as :class:`~mmpeft.engine.hooks.PEFTHook` does a Runner.
 
-    Also a context manager, which closes it.
+    ``mmpeft.monitor`` is one line between the optimizer and the loop: the rest happens around the
+    optimizer's steps. ``optimizer.step()`` raises TrainingError if no gradient reaches an adapter,
+    an adapter does not move, the frozen base changes, or loss or gradients are NaN or infinite in
+    several steps in a row, and the error says where it begins; single such steps are skipped with
+    a warning. It starts the allocators (:func:`mmpeft.allocate`). It looks again when
+    ``state_dict`` is called for a checkpoint, and in ``close``, which the end of a ``with`` calls.
+
+    Of a model sharded by ``fully_shard`` each rank watches its own part; whether adapters move,
+    and whether ranks are equal, is not looked at. All ranks step, save and close together.
+
+    Args:
+        model: After :func:`mmpeft.inject`; may be wrapped (DDP, a LightningModule, compiled), or
+            sharded by ``fully_shard``.
+        optimizer: The optimizer that trains it, or a wrapper of it.
+        steps: Optimizer steps of the whole run, which allocators need.
+        check_iters: Steps after which it looks for the first time.
+        nonfinite_iters: Steps in a row with NaN or infinite loss or gradients that stop the run.
+        check_frozen: Stop if something frozen changes; computes a SHA-256 over the frozen base at
+            the start, after ``check_iters`` steps, in ``state_dict`` and in ``close``.
+        check_ranks: Under ``torch.distributed``, stop all ranks together and compare their
+            models; False where ranks train different models.
+        add_penalty: Add the gradient of :func:`mmpeft.penalty` before each step, for loops whose
+            loss you cannot change. It is not clipped.
 
     Attributes:
         wrapped: The model as it was given.
         model: The adapted model, without what wraps it.
+        sharded: Whether ranks hold parts of it.
         optimizer: The plain optimizer.
         iterations: Since the start; one is a step of the optimizer, or an iteration of a Runner.
         allocation: See :func:`mmpeft.allocate`.
         checks: What is looked for.
+
+    Raises:
+        UsageError: The model has no adapters, their parameters are not in the optimizer, a
+            method with an allocator has no ``steps``, or the model is sharded by
+            FullyShardedDataParallel.
     """
 
     _before = 0  # iterations before the start, in a run that was resumed
@@ -50,10 +79,17 @@ class Monitor:
         check_ranks: bool = True,
         add_penalty: bool = False,
     ):
+        if is_flattened(model):
+            raise UsageError(
+                'mmpeft.monitor does not see the gradients of adapters in '
+                'FullyShardedDataParallel. Shard the model by fully_shard, or train without a '
+                'monitor.'
+            )
         self.wrapped, self.model = model, adapted_model(model)
         self.optimizer = _plain(optimizer)
         self.check_iters, self.add_penalty = check_iters, add_penalty
-        self.compares = check_ranks and get_world_size() > 1
+        self.sharded = is_sharded(model)
+        self.compares = (check_ranks or self.sharded) and get_world_size() > 1
         self.iterations, self._loss = 0, None
         check_optimized(self.optimizer, adapter_parameters(self.model))
         allocated = [a for a in named_adapters(self.model).values() if a.method.allocates]
@@ -63,10 +99,12 @@ class Monitor:
                 'needs the number of optimizer steps of the whole run: '
                 'mmpeft.monitor(model, optimizer, steps=1000).'
             )
-        self.finite, self.movement = Finite(self, nonfinite_iters), Movement(self)
-        self.checks: list[Check] = [self.finite, Gradients(self), self.movement, Penalty(self)]
+        self.finite, self.gradients = Finite(self, nonfinite_iters), Gradients(self)
+        self.checks: list[Check] = [self.finite, self.gradients, Penalty(self)]
+        self.movement = None if self.sharded else Movement(self)
+        self.checks += [self.movement] if self.movement else []
         self.checks += [Frozen(self)] if check_frozen else []
-        self.checks += [Ranks(self)] if self.compares else []
+        self.checks += [Ranks(self)] if self.compares and not self.sharded else []
         # Before the allocators, which are to see nothing of a step that is skipped.
         self._handles = around_steps(self.optimizer, self.before_step, self.after_step)
         self._handles += self._watch_loss()
@@ -79,13 +117,15 @@ class Monitor:
 
     def before_step(self) -> None:
         """Guard the step of the optimizer, and add the penalty's gradients if asked to."""
+        self.gradients.before_step()
         if self.finite.guard() and self.add_penalty:
             scale = getattr(self.optimizer, 'grad_scale', None)  # of a fused optimizer
             add_gradients(self.model, 1.0 if scale is None else scale)
 
     def after_step(self) -> None:
         """Count the step, and look at what is due."""
-        self.movement.after_step()
+        if self.movement:
+            self.movement.after_step()
         loss, self._loss = self._loss, None
         self.finite.note({} if loss is None else dict(loss=float(loss)))
         self.advance(scaled=getattr(self.optimizer, 'found_inf', None) is not None)
@@ -190,46 +230,6 @@ class Monitor:
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.ndim:
                 self._loss = leaf.detach() + (0 if self._loss is None else self._loss)
-
-
-def monitor(
-    model: nn.Module,
-    optimizer: Optimizer,
-    steps: int | None = None,
-    check_iters: int = 10,
-    nonfinite_iters: int = 3,
-    check_frozen: bool = True,
-    check_ranks: bool = True,
-    add_penalty: bool = False,
-) -> Monitor:
-    """Watch a training loop of your own, as :class:`~mmpeft.engine.hooks.PEFTHook` does a Runner.
-
-    One line between the optimizer and the loop: the rest happens around the optimizer's steps.
-    ``optimizer.step()`` raises TrainingError if no gradient reaches an adapter, an adapter does
-    not move, the frozen base changes, or loss or gradients are NaN or infinite in several steps in
-    a row, and the error says where it begins; single such steps are skipped with a warning. It
-    starts the allocators (:func:`mmpeft.allocate`). It looks again when ``state_dict`` is called
-    for a checkpoint, and in ``close``.
-
-    Args:
-        model: After :func:`mmpeft.inject`; may be wrapped (DDP, a LightningModule, compiled).
-        optimizer: The optimizer that trains it, or a wrapper of it.
-        steps: Optimizer steps of the whole run, which allocators need.
-        check_iters: Steps after which it looks for the first time.
-        nonfinite_iters: Steps in a row with NaN or infinite loss or gradients that stop the run.
-        check_frozen: Stop if something frozen changes; computes a SHA-256 over the frozen base at
-            the start, after ``check_iters`` steps, in ``state_dict`` and in ``close``.
-        check_ranks: Under ``torch.distributed``, stop all ranks together and compare their
-            models; False where ranks train different models or hold parts of one.
-        add_penalty: Add the gradient of :func:`mmpeft.penalty` before each step, for loops whose
-            loss you cannot change. It is not clipped.
-
-    Raises:
-        UsageError: The model has no adapters, their parameters are not in the optimizer, or a
-            method with an allocator has no ``steps``.
-    """
-    arguments = check_iters, nonfinite_iters, check_frozen, check_ranks, add_penalty
-    return Monitor(model, optimizer, steps, *arguments)
 
 
 def adapted_model(model: nn.Module) -> nn.Module:

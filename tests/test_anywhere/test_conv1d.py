@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mmpeft
+from mmpeft.analysis.explain import explain
 from mmpeft.methods import ActivationMethod
 from tests.cases import METHODS, randomize
 from tests.hf_zoo import HF
@@ -62,3 +63,15 @@ def test_gpt2_is_adapted_whole(tmp_path):
     path = mmpeft.save_adapter(model, tmp_path / 'adapter.safetensors')
     mmpeft.load_adapter(plain, path)
     assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_explain_counts_it_as_the_equal_linear_layer():
+    rows = []
+    for layer in (Conv1D(50, 70), nn.Linear(70, 50)):
+        model, x = nn.Sequential(layer), torch.randn(3, 4, 70)
+        mmpeft.inject(model, dict(type='LoRA', rank=2), execution='plain')
+        (row,) = explain(model, lambda model=model, x=x: model(x))
+        rows.append(row)
+    assert rows[0].kind == 'ParametrizedConv1D' and rows[0].kernel == 'weight built'
+    assert (rows[0].tokens, rows[0].floor) == (rows[1].tokens, rows[1].floor) == (12, 2 * 12 * 3500)
+    assert rows[0].extra == rows[1].extra > 0

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
-from mmpeft.errors import UsageError
+from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import inner
 from mmpeft.training.sharding import shard_adapters
@@ -188,6 +188,7 @@ def other_wrappers(folder, way):
     models['tied'] = sharded(way, tied, blocks=())
     for name, model in models.items():
         path = mmpeft.save_adapter(model, folder / f'{way}_{name}.safetensors')
+        distributed.barrier()  # of DDP rank 0 writes, and the others do not wait
         mmpeft.load_adapter(model, path)
     return {name: mmpeft.adapter_state_dict(model) for name, model in models.items()}
 
@@ -211,6 +212,7 @@ def refusals(folder, way):
         remove=error_of(mmpeft.remove, model),
         unmerge=error_of(mmpeft.unmerge, model),
         summary=error_of(mmpeft.summary, model),
+        monitor=error_of(mmpeft.monitor, model, optimizer) if way == 'fsdp1' else None,
         allocate=error_of(mmpeft.allocate, ranked, optimizer, 10),
         penalty=error_of(mmpeft.penalty, ranked),
         save=error_of(mmpeft.save_adapter, plain, folder / 'none.safetensors'),
@@ -241,6 +243,8 @@ def inside_ddp(folder):
         load_adapter=error_of(mmpeft.load_adapter, plain, folder / 'other.safetensors'),
         library=error_of(mmpeft.AdapterLibrary, plain),
         summary=str(mmpeft.summary(model)),
+        saved=mmpeft.save_adapter(model, folder / f'ddp_by_rank{RANK}.safetensors').exists(),
+        empty=error_of(mmpeft.save_adapter, plain, folder / 'none.safetensors'),
     )
     with torch.no_grad():
         x = batch('transformer')[0]
@@ -280,6 +284,40 @@ def low_precision(way):
     return seen, warned, mmpeft.adapter_state_dict(model)
 
 
+def watched(way, case):
+    """A loop with a monitor: the error that ends it, warnings, and what it leaves.
+
+    In ``dead`` two adapters have no gradient; in ``nan`` one rank's samples are NaN from step 2.
+    """
+    method = dict(type='AdaLoRA', rank=1, init_rank=3) if case == 'adalora' else METHODS['LoRA']
+    model = network('transformer')
+    mmpeft.inject(model, method, TARGETS)
+    if case == 'dead':
+        model.blocks[0].mlp.register_forward_hook(lambda module, args, output: output.detach())
+    if way == 'ddp' and case == 'dead':
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    elif way is not None:
+        model = sharded(way, model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    (x, y), error, state = batch('transformer'), None, {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        try:
+            with mmpeft.monitor(model, optimizer, 12, check_iters=3) as monitor:
+                for step in range(12):
+                    spoilt = case == 'nan' and RANK == 0 and step >= 2
+                    loss = nn.functional.cross_entropy(model(x * (torch.nan if spoilt else 1)), y)
+                    loss = loss + (mmpeft.penalty(model) or 0)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                state = monitor.state_dict()
+        except TrainingError as raised:
+            error = f'{monitor.iteration}: {raised}'
+    said = [str(w.message) for w in caught if 'Iteration' in str(w.message)]
+    return error, said, state, mmpeft.adapter_state_dict(model)
+
+
 def main(folder):
     torch.set_num_threads(1)
     distributed.init_process_group('gloo')
@@ -289,8 +327,11 @@ def main(folder):
         found[way, 'norm'] = train_behind_norm(way)
         found[way, 'load'] = load(folder, way)
         found[way, 'wrappers'] = other_wrappers(folder, way)
+        for case in ('plain', 'dead', 'nan') if way != 'fsdp1' else ():
+            found[way, case] = watched(way, case)
         found[way, 'calls'] = inside_ddp(folder) if way == 'ddp' else refusals(folder, way)
     found |= {('low', way): low_precision(way) for way in ('fsdp1', 'block', 'own')}
+    found['ddp', 'adalora'] = watched('ddp', 'adalora')
     found['flat'] = without_original_parameters(folder)
     torch.save(found, folder / f'rank{RANK}.pth')
     distributed.barrier()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
 from tests.test_checkpoint import sharded_run
-from tests.test_checkpoint.sharded_run import METHODS, TARGETS, batch, network, train
+from tests.test_checkpoint.sharded_run import METHODS, TARGETS, batch, network, train, watched
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +116,41 @@ def test_other_wrappers_and_tied_weights_are_saved_and_loaded(way, runs):
             assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize('way, case', [('ddp', 'plain'), ('ddp', 'adalora'), ('fsdp2', 'plain')])
+def test_a_watched_loop_is_that_of_one_process(way, case, runs):
+    """The allocator of AdaLoRA keeps the same on both ranks."""
+    _, said, state, expected = watched(None, case)
+    assert not said
+    for rank, found in enumerate(runs[1]):
+        error, said, own, trained = found[way, case]
+        assert error is None and not said
+        assert own['iteration'] == 12
+        kept = [each['kept'] for each in own['allocation']]
+        torch.testing.assert_close(kept, [each['kept'] for each in state['allocation']])
+        if way == 'ddp' or rank == 0:
+            assert trained.keys() == expected.keys()
+        for key, value in trained.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9)
+    assert (case == 'adalora') == bool(kept)
+    if kept:
+        flags = torch.cat([*kept[0].values()])
+        assert 0 < flags.sum() < len(flags)
+
+
+@pytest.mark.parametrize('way', ['ddp', 'fsdp2'])
+def test_a_monitor_stops_both_ranks(way, runs):
+    """At the same step; a dead adapter is named, and skipped steps change nothing."""
+    dead = [rank[way, 'dead'] for rank in runs[1]]
+    assert dead[0][0] == dead[1][0]
+    assert dead[0][0].startswith('3: No gradient reached 2 of 8 adapters')
+    assert dead[0][0].count("'blocks.0.mlp.0.") == 1 and not dead[0][1]
+    (error, *_), (other, *_) = nan = [rank[way, 'nan'] for rank in runs[1]]
+    assert error.startswith('5: Loss or gradients were NaN') and other.startswith('5: Loss or')
+    assert "NaN is first given to 'blocks.0.qkv'" in error
+    assert all(len(said) == 3 and 'the step was skipped' in said[0] for _, said, *_ in nan)
+    assert all(value.isfinite().all() for *_, trained in nan for value in trained.values())
+
+
 @pytest.mark.parametrize('way', SHARDED)
 def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(way, runs):
     first, second = (dict(rank[way, 'calls']) for rank in runs[1])
@@ -128,6 +163,7 @@ def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(way, runs):
     assert 'mmpeft.penalty needs whole parameters' in first['penalty']
     assert 'has no adapters' in first['save']
     if way == 'fsdp1':
+        assert 'Shard the model by fully_shard' in first['monitor']
         assert 'mmpeft.summary needs whole parameters' in first['summary']
         assert 'mmpeft.summary needs whole parameters' in first['inside_summary']
         for name in ('inside', 'inside_fingerprint'):
@@ -141,6 +177,15 @@ def test_fsdp_without_original_parameters_is_refused(runs):
     for rank in runs[1]:
         assert 'use_orig_params=True' in rank['flat']['save']
         assert 'use_orig_params=True' in rank['flat']['print']
+
+
+def test_in_ddp_rank_0_alone_writes(runs):
+    folder, found = runs[0], [rank['ddp', 'calls'] for rank in runs[1]]
+    assert [each['saved'] for each in found] == [True, False]
+    assert [p.name for p in sorted(folder.glob('ddp_by*'))] == [
+        f'ddp_by_rank0.safetensors{end}' for end in ('', '.json')
+    ]
+    assert all('has no adapters' in each['empty'] for each in found)
 
 
 def test_in_ddp_all_but_adding_adapters_works(runs):

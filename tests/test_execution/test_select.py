@@ -1,5 +1,7 @@
 """Every kernel computes what torch's parametrize does, and each is selected where it should be."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -227,3 +229,30 @@ def test_dropout_is_that_of_the_plain_form(name, case):
         with plain(model):
             torch.default_generator.manual_seed(0)
             assert_equal(dict(y=found), dict(y=model(x)), 1e-10)
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize(
+    'name, moved', [('lora_channel', 3e-4), ('flora', 1e-4), ('liera', 1e-3), ('dora', 3e-4)]
+)
+def test_small_updates_do_not_vanish_in_evaluation_in_bfloat16(name, moved, autocast):
+    """The share of a change below bfloat16's steps of W that outputs have, over many positions."""
+    model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(512, 64).bfloat16()
+    model, x = (model.float(), x.float()) if autocast else (model, x)
+    nn.init.uniform_(model[0].weight, 0.25, 0.5)
+    mmpeft.inject(model, METHODS[name])
+    exact = copy.deepcopy(model).double()
+    before = exact(x.double())
+    with torch.no_grad():
+        for some in (model, exact):
+            torch.default_generator.manual_seed(3)
+            for parameter in some.parameters():
+                if parameter.requires_grad:
+                    parameter.add_((moved * torch.randn(parameter.shape)).to(parameter))
+        wanted = exact(x.double()) - before
+        size = wanted.abs().mean() / before.abs().mean()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            found = model.eval()(x).double() - before
+    assert size < 2**-8
+    share = ((found * wanted).sum() / wanted.square().sum()).item()
+    assert share == pytest.approx(1, abs=0.2)

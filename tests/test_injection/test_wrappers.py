@@ -111,6 +111,23 @@ def test_wrappers_are_back_after_an_error():
     assert list(model.modules()) == modules
 
 
+@pytest.mark.parametrize('name', ['checkpointed_blocks', 'data_parallel'])
+def test_models_in_wrappers_share_their_base(name):
+    base = Net().eval()
+    models = dict(plain=copy.deepcopy(base), wrapped=copy.deepcopy(base))
+    for model in models.values():
+        mmpeft.inject(model, LORA, BACKBONE)
+        randomize(model)
+    models['wrapped'] = WRAPPERS[name](models['wrapped'])
+    x = torch.randn(2, 8, 6, 6)
+    expected = models['wrapped'](x)
+    assert mmpeft.share_base(models) == sum(v.nbytes for v in base.backbone.state_dict().values())
+    assert mmpeft.share_base(models) == 0
+    assert torch.equal(models['wrapped'](x), expected)
+    with pytest.raises(UsageError, match="'b' has no adapters"):
+        mmpeft.share_base(dict(a=models['plain'], b=WRAPPERS[name](base)))
+
+
 def test_a_library_takes_no_wrapper():
     with pytest.raises(UsageError, match='in a wrapper'):
         mmpeft.AdapterLibrary(WRAPPERS['checkpointed_blocks'](make(None)))
@@ -142,7 +159,7 @@ def spawned(rank, model, folder):
     # torch.multiprocessing lets both processes share the model's memory, as Lightning undoes too.
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
     train(wrapped, x()[rank : rank + 1])
-    mmpeft.save_adapter(wrapped, folder / f'{rank}.safetensors')
+    mmpeft.save_adapter(inner(wrapped), folder / f'{rank}.safetensors')  # DDP writes one file
     distributed.barrier()
     distributed.destroy_process_group()
 

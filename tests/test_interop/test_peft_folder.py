@@ -17,6 +17,7 @@ from mmpeft.interop.peft_folder import load_peft, read_peft, save_peft
 from mmpeft.interop.peft_import import from_peft
 from mmpeft.interop.peft_names import Names
 from tests.cases import randomize
+from tests.hf_zoo import HF
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -390,7 +391,6 @@ def folder(base, tmp_path):
         (dict(init_lora_weights='pissa_niter_4'), "init_lora_weights='pissa_niter_4' changes"),
         (dict(bias='all'), "bias='all'"),
         (dict(lora_bias=True), 'lora_bias=True'),
-        (dict(fan_in_fan_out=True), 'fan_in_fan_out=True'),
         (dict(layer_replication=[[0, 1]]), 'layer_replication'),
         (dict(kind_of_the_future=3), 'kind_of_the_future=3'),
         (dict(lora_dropout=0.1), 'lora_dropout=0.1'),
@@ -505,3 +505,23 @@ def test_folders_that_are_none(base, folder, tmp_path):
         load_peft(base, folder)
     save_file(load_file(weights), weights)
     assert not hasattr(base, 'peft')
+
+
+@pytest.mark.parametrize('method', ['lora_alpha', 'dora'])
+def test_conv1d_of_gpt2(method, tmp_path):
+    """Both ways, in peft's own layers, which take ``fan_in_fan_out`` from the layer."""
+    model = HF['gpt2'].build().double().eval()
+    base, ids = copy.deepcopy(model), torch.arange(6)[None]
+    mmpeft.inject(model, METHODS[method], dict(include=[r'^transformer\.h\.']))
+    randomize(model)
+    save_peft(model, tmp_path / 'ours')
+    assert json.loads((tmp_path / 'ours/adapter_config.json').read_text())['fan_in_fan_out']
+    expected = model(ids).logits
+    theirs = in_peft(base, tmp_path / 'ours')
+    kinds = {type(m.base_layer).__name__ for m in theirs.modules() if hasattr(m, 'base_layer')}
+    assert 'Conv1D' in kinds
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-12)
+    assert (base(ids).logits - expected).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / 'theirs')
+    loaded = load_peft(copy.deepcopy(base), tmp_path / 'theirs')
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-12)

@@ -8,10 +8,11 @@ from mmcv.ops import roi_align
 from safetensors.torch import save_file
 
 import mmpeft
-from mmpeft.errors import UsageError
+from mmpeft.errors import DamagedFileError, UsageError
 from mmpeft.injection.site import adapter_parameters
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.models import TimmBackbone
+from tests.networks import Runs
 
 TINY = dict(name='convnextv2_atto', depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 
@@ -99,6 +100,23 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         backbone.init_weights()
     with pytest.raises(FileNotFoundError, match='none.pth'):
         TimmBackbone(**TINY, checkpoint=str(tmp_path / 'none.pth')).init_weights()
+
+
+@pytest.mark.parametrize('name', ['truncated.pth', 'truncated.safetensors', 'runs.pth', 'list.pth'])
+def test_a_file_that_is_no_state_dict_is_refused_and_runs_nothing(name, tmp_path):
+    path, ran = tmp_path / name, tmp_path / 'ran'
+    state = whole().state_dict()
+    (save_file if name.endswith('safetensors') else torch.save)(state, path)
+    if name.startswith('truncated'):
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif name == 'runs.pth':
+        torch.save(state | dict(epoch=Runs(ran)), path)
+    else:
+        torch.save([1, 2], path)
+    backbone = TimmBackbone(**TINY, checkpoint=str(path))
+    with pytest.raises(DamagedFileError, match=rf"^'.*{name}' is damaged or holds more than"):
+        backbone.init_weights()
+    assert not ran.exists()
 
 
 def test_names_and_contradictions():

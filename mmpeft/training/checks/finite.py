@@ -3,10 +3,11 @@
 from math import isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.errors import TrainingError, UsageError
+from mmpeft.injection.wrappers import local_part
 
 from .check import Check, listed
 from .origin import Origin
@@ -46,11 +47,21 @@ class Finite(Check):
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._stepped = True
-        if gradients and not _norms(gradients).isfinite().all():
+        if not self._are_finite(gradients):
             self._skipped = True
             for parameter in parameters:
                 parameter.grad = None
         return not self._skipped
+
+    def _are_finite(self, gradients):
+        """On all ranks, where each holds a part of them."""
+        parts = [part for g in gradients if (part := local_part(g)).numel()]
+        finite = not parts or bool(_norms(parts).isfinite().all())
+        if not self.monitor.sharded:
+            return finite
+        flag = torch.tensor(float(finite), device=next(self.monitor.model.parameters()).device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MIN)
+        return bool(flag)
 
     def note(self, losses: dict[str, float]) -> None:
         """Take note of losses by name."""

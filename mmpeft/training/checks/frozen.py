@@ -4,6 +4,7 @@ import torch
 
 from mmpeft.checkpoint.fingerprint import digests
 from mmpeft.checkpoint.keys import frozen_keys
+from mmpeft.injection.wrappers import local_part
 
 from .check import Check
 
@@ -47,7 +48,7 @@ class Frozen(Check):
 
     def _base(self, keys):
         state = self.monitor.model.state_dict()
-        return {key: state[key] for key in keys if key in state}
+        return {key: local_part(state[key]) for key in keys if key in state}
 
     def _change(self, key, base):
         before, after = self._beginnings[key], _beginning(base.get(key, torch.empty(0)))

@@ -1,8 +1,10 @@
 """Whether gradients reach the adapters."""
 
+from mmengine.dist import all_gather_object
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpeft.injection.site import named_adapters
+from mmpeft.injection.wrappers import local_part
 
 from .check import Check, listed
 
@@ -12,7 +14,8 @@ class Gradients(Check):
 
     Gradients are seen while they are computed, because an optimizer step
     leaves none. Under DDP, which fails on unused parameters, the check comes
-    after one iteration.
+    after one iteration. Sharded parameters have theirs when the optimizer
+    steps, each rank a part of it.
 
     Attributes:
         reached: For each adapter None while it had no gradient, then whether
@@ -25,6 +28,7 @@ class Gradients(Check):
         super().__init__(monitor)
         adapters = named_adapters(monitor.model)
         self.reached = dict.fromkeys(adapters)
+        self._watched = adapters if monitor.sharded else {}
         self._early = any(
             isinstance(m, DistributedDataParallel) and not m.find_unused_parameters
             for m in monitor.wrapped.modules()
@@ -32,6 +36,7 @@ class Gradients(Check):
         self._handles = [
             parameter.register_hook(self._note(name))
             for name, adapter in adapters.items()
+            if not monitor.sharded
             for parameter in adapter.parameters()
             if parameter.requires_grad
         ]
@@ -42,6 +47,13 @@ class Gradients(Check):
                 self.reached[name] = bool(gradient.any())
 
         return hook
+
+    def before_step(self) -> None:
+        """Look at the gradients of sharded parameters."""
+        for name, adapter in self._watched.items():
+            for parameter in adapter.parameters():
+                if parameter.grad is not None:
+                    self._note(name)(local_part(parameter.grad))
 
     def is_due(self):
         return super().is_due() or (self._early and self.monitor.iterations == 1)
@@ -54,6 +66,10 @@ class Gradients(Check):
 
     def problem(self):
         """Adapters without a gradient."""
+        if self._watched:
+            for other in all_gather_object(self.reached):
+                for name, seen in other.items():
+                    self.reached[name] = seen if not self.reached[name] else True
         unreached = [name for name, seen in self.reached.items() if seen is None]
         if not unreached:
             if super().is_due():
@@ -76,5 +92,6 @@ class Gradients(Check):
         self._remove()
 
     def _remove(self):
+        self._watched = {}
         while self._handles:
             self._handles.pop().remove()
