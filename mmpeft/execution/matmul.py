@@ -87,6 +87,8 @@ class ChannelsFirst:
 
     @staticmethod
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+        if not len(dy):
+            return dy.new_zeros(dy.shape[1], x.shape[1])
         result = linear(dy[0], x[0])
         for one, other in zip(dy[1:], x[1:], strict=True):
             result += linear(one, other)
@@ -94,10 +96,10 @@ class ChannelsFirst:
 
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-        images, shape = len(one), (-1, one.shape[2])
-        rows = _rows(one := one.reshape(shape))
-        pairs = zip(one.split(rows), other.reshape(shape).split(rows), strict=True)
-        return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in pairs]).view(images, -1).sum(0)
+        one, other, images = one.flatten(0, 1), other.flatten(0, 1), one.shape[:2]
+        rows = _rows(one)
+        pairs = zip(one.split(rows), other.split(rows), strict=True)
+        return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in pairs]).view(images).sum(0)
 
     @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class ChannelsFirst:
 
 def _rows(x: Tensor) -> int:
     """As many as a processor's cache holds."""
-    return max(1, CACHED // x.shape[1]) if x.device.type == 'cpu' else max(1, len(x))
+    return max(1, CACHED // max(1, x.shape[1])) if x.device.type == 'cpu' else max(1, len(x))
 
 
 Layout = type[ChannelsLast] | type[ChannelsFirst]

@@ -152,6 +152,16 @@ def test_a_method_that_redefines_what_it_computes_does_not_inherit_the_form():
         assert select_kernel(layer[0], torch.randn(3, 6).double()) is None
 
 
+@pytest.mark.parametrize('name', ['lora_channel', 'flora', 'dora', 'ssb', 'svdiff'])
+def test_no_images_and_no_batch(name):
+    for layer in LARGE.values():
+        model, x = adapted(layer, METHODS[name]), layer.input()[:0]
+        model(x.requires_grad_()).sum().backward()
+        for parameter in model.parameters():
+            assert not parameter.requires_grad or not parameter.grad.any()
+    assert_as_plain(adapted(LARGE['large_linear'], METHODS[name]), torch.randn(20).double())
+
+
 def test_weights_that_train_beside_their_adapter_get_their_gradient():
     model, x = adapted(TABLE['linear'], METHODS['lora']), TABLE['linear'].input()
     model[0].parametrizations.weight.original.requires_grad_()
