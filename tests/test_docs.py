@@ -102,6 +102,23 @@ def test_api(tmp_path, monkeypatch, capsys):
     assert 'FLoRA' in repr(mmpeft.summary(names['model'])) + capsys.readouterr().out
 
 
+def test_deploy(tmp_path, monkeypatch):
+    """The block of the page, and the options of its commands."""
+    monkeypatch.chdir(tmp_path)
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(2, 6)
+    model, another_base = copy.deepcopy(base), copy.deepcopy(base)
+    mmpeft.inject(model, dict(type='LoRA', rank=2))
+    randomize(model)
+    (block,) = blocks('deploy.md')
+    exec(block, dict(model=model, another_base=another_base))
+    assert torch.equal(another_base(x), model(x)) and not torch.equal(model(x), base(x))
+    text = (DOCS / 'deploy.md').read_text()
+    used = set(re.findall(r'(?<=[ `(])--[a-z-]+', text))
+    names = re.findall(r'tools/(\w+)\.py', text)
+    tools = ''.join((ROOT / f'tools/{name}.py').read_text() for name in names)
+    assert used and [option for option in used if f"'{option}'" not in tools] == []
+
+
 def anywhere(section, monkeypatch, tmp_path, **names):
     """The names after all blocks of a section of anywhere.md, which begin with some."""
     text = (DOCS / 'anywhere.md').read_text().split(f'\n## {section}\n')[1].split('\n## ')[0]

@@ -56,10 +56,10 @@ class PEFTCallback(TrainerCallback):
             self.monitor.check()
 
     def on_save(self, args, state, control, model=None, **_):
-        if args.should_save:  # on one process
-            folder = _folder(args, state)
-            if self.save_adapters:
-                save_adapter(adapted_model(model), folder / ADAPTER)
+        folder, writes = _folder(args, state), args.should_save  # which one process does
+        if self.save_adapters and (writes or self.monitor.sharded):  # all gather a sharded model
+            save_adapter(adapted_model(model), folder / ADAPTER)
+        if writes:
             torch.save(self.monitor.state_dict(look=False), folder / STATE)
 
     def on_train_end(self, args, state, control, **_):
