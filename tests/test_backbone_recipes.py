@@ -13,6 +13,7 @@ import torch
 
 import mmpeft
 from mmpeft.engine.config import compose
+from mmpeft.models import TimmBackbone
 from tests.backbones import PLAIN, SMALL
 from tests.tasks import SMALLER, adapt, batch, build
 
@@ -148,3 +149,20 @@ def fewer_queries(cfg):
 def test_a_query_based_head(config, tmp_path):
     cfg = fewer_queries(small(config, 'vit_small_patch16_dinov3.lvd1689m'))
     check(cfg, METHODS[1], tmp_path)
+
+
+@pytest.mark.parametrize('config', ['vit_coco', 'vit_ade20k', 'vit_dota', *QUERIES])
+def test_a_recipe_fits_its_backbone(config):
+    """In normalisation, widths, and the size of images; at full size, without memory."""
+    cfg = read(config).model
+    settings = {k: v for k, v in cfg.backbone.items() if k not in ('type', '_delete_')}
+    with torch.device('meta'):
+        backbone = TimmBackbone(**settings)
+    (width,) = (getattr(backbone, norm).weight.numel() for norm in backbone.newly_initialized)
+    assert width == cfg.neck.in_channels and backbone.pretrained
+    for key in ('mean', 'std'):
+        expected = [255 * value for value in backbone.pretrained_cfg[key]]
+        assert cfg.data_preprocessor[key] == pytest.approx(expected)
+    images = cfg.data_preprocessor
+    divisors = images.get('pad_size_divisor'), (images.get('test_cfg') or {}).get('size_divisor')
+    assert 32 in divisors and backbone.stride == 16
