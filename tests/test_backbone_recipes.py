@@ -13,6 +13,7 @@ import torch
 
 import mmpeft
 from mmpeft.engine.config import compose
+from mmpeft.models import TimmBackbone
 from tests.backbones import PLAIN, SMALL
 from tests.tasks import SMALLER, adapt, batch, build
 
@@ -127,20 +128,41 @@ def test_a_backbone_under_a_head(backbone, task, method, tmp_path):
     check(cfg, method, tmp_path)
 
 
+def fewer_queries(cfg):
+    """Few queries and one layer of each kind."""
+    head = cfg.model.get('panoptic_head') or cfg.model.get('decode_head')
+    if not head:  # DINO
+        cfg.model.num_queries, cfg.model.bbox_head.embed_dims = 20, 32
+        cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 1
+        return cfg
+    head.num_queries = 10
+    head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
+    (cfg.model.train_cfg or head.train_cfg).num_points = 64
+    cfg.model.data_preprocessor.pop('batch_augments', None)
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (128, 128)
+    return cfg
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('config', QUERIES)
 def test_a_query_based_head(config, tmp_path):
-    cfg = small(config, 'vit_small_patch16_dinov3.lvd1689m')
-    head = cfg.model.get('panoptic_head') or cfg.model.get('decode_head')
-    if head:
-        head.num_queries = 10
-        head.pixel_decoder.encoder.num_layers = 1
-        head.transformer_decoder.num_layers = 1
-        cfg.model.data_preprocessor.pop('batch_augments', None)
-        (cfg.model.train_cfg or head.train_cfg).num_points = 64
-        if cfg.default_scope == 'mmseg':
-            cfg.model.data_preprocessor.size = (128, 128)
-    else:
-        cfg.model.num_queries, cfg.model.bbox_head.embed_dims = 20, 32
-        cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 1
+    cfg = fewer_queries(small(config, 'vit_small_patch16_dinov3.lvd1689m'))
     check(cfg, METHODS[1], tmp_path)
+
+
+@pytest.mark.parametrize('config', ['vit_coco', 'vit_ade20k', 'vit_dota', *QUERIES])
+def test_a_recipe_fits_its_backbone(config):
+    """In normalisation, widths, and the size of images; at full size, without memory."""
+    cfg = read(config).model
+    settings = {k: v for k, v in cfg.backbone.items() if k not in ('type', '_delete_')}
+    with torch.device('meta'):
+        backbone = TimmBackbone(**settings)
+    (width,) = (getattr(backbone, norm).weight.numel() for norm in backbone.newly_initialized)
+    assert width == cfg.neck.in_channels and backbone.pretrained
+    for key in ('mean', 'std'):
+        expected = [255 * value for value in backbone.pretrained_cfg[key]]
+        assert cfg.data_preprocessor[key] == pytest.approx(expected)
+    images = cfg.data_preprocessor
+    divisors = images.get('pad_size_divisor'), (images.get('test_cfg') or {}).get('size_divisor')
+    assert 32 in divisors and backbone.stride == 16

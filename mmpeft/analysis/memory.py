@@ -60,19 +60,36 @@ def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, i
 def built_without_data(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
     """A model whose tensors have shapes and no data, and the mode in which it runs.
 
-    Models whose construction reads numbers off tensors (mmdet's Swin, for its
-    drop-path rates) take memory while they are built.
+    Models whose construction reads numbers off tensors (timm's transformers) are
+    built on the meta device; those that read them off parameters or on the CPU
+    alone (mmdet's Swin, for its drop-path rates) take memory while they are built.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode:
             return build(), mode
     except (RuntimeError, DataDependentOutputException):
-        model = build()
+        try:
+            with torch.device('meta'):
+                model = build()
+        except RuntimeError:
+            model = build()
+    on_cpu = {}
     for module in model.modules() if model is not None else ():
         for held in (module._parameters, module._buffers):
-            held.update({k: mode.from_tensor(v) for k, v in held.items() if v is not None})
+            for key, tensor in held.items():
+                if tensor is not None:
+                    held[key] = on_cpu.setdefault(id(tensor), (_fake(tensor, mode), tensor))[0]
     return model, mode
+
+
+def _fake(tensor, mode):
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor)
+    with mode:
+        fake = torch.empty_like(tensor, device='cpu')
+    trained = tensor.requires_grad
+    return nn.Parameter(fake, trained) if isinstance(tensor, nn.Parameter) else fake
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:

@@ -170,8 +170,8 @@ class TimmBackbone(BaseModule):
     def _whole(self):
         """timm's whole network, without memory."""
         with torch.device('meta'):
-            cut = dict(features_only=False, out_indices=None)
-            whole = {k: v for k, v in (self._create | cut).items() if v not in (None, False)}
+            cut = ('features_only', 'out_indices')
+            whole = {key: value for key, value in self._create.items() if key not in cut}
             return timm.create_model(**whole)
 
     def names_in_whole(self) -> dict[str, str]:

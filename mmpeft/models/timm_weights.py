@@ -12,7 +12,9 @@ from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from .dinov3_names import timm_names
 
 
-def read_weights(path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Module):
+def read_weights(
+    path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Module
+) -> dict[str, Tensor]:
     """The weights of a network from a file in timm's layout, its authors', or transformers'.
 
     What timm converts when it fetches weights is converted alike: names of the
@@ -55,16 +57,15 @@ def read_weights(path: Path, name: str, own: Mapping[str, Tensor], whole: nn.Mod
             weights = convert(weights, whole)
         except (KeyError, AttributeError, RuntimeError):
             pass  # of another model; what does not fit is named below
-    wrong, extra = _misfits(weights, own), _lost_biases(weights, own)
-    if wrong:
+    if wrong := _misfits(weights, own):
         raise UsageError(
             f'{str(path)!r} does not fit timm model {name!r}: {len(wrong)} of {len(own)} tensors '
             f'are missing or have another shape, such as {", ".join(wrong[:3])}. Give the file of '
             "the same model, in timm's layout, its authors', or (DINOv3) transformers'."
         )
-    if extra:
+    if lost := _lost_biases(weights, own):
         raise UsageError(
-            f'{str(path)!r} has biases that timm model {name!r} lacks, such as {extra[0]}, and '
+            f'{str(path)!r} has biases that timm model {name!r} lacks, such as {lost[0]}, and '
             'they are not zero. Choose a model that has them (for DINOv3 the one whose name has '
             '_dinov3_qkvb).'
         )
@@ -85,13 +86,12 @@ def _misfits(weights, own):
 
 
 def _lost_biases(weights, own):
+    """Biases, not zero, in the blocks that are read, of layers without one in the network."""
     read = {name_in(weights, key) for key in own}
-    blocks = {name.rsplit('.', 2)[0] for name in read if name.count('.') > 2}
-    return [
-        name
-        for name, value in weights.items()
-        if name.endswith('bias')
-        and name not in read
-        and name.rpartition('.')[0].rpartition('.')[0] in blocks | {b + '.attn' for b in blocks}
-        and value.any()
-    ]
+    blocks = {name.rsplit('.', 2)[0] for name in read if name.count('.') > 1}
+    biases = (name for name in weights if name.endswith('bias') and name not in read)
+    return [name for name in biases if _block(name) in blocks and weights[name].any()]
+
+
+def _block(name):
+    return name.rpartition('.')[0].rpartition('.')[0]

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mmpeft
 from mmpeft.analysis.memory import built_without_data, predict, saved_bytes, table
-from mmpeft.models import InternViT
+from mmpeft.models import InternViT, TimmBackbone
+from tests.backbones import SMALL
 
 ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)
 
@@ -25,6 +27,25 @@ def test_saved_bytes_are_predicted_without_data(method, with_cp):
     with mode:
         predicted, _ = saved_bytes(model, torch.randn(2, 3, 56, 56))
     assert predicted == real > 0
+
+
+def test_a_transformer_that_reads_numbers_while_it_is_built():
+    """timm's; on the meta device, and then on the CPU without data."""
+    name = 'vit_small_patch16_dinov3.lvd1689m'
+
+    def build():
+        model = TimmBackbone(name, **SMALL[name])
+        mmpeft.inject(model, dict(type='LoRA', rank=2))
+        return model
+
+    real, images = build(), torch.randn(1, 3, 64, 96)
+    model, mode = built_without_data(build)
+    assert all(isinstance(p, FakeTensor) and p.is_cpu for p in model.parameters())
+    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (real, model)]
+    assert trained[0] == trained[1] != []
+    kept, _ = saved_bytes(real, images)
+    with mode:
+        assert saved_bytes(model, torch.randn(1, 3, 64, 96))[0] == kept > 0
 
 
 def test_saved_bytes_of_a_layer():

@@ -2,6 +2,7 @@
 
 import pytest
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmpeft
@@ -142,6 +143,7 @@ def test_the_constructors_of_mmdet_and_mmpretrain_know_adapters_too():
     )
     assert found['backbone.stages.3.0.pointwise_conv1.weight'] == {RATE * DECAY**3}
     assert found['backbone.stages.0.0.pointwise_conv1.weight'] == {RATE * DECAY**6}
+    init_default_scope('mmpretrain')
     classifier = ImageClassifier(backbone('mmpretrain vit'))
     mmpeft.inject(classifier, dict(type='LoRA', rank=1), dict(module='backbone'))
     found = rates(

@@ -18,7 +18,8 @@ from mmpeft.interop.onnx import (
     run_both,
     write,
 )
-from mmpeft.models import InternViT
+from mmpeft.models import InternViT, SimpleFeaturePyramid, TimmBackbone
+from tests.backbones import SMALL
 from tests.cases import randomize
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
@@ -54,6 +55,33 @@ def test_intern_vit_at_any_size(tmp_path):
     write(backbone_of(network), torch.randn(3, 3, 70, 84), tmp_path / 'net.onnx', dynamic=True)
     for size, maps in zip(sizes, expected, strict=True):
         assert_same(run(tmp_path / 'net.onnx', torch.ones(size))[-1:], [maps])
+
+
+class ViTDet(nn.Module):
+    """A plain transformer with absolute positions, which are resized in forward, and a pyramid."""
+
+    def __init__(self):
+        super().__init__()
+        name = 'vit_intern300m_patch14_448.ogvl_2pt5'
+        self.backbone = TimmBackbone(name, **SMALL[name] | dict(out_indices=(-1,)))
+        self.neck = SimpleFeaturePyramid(48, 16, num_outs=5)
+
+    def extract_feat(self, images):
+        return self.neck(self.backbone(images))
+
+
+def test_a_plain_transformer_with_its_pyramid_at_any_size(tmp_path):
+    """Merged equals attached, and the file equals both."""
+    model = ViTDet().eval()
+    mmpeft.inject(model, dict(type='LoRA', rank=2), dict(module='backbone'))
+    randomize(model.backbone)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        attached = model.extract_feat(images)
+        mmpeft.merge(model)
+        assert_same(model.requires_grad_(False).extract_feat(images), attached)
+    write(Part(model, 'neck'), torch.randn(3, 3, 96, 64), tmp_path / 'net.onnx', dynamic=True)
+    assert_same(run(tmp_path / 'net.onnx', images), attached)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,18 @@ def test_dinov3_of_meta(tmp_path):
         without.init_weights()
 
 
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(dinov3(False).state_dict(), path)
+    small = dict(depth=3, embed_dim=48, num_heads=3, out_indices=(-1,))
+    with pytest.raises(UsageError, match=r'does not fit .*: 15 of 49 tensors.* blocks\.2\.'):
+        TimmBackbone(DINO, **small, checkpoint=str(path)).init_weights()
+    torch.save(dict(weight=torch.ones(2)), path)
+    for name in (DINO, 'vit_base_patch16_siglip_512.v2_webli'):
+        with pytest.raises(UsageError, match='does not fit'):
+            TimmBackbone(name, **small, checkpoint=str(path)).init_weights()
+
+
 def test_weights_of_another_patch_and_size(tmp_path):
     """Patch embeddings and positions are resized, as timm does when it fetches them."""
     vit = dict(depth=1, embed_dim=48, num_heads=3)

@@ -1,5 +1,5 @@
-# DINOv3's ViT-B/16, whose weights have a licence of their own, with ViTDet's pyramid for the heads of
-# mmdet, mmseg and mmrotate. Another one of docs/backbones.md in a child, or by --cfg-options:
+# DINOv3's ViT-B/16, whose weights have a licence of their own, with ViTDet's pyramid for the heads
+# of mmdet, mmseg and mmrotate. Another one of docs/backbones.md in a child, or by --cfg-options:
 #   model = dict(
 #       backbone=dict(name='vit_large_patch16_dinov3.lvd1689m'),
 #       neck=dict(in_channels=1024))

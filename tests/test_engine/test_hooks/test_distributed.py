@@ -12,6 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name('distributed_run.py')
+DETECTOR = Path(__file__).parents[2] / 'detector_run.py'
 DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[3]
 
@@ -73,6 +74,20 @@ def test_two_processes_train_what_one_would(number, runs):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_a_vit_detector_in_bfloat16_with_averaged_weights(tmp_path):
+    """Two processes end with the same adapters; the averages are saved, and the base is not."""
+    done = launch(2, DETECTOR, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
+    trained = [key for key in first if '.lora_B' in key]
+    assert trained and all(first[key].any() for key in trained)
+    assert {first[key].dtype for key in trained} == {torch.float32}
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    saved = torch.load(tmp_path / 'iter_3.pth', weights_only=False)['state_dict']
+    assert set(trained) <= set(saved) and not any('original' in key for key in saved)
+    assert any(not torch.equal(saved[key], first[key]) for key in trained)
 
 
 UNUSED = """
