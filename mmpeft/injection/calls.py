@@ -122,7 +122,7 @@ def follow_patches(model: nn.Module, sites: Iterable[Site]) -> None:
     with a stride before them that is in none of their modules."""
     sites = {site.path: site.adapter for site in sites if site.method.needs_grid}
     patches = None
-    for path, module in layers(model):
+    for path, module in layers(model) if sites else ():
         inside = is_below(path, sites)
         if path in sites and patches is not None:
             sites[path].follow(patches)

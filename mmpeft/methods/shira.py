@@ -30,4 +30,6 @@ class SHiRA(SparseMethod):
     mask: Literal['random', 'magnitude'] = 'random'
 
     def scores(self, weight):
-        return torch.rand_like(weight) if self.mask == 'random' else weight.abs()
+        if self.mask == 'magnitude':
+            return weight.abs()
+        return torch.rand(weight.shape, dtype=weight.dtype, device=weight.device)
