@@ -118,8 +118,10 @@ def watch(model: nn.Module) -> None:
 
 
 def follow_patches(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Let adapters that need the grid of an image's patches learn it from the last 2-d convolution
-    with a stride before them that is in none of their modules."""
+    """Let adapters that need the grid of an image's patches learn it.
+
+    They follow the last 2-d convolution with a stride before them that is in none of their modules.
+    """
     sites = {site.path: site.adapter for site in sites if site.method.needs_grid}
     patches = None
     for path, module in layers(model) if sites else ():

@@ -1,6 +1,6 @@
 """SHiRA: a few entries of each weight, at random or the largest (arXiv:2406.13175).
 
-    W' = W, with ``values`` added to k entries of it        Eq. 1
+    W' = W, with ``values`` added to k entries of it
 
 ``mask`` chooses them: 'random', or 'magnitude' for the entries of the largest |W| (SHiRA-Rand and
 -WM). SHiRA-Grad, the entries of the largest gradients, is not here; FISH takes their squares.

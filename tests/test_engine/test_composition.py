@@ -51,7 +51,8 @@ METHODS = sorted(method_files())
 # Each method once and each config several times; all others are slow.
 QUICK = {(list(CONFIGS)[i % len(CONFIGS)], method) for i, method in enumerate(METHODS)}
 # A residual block of convolutions has no MLP.
-REFUSED = [(name, 'scaled_parallel') for name in ('retinanet', 'resnet')]
+WITHOUT_MLP = 'retinanet', 'resnet'
+REFUSED = [(n, m) for n in WITHOUT_MLP for m in ('scaled_parallel', 'adaptformer', 'convpass')]
 PAIRS = [
     pytest.param(name, method, marks=[pytest.mark.slow] * ((name, method) not in QUICK))
     for name in CONFIGS
@@ -96,7 +97,7 @@ def test_every_method_takes_a_step_on_every_config(name, method):
 @pytest.mark.parametrize('name, method', REFUSED)
 def test_a_method_without_an_insertion_point_is_refused(name, method):
     plain, model = base_of(name)
-    with pytest.raises(UsageError, match="kind 'mlp'.*ResNet has none"):
+    with pytest.raises(UsageError, match="'mlp'.*ResNet has none"):
         adapt(copy.deepcopy(model), compose(plain, method))
 
 

@@ -42,7 +42,16 @@ ACTIVATIONS = dict(
 CASES = [
     (name, key)
     for name in BLOCKS
-    for key in ('houlsby', 'pfeiffer', 'parallel', 'scaled_parallel', 'vpt', 'vpt_deep')
+    for key in (
+        'houlsby',
+        'pfeiffer',
+        'parallel',
+        'scaled_parallel',
+        'vpt',
+        'vpt_deep',
+        'mona',
+        'convpass',
+    )
     if (METHODS[key]['type'], name) not in NO_PLACE
 ]
 over_cases = pytest.mark.parametrize('name, key', CASES, ids=lambda part: part)
