@@ -57,7 +57,9 @@ class Convpass(Ranked, BranchMethod):
         def convolved(z):
             return F.conv2d(z, factors['kernel'], factors['kernel_bias'], padding=1)
 
-        inner = quick_gelu(on_maps(convolved, quick_gelu(inner), point.axis, point.grid))
+        windows = 'attention' in point.kinds
+        inner = on_maps(convolved, quick_gelu(inner), point.axis, point.grid, windows)
+        inner = quick_gelu(inner)
         return self.scale * across_channels(inner, factors['up'], factors['up_bias'], point.axis)
 
 

@@ -85,7 +85,8 @@ class Mona(Ranked, ActivationMethod):
 
     def added(self, x: Tensor, factors: Factors, point: InsertionPoint) -> Tensor:
         """What one Mona adds to features."""
-        x, axis = x.to(factors['down'].dtype), point.axis
+        x = x.to(factors['down'].dtype)
+        axis = point.axis if x.ndim == 4 else -1  # a convolutional MLP may stand among tokens
         scales = factors['scale_norm'], factors['scale_input']
         if axis % x.ndim != x.ndim - 1:
             scales = [scale[:, None, None] for scale in scales]
