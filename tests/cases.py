@@ -62,7 +62,6 @@ METHODS = dict(
     fact_tk=dict(type='FacT', rank=3, form='tk', update='lie'),
     miss=dict(type='MiSS', rank=2),
     shira=dict(type='SHiRA', density=0.2),
-    shira_magnitude=dict(type='SHiRA', density=0.2, mask='magnitude'),
     randlora=dict(type='RandLoRA', rank=2, scale=2.0),
     filter_atoms=dict(type='FilterAtoms', block=3),
     ditask=dict(type='DiTASK', cells=5),

@@ -118,12 +118,16 @@ def watch(model: nn.Module) -> None:
 
 
 def follow_patches(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Let adapters that need the grid of an image's patches learn it from the last 2-d convolution
-    with a stride before them that is in none of their modules."""
+    """Let adapters that need the grid of an image's patches learn it.
+
+    They follow the last 2-d convolution with a stride before them that is in none of their blocks:
+    some attention reduces its keys and values by one.
+    """
     sites = {site.path: site.adapter for site in sites if site.method.needs_grid}
+    blocks = [p if 'block' in a.spec.kinds else p.rpartition('.')[0] or p for p, a in sites.items()]
     patches = None
-    for path, module in layers(model):
-        inside = is_below(path, sites)
+    for path, module in layers(model) if sites else ():
+        inside = is_below(path, blocks)
         if path in sites and patches is not None:
             sites[path].follow(patches)
         spec = dict(weights_of(module)).get('weight')

@@ -208,8 +208,8 @@ class Search:
 
     @cached_property
     def block(self) -> Points:
-        """Residual blocks of convolutions, and the smallest modules with one attention or mixer
-        and one MLP, with the norm between the two where there is one."""
+        """Residual blocks of convolutions, and the smallest modules with one MLP and one attention
+        or mixer, with the norm between attention and MLP."""
         found = {}
         for path, module in self.modules.items():
             mixing = within({**self.attention, **self.mixer}, path)
@@ -228,7 +228,7 @@ class Search:
         return smallest(found)
 
     def _between(self, path, attention, mlp):
-        """Of a block's two norms the second, and the first layer of its MLP."""
+        """Of a block's two norms the second, and the first layer of its MLP; of others nothing."""
         start = self.mlp[mlp].ends[:1] or ('',)
         parts = [attention] + [mlp] * (mlp != path)
         norms = [p for p in within(self.modules, path) if norm_spec(self.modules[p])]

@@ -6,6 +6,7 @@ from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import UsageError
+from mmpeft.methods import WeightAdapter
 from mmpeft.methods.spec import WeightSpec
 
 # The children of a layer that hold its adapters.
@@ -88,7 +89,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
     names = list(module._parameters)
     names += [n for n in getattr(module, PARAMETRIZATIONS, ()) if n not in names]
     for name in names:
-        tensor = getattr(module, name)
+        tensor = _shaped(module, name)
         spec = None if tensor is None else _spec(module, name, tensor)
         if spec is not None:
             yield name, spec
@@ -128,6 +129,14 @@ def original_of(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name)
 
 
+def _shaped(module, name) -> Tensor | None:
+    """A tensor of the shape of a parameter, without computing what adapters make of it."""
+    chain = getattr(module, PARAMETRIZATIONS, {})
+    if name in chain and all(isinstance(each, WeightAdapter) for each in chain[name]):
+        return chain[name].original
+    return getattr(module, name)
+
+
 def _spec(module, name, tensor) -> WeightSpec | None:
     kinds, shape, size = _kinds(module), tensor.shape, tensor.numel()
     is_bias = name == 'bias' or name.endswith('_bias')
@@ -158,7 +167,9 @@ def _kinds(module) -> frozenset[str]:
         kinds = {'conv'}
         if module.groups == module.in_channels > 1:
             kinds.add('depthwise')
-        weight = original_of(module, 'weight') if hasattr(module, 'weight') else None
+        is_adapted = parametrize.is_parametrized(module, 'weight')
+        has_weight = is_adapted or hasattr(module, 'weight')
+        weight = original_of(module, 'weight') if has_weight else None
         if isinstance(weight, Tensor) and set(weight.shape[2:]) <= {1}:
             kinds.add('pointwise')
         return frozenset(kinds)

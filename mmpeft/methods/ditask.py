@@ -1,6 +1,6 @@
 """DiTASK: the singular values of a weight are resampled by a diffeomorphism (arXiv:2502.06029).
 
-    W' = U diag(S(phi(t))) V^T                              Eq. 6
+    W' = U diag(S(phi(t))) V^T
 
 with S the singular values of the weight, in descending order at equal distances t on [0, 1] and
 linear in between, and phi the flow, after the time 1, of a velocity that is linear in each of

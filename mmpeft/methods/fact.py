@@ -1,15 +1,15 @@
 """FacT: factors that all layers share (arXiv:2212.03145).
 
-    dW_l = U G_l V^T                                        FacT-TT, Eq. 5
-    dW_l = U (C x_3 P_l) V^T                                FacT-TK, Eq. 7
+    dW_l = U G_l V^T                                        FacT-TT
+    dW_l = U (C x_3 P_l) V^T                                FacT-TK
 
 A weight whose one channel mode is two to four times the other, such as of queries, keys and values
 in one or of an MLP, is cut into squares. All weights whose pieces have one size share U (n, r) and
 V (m, r), and with ``form='tk'`` C (r, r, r). Each piece has G (r, r) or P (r) of its own; that of
 a kernel has the kernel's axes behind, which the paper does not treat.
 
-V starts at zero and the rest uniform, as in the authors' program; s is chosen for each task from
-0.01 to 100 there. :mod:`.lotr` is FacT-TT without pieces and with another start.
+V starts at zero and the rest uniform, as in the authors' program; s is chosen for each task
+there. :mod:`.lotr` is FacT-TT without pieces and with another start.
 """
 
 from math import prod

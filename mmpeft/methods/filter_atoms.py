@@ -1,6 +1,6 @@
 """Filter atoms: all kernels of a layer change alike (arXiv:2403.00269).
 
-    F = a D  ->  F' = a (D + dD)                            Eq. 4
+    F = a D  ->  F' = a (D + dD)
 
 writes the kernels F (out in, K) of K positions as combinations a of atoms D, frozen a and trained
 atoms. With K atoms, which span all kernels, that is
@@ -10,8 +10,8 @@ atoms. With K atoms, which span all kernels, that is
 with M (K, K) = D^-1 dD on the kernel's axes, flattened, whatever D is, so that M trains from zero
 and nothing is decomposed or stored. Fewer atoms would confine M; more would add nothing.
 
-A weight whose kernel has one element is cut into blocks of ``block`` x ``block``, each a kernel
-(in the paper's form for linear layers), or of the largest smaller divisors of its sides.
+A weight whose kernel has one element is cut into blocks of ``block`` x ``block``, each a kernel,
+or of the largest smaller divisors of its sides.
 """
 
 from .arguments import require

@@ -1,7 +1,7 @@
 """OFT and BOFT: rotations of what each output reads (arXiv:2306.07280, 2311.06243).
 
-    W' = W R^T,   R = (I - Q) (I + Q)^-1,   Q = -Q^T          OFT, Eq. 2 and 4
-    W' = s W (R_m ... R_1)^T                                  BOFT, Eq. 3
+    W' = W R^T,   R = (I - Q) (I + Q)^-1,   Q = -Q^T          OFT
+    W' = s W (R_m ... R_1)^T                                  BOFT
 
 with W the stored weight unfolded along its first mode, rows by n columns, and R block-diagonal:
 each block of columns is rotated on its own. The factors of BOFT take the columns in other orders,

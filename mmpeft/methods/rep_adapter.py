@@ -1,6 +1,6 @@
 """RepAdapter: a linear bottleneck before a layer, folded into its weight (arXiv:2302.08106).
 
-    W' = W (I + s U D)                                      Eq. 5 and 8
+    W' = W (I + s U D)
 
 on the input channels of W, D (r, n) dense and U (n, r) block-diagonal with g blocks: a part of the
 channels is made of a part of the r features. Kernels keep their axes (in the paper the adapter is

@@ -1,6 +1,6 @@
 """SHiRA: a few entries of each weight, at random or the largest (arXiv:2406.13175).
 
-    W' = W, with ``values`` added to k entries of it        Eq. 1
+    W' = W, with ``values`` added to k entries of it
 
 ``mask`` chooses them: 'random', or 'magnitude' for the entries of the largest |W| (SHiRA-Rand and
 -WM). SHiRA-Grad, the entries of the largest gradients, is not here; FISH takes their squares.
@@ -30,4 +30,6 @@ class SHiRA(SparseMethod):
     mask: Literal['random', 'magnitude'] = 'random'
 
     def scores(self, weight):
-        return torch.rand_like(weight) if self.mask == 'random' else weight.abs()
+        if self.mask == 'magnitude':
+            return weight.abs()
+        return torch.rand(weight.shape, dtype=weight.dtype, device=weight.device)

@@ -1,7 +1,7 @@
 """SSF: a scale and a shift of the output of each layer (arXiv:2210.08823).
 
-    y -> g y + h                                        Eq. 5
-    W' = g W, b' = g b + h                              Eq. 6
+    y -> g y + h
+    W' = g W, b' = g b + h
 
 with g and h one number for each output channel of a linear layer or convolution, and for each
 channel of a norm. They start at 1 and 0 (in the paper at Gaussians of standard deviation 0.02

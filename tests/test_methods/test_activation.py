@@ -42,7 +42,16 @@ ACTIVATIONS = dict(
 CASES = [
     (name, key)
     for name in BLOCKS
-    for key in ('houlsby', 'pfeiffer', 'parallel', 'scaled_parallel', 'vpt', 'vpt_deep')
+    for key in (
+        'houlsby',
+        'pfeiffer',
+        'parallel',
+        'scaled_parallel',
+        'vpt',
+        'vpt_deep',
+        'mona',
+        'convpass',
+    )
     if (METHODS[key]['type'], name) not in NO_PLACE
 ]
 over_cases = pytest.mark.parametrize('name, key', CASES, ids=lambda part: part)
@@ -633,7 +642,7 @@ def test_adapters_of_a_copy_are_the_copys(name, key):
     before, copied = model(x), copy.deepcopy(model)
     own = set(map(id, named_adapters(model).values()))
     others = set(map(id, named_adapters(copied).values()))
-    called = [hook for m in hooks(copied) for hook in m._forward_hooks.values()]
+    called = [getattr(h, '__self__', h) for m in hooks(copied) for h in m._forward_hooks.values()]
     early = [hook.__self__ for m in hooks(copied) for hook in m._forward_pre_hooks.values()]
     assert set(map(id, called)) == others and set(map(id, early)) <= others and not own & others
     mmpeft.remove(copied)

@@ -78,6 +78,31 @@ def test_convpass():
     torch.testing.assert_close(model.forward_features(images), plain.norm(x), **CLOSE)
 
 
+def test_convpass_beside_attention_whose_tokens_come_first():
+    """The same as where images come first, also where their number is a window's."""
+
+    class Net(nn.Sequential):
+        def __init__(self, batch_first):
+            super().__init__(
+                nn.Conv2d(3, 8, 2, 2), nn.MultiheadAttention(8, 2, batch_first=batch_first)
+            )
+            self.batch_first = batch_first
+
+        def forward(self, x):
+            x = self[0](x).flatten(2).mT
+            x = x if self.batch_first else x.transpose(0, 1)
+            y = self[1](x, x, x)[0]
+            return y if self.batch_first else y.transpose(0, 1)
+
+    one, two = Net(True).double(), Net(False).double()
+    mmpeft.inject(one, dict(type='Convpass', rank=2))
+    mmpeft.inject(two, dict(type='Convpass', rank=2))
+    randomize(one)
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(4, 3, 6, 8, dtype=torch.float64)
+    torch.testing.assert_close(two(x), one(x), **CLOSE)
+
+
 def test_convpass_starts_with_the_identity_in_the_middle():
     model = vit()
     mmpeft.inject(model, dict(type='Convpass', rank=4))

@@ -128,7 +128,6 @@ def test_a_copy_follows_its_own_patches():
         (12, (3, 4), ((3, 4), 0)),
         (13, (3, 4), ((3, 4), 1)),
         (12, (5, 7), ((3, 4), 0)),
-        (49, (50, 84), ((7, 7), 0)),
         (900, (7, 7), None),
         (77, (7, 8), None),
         (12, None, None),
@@ -140,6 +139,12 @@ def test_which_tokens_are_a_map(length, grid, expected):
     else:
         with pytest.raises(UsageError, match='is no image of patches that can be convolved'):
             grid_of(length, grid)
+
+
+def test_windows_are_squares_where_there_are_windows():
+    assert grid_of(49, (50, 84), windows=True) == ((7, 7), 0)
+    with pytest.raises(UsageError, match='is no image of patches'):
+        grid_of(49, (50, 84))
 
 
 def test_post_norm_transformers_are_refused():

@@ -1,6 +1,6 @@
 """AdaptFormer: a bottleneck with biases beside the MLP (arXiv:2205.13535).
 
-    MLP(x) -> MLP(x) + s (relu(x A + a) B + b)              Eq. 3 and 4
+    MLP(x) -> MLP(x) + s (relu(x A + a) B + b)
 
 with x what the MLP gets, behind its norm, A (d, r) and B (r, d); s is 0.1. B and the biases start
 at zero, A uniform as in a linear layer. It is the scaled parallel adapter with biases, another

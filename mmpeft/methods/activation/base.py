@@ -89,6 +89,8 @@ class ActivationAdapter(Adapter):
         It calls the adapter itself after its forward, so that the adapter can be found there; what
         happens inside is between ``spec.ends``, if any.
         """
+        # Of nn.MultiheadAttention the tokens may come before the images.
+        self._turns = self.method.needs_grid and not getattr(module, 'batch_first', True)
         first, last = map(module.get_submodule, self.spec.ends or ('', ''))
         if self._is_block:
             self.handles += [
@@ -167,7 +169,10 @@ class ActivationAdapter(Adapter):
         with outside_autocast(x.device.type):
             if added is not None:
                 y = (y.to(added.dtype) + added).to(y.dtype)
+            if self._turns:
+                x, y = x.transpose(0, 1), y.transpose(0, 1)
             changed = self.method.after(x, y, self.factors, self._point)
+            changed = changed.transpose(0, 1) if self._turns else changed
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     @property

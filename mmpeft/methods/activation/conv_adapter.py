@@ -1,6 +1,6 @@
 """Conv-Adapter: a depthwise separable bottleneck beside a convolution (arXiv:2208.07463).
 
-    f(x) -> f(x) + s (h(x * K + k) B + b)                   Eq. 3 and 4
+    f(x) -> f(x) + s (h(x * K + k) B + b)
 
 with K a convolution of the layer's kernel, stride, padding and dilation from its ``in`` channels
 to w in w groups, B a 1x1 convolution and s a number for each output channel. w is the largest

@@ -1,13 +1,13 @@
 """Convpass: a 3x3 convolution in a bottleneck beside attention and MLP (arXiv:2207.07039).
 
-    f(x) -> f(x) + s h(h(x A + a) * K + k) B + b            Eq. 4
+    f(x) -> f(x) + s h(h(x A + a) * K + k) B + b
 
 with x what attention or the MLP gets, behind its norm, A (d, r), K a convolution of 3x3 on the
 map of the tokens with r channels in and out, B (r, d), and h(z) = z sigmoid(1.702 z). A class
 token is a map of one position. In ConvNeXt the depthwise convolution takes the place of attention.
 
 As in the authors' program A starts as Xavier's uniform, K at the identity, and B and the biases at
-zero; s is chosen for each task from 0.01 to 10 there. It has a dropout of 0.1 before B; this has
+zero; s is chosen for each task there. It has a dropout of 0.1 before B; this has
 none.
 """
 
@@ -57,7 +57,9 @@ class Convpass(Ranked, BranchMethod):
         def convolved(z):
             return F.conv2d(z, factors['kernel'], factors['kernel_bias'], padding=1)
 
-        inner = quick_gelu(on_maps(convolved, quick_gelu(inner), point.axis, point.grid))
+        windows = 'attention' in point.kinds
+        inner = on_maps(convolved, quick_gelu(inner), point.axis, point.grid, windows)
+        inner = quick_gelu(inner)
         return self.scale * across_channels(inner, factors['up'], factors['up_bias'], point.axis)
 
 

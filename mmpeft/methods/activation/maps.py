@@ -14,15 +14,16 @@ MAX_EXTRA = 8
 Grid = tuple[int, int]
 
 
-def grid_of(length: int, grid: Grid | None) -> tuple[Grid, int]:
+def grid_of(length: int, grid: Grid | None, windows: bool = False) -> tuple[Grid, int]:
     """The grid of a sequence, and the number of class tokens and registers before it.
 
     Args:
         length: Of the sequence.
         grid: Of the patches of the image, (h, w), which merging may have halved since.
+        windows: Whether a sequence that is a square and does not fit the grid is a window.
 
     Returns:
-        (h, w) and a number. A sequence that is a square and does not fit the grid is a window.
+        (h, w) and a number.
 
     Raises:
         UsageError: The length fits neither.
@@ -34,7 +35,7 @@ def grid_of(length: int, grid: Grid | None) -> tuple[Grid, int]:
     if grid and 0 < length - grid[0] * grid[1] <= MAX_EXTRA:
         return grid, length - grid[0] * grid[1]
     side = isqrt(length)
-    if grid and side**2 == length < grid[0] * grid[1]:
+    if windows and grid and side**2 == length < grid[0] * grid[1]:
         return (side, side), 0
     raise UsageError(
         f'A sequence of {length} tokens is no image of patches that can be convolved: '
@@ -45,7 +46,11 @@ def grid_of(length: int, grid: Grid | None) -> tuple[Grid, int]:
 
 
 def on_maps(
-    function: Callable[[Tensor], Tensor], x: Tensor, axis: int, grid: Grid | None
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    axis: int,
+    grid: Grid | None,
+    windows: bool = False,
 ) -> Tensor:
     """A function of maps on what a block works on.
 
@@ -55,6 +60,7 @@ def on_maps(
             register is a map of one position.
         axis: 1 or -1.
         grid: Of the patches, for tokens.
+        windows: As in :func:`grid_of`.
 
     Raises:
         UsageError: The tokens are no map, or ``x`` is a map of another number of axes.
@@ -67,7 +73,7 @@ def on_maps(
             'of 2-d maps nor of tokens, which alone can be convolved here. Leave such modules out '
             'with targets.exclude.'
         )
-    size, extra = grid_of(x.shape[1], grid)
+    size, extra = grid_of(x.shape[1], grid, windows)
     tokens, patches = x[:, :extra], x[:, extra:]
     y = function(patches.mT.unflatten(2, size)).flatten(2).mT
     if not extra:

@@ -3,11 +3,12 @@
     x -> x + gelu(F(U D)) V                 U = s1 norm(x) + s2 x
     F(z) = c + c P,  c = z + (dw3(z) + dw5(z) + dw7(z)) / 3
 
-(Eq. 3 to 6) with x the features behind a residual addition, D (d, r) and V (r, d) with biases,
+with x the features behind a residual addition, D (d, r) and V (r, d) with biases,
 norm a layer norm with weight and bias, s1 and s2 one number a channel, dwk depthwise convolutions
 of k x k and P a 1x1 convolution, all with biases. A block with attention has two of them, one
 between attention and MLP and one at its end; a residual block of convolutions, as of ConvNeXt,
-one at its end. Class tokens and registers are maps of one position each.
+and any block that does not have two norms of its own, one at its end. Class tokens and registers
+are maps of one position each.
 
 V starts at zero, so that the start is the identity (in the authors' program as a linear layer
 does), all else as there: s1 at 1e-6, s2 and the norm at 1, the rest uniform. The program drops
@@ -84,7 +85,8 @@ class Mona(Ranked, ActivationMethod):
 
     def added(self, x: Tensor, factors: Factors, point: InsertionPoint) -> Tensor:
         """What one Mona adds to features."""
-        x, axis = x.to(factors['down'].dtype), point.axis
+        x = x.to(factors['down'].dtype)
+        axis = point.axis if x.ndim == 4 else -1  # a convolutional MLP may stand among tokens
         scales = factors['scale_norm'], factors['scale_input']
         if axis % x.ndim != x.ndim - 1:
             scales = [scale[:, None, None] for scale in scales]
