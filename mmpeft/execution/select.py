@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft.methods import WeightAdapter
 from mmpeft.methods.adapter import SHARDED
@@ -20,7 +21,7 @@ from .cpu import depthwise
 from .function import is_transformed
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
-from .recompute import cast, offer_product, tag_for_recompute
+from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
 WHERE = 'in the weight', 'as a branch'
@@ -46,7 +47,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     spec, geometry, trains = adapter.spec, layer.geometry, torch.is_grad_enabled()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
-    if type(original) not in (Tensor, nn.Parameter) or adapter._forward_pre_hooks:
+    if type(original) not in (Tensor, nn.Parameter, FakeTensor) or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     if 'depthwise' in spec.kinds:
         pays = trains and not is_transformed() and depthwise.pays(layer, geometry, x)
@@ -144,16 +145,21 @@ def _run_linear(layer, geometry, form, branch, x):
     with outside_autocast(x.device.type):
         form = form.dropped(layer.parametrizations.weight[0].spec)
         up, down = form.matrices()
+        if up is not form.up:
+            tag_for_recompute(up, _compose, form.up, form.core)
         ratio = form.ratio(original)
     if form.update == 'additive' and ratio is None:
-        branch, up, down = branch or is_low(x), up.to(x.dtype), down.to(x.dtype)
+        branch, up, down = branch or is_low(x), cast(up, x.dtype), cast(down, x.dtype)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
-    y = function(x, weight, bias, up, down, ratio)
-    if geometry is not None:
-        return unflat(y, layout, size)
+    run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)
+    y = run(x, weight, bias, up, down, ratio)
     if SHARDED not in layer.__dict__:
-        offer_product(y, function, x, weight, bias, up, down, ratio)
+        offer_product(y, run, x, weight, bias, up, down, ratio)
     return y
+
+
+def _compose(up, core):
+    return up @ core.flatten(1)
 
 
 def _run_conv(layer, geometry, form, branch, x):
@@ -177,7 +183,12 @@ def _flat_at(x, stride):
     Backward picks it again from the whole map, which other layers save.
     """
     if set(stride) == {1}:
-        return flat(x, layout_of(x)), x.shape[2:]
+        whole = partial(flat, layout=layout_of(x))
+        y = whole(x)
+        if is_tagged(x):
+            again, kept = through(whole, x)
+            tag_for_recompute(y, again, *kept)
+        return y, x.shape[2:]
     size = tuple(-(-n // step) for n, step in zip(x.shape[2:], stride, strict=True))
     pick = partial(_picked, stride)
     return tag_for_recompute(pick(x), pick, x), size
