@@ -153,7 +153,7 @@ def _run_linear(layer, geometry, form, branch, x):
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)
     y = run(x, weight, bias, up, down, ratio)
-    if SHARDED not in layer.__dict__:
+    if ratio is None and SHARDED not in layer.__dict__:  # with a ratio y is kept
         offer_product(y, run, x, weight, bias, up, down, ratio)
     return y
 
