@@ -3,13 +3,16 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from mmpeft.execution import MEMORY, SMALL, SPEED
+from mmpeft.execution.memory import RecomputedBlock
 from mmpeft.injection.weights import layers
 from mmpeft.quantization import stored_parts
 
@@ -22,39 +25,37 @@ class Memory:
         weights: Of the whole model.
         gradients: Of what trains.
         optimizer: AdamW's two moments.
-        saved: What the backbone's forward pass keeps for backward.
-        recomputed: The same where blocks are recomputed: their inputs, and
-            what the largest block keeps while it is recomputed. None where the
-            backbone cannot.
+        saved: What the backbone's forward pass keeps for backward, by the ``memory`` of
+            :func:`mmpeft.inject`.
+        block: What the largest block keeps while it runs again under ``'small'``; 0 where the
+            backbone has none.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    saved: int
-    recomputed: int | None
+    saved: dict[str, int]
+    block: int
 
 
-def predict(build: Callable[[bool], nn.Module | None], images: tuple[int, int, int, int]) -> Memory:
+def predict(build: Callable[[str], nn.Module], images: tuple[int, int, int, int]) -> Memory:
     """Predict the memory of one step; parameters and images have no data.
 
     Args:
-        build: Makes the adapted model, which has a ``backbone``. Its argument
-            says whether blocks are recomputed; it returns None if they cannot.
+        build: Makes the adapted model, which has a ``backbone``, by ``memory``.
         images: Shape of a batch, (N, 3, H, W).
     """
-    model, mode = built_without_data(lambda: build(False))
-    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    with mode:
-        saved, kept = saved_bytes(model.backbone, torch.randn(images))
-    recomputed = None
-    again, mode = built_without_data(lambda: build(True))
-    if again is not None:
+    saved, kept = {}, {}
+    for memory in MEMORY:
+        model, mode = built_without_data(partial(build, memory))
         with mode:
-            recomputed, still_kept = saved_bytes(again.backbone, torch.randn(images))
-        recomputed += _largest_block(again.backbone, kept, still_kept)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return Memory(weights, trained, 2 * trained, saved, recomputed)
+            saved[memory], kept[memory] = saved_bytes(model.backbone, torch.randn(images))
+    modules = model.backbone.named_modules()
+    paths = [path for path, module in modules if isinstance(module, RecomputedBlock)]
+    block = max((kept[SPEED].get(path, 0) - kept[SMALL].get(path, 0) for path in paths), default=0)
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in model.parameters())
+    return Memory(weights, trained, 2 * trained, saved, block)
 
 
 def built_without_data(build: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
@@ -117,7 +118,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
         running.pop()
 
     with ExitStack() as stack:
-        for path, module in layers(model):  # kernels pass adapters with hooks by
+        for path, module in layers(model):  # hooks on adapters would turn kernels off
             stack.callback(module.register_forward_pre_hook(enter(path)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
@@ -126,28 +127,13 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def table(rows: Iterable[tuple[str, Memory]]) -> Table:
-    """A line for each named prediction, in GiB."""
-    columns = [field.name for field in fields(Memory)]
-    result = Table('run', *columns, 'total', 'total, recomputing', title='GiB')
+    """A line for each named prediction, in GiB; the total of ``'small'`` includes a block."""
+    fixed = 'weights', 'gradients', 'optimizer'
+    columns = *(f'saved, {m}' for m in MEMORY), *(f'total, {m}' for m in MEMORY)
+    result = Table('run', *fixed, *columns, title='GiB')
     for name, memory in rows:
-        *fixed, saved, recomputed = astuple(memory)
-        values = [*fixed, saved, recomputed, sum(fixed) + saved]
-        values.append(None if recomputed is None else sum(fixed) + recomputed)
-        result.add_row(name, *('-' if v is None else f'{v / 2**30:.2f}' for v in values))
+        kept = [memory.saved[m] for m in MEMORY]
+        known = [getattr(memory, each) for each in fixed]
+        total = [sum(known) + memory.saved[m] + memory.block * (m == SMALL) for m in MEMORY]
+        result.add_row(name, *(f'{value / 2**30:.2f}' for value in (*known, *kept, *total)))
     return result
-
-
-def _largest_block(model, kept, still_kept):
-    """What the largest recomputed block keeps: modules that keep less where blocks are recomputed.
-
-    Where a backbone does not mark its blocks, they are the outermost modules
-    that keep nothing.
-    """
-    marked = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
-    marked = {id(m) for m in marked if not any(c in marked for c in m.modules() if c is not m)}
-    spared = {path: value - still_kept.get(path, 0) for path, value in kept.items()}
-    paths = [path for path, module in model.named_modules() if id(module) in marked]
-    if not paths:
-        empty = [path for path in spared if spared[path] and not still_kept.get(path, 0)]
-        paths = [p for p in empty if not any(p.startswith(f'{e}.') for e in empty)]
-    return max((spared.get(path, 0) for path in paths), default=0)

@@ -66,16 +66,16 @@ def adapt(
     found = injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
     if rank is not None:
         found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
-    return inject_all(model, found, hook.get('execution', 'auto'), manifest)
+    ways = {name: hook[name] for name in ('execution', 'memory') if name in hook}
+    return inject_all(model, found, **ways, manifest=manifest)
 
 
-def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
+def build_adapted(cfg: Config, memory: str | None = None) -> nn.Module:
     """The model of a config with its adapters, from random weights.
 
     Args:
         cfg: With a PEFTHook.
-        recompute: The backbone's ``with_cp``; None is returned if it has no
-            such argument and is to recompute.
+        memory: In place of the hook's, and of the backbone's ``with_cp``.
 
     Raises:
         UsageError: The config has no backbone or no hook.
@@ -90,10 +90,10 @@ def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:
     _enter_scope(cfg)
     with MODELS.switch_scope_and_registry(None) as registry:
         kind = registry.get(cfg.model.backbone.type)
-    if 'with_cp' in inspect.signature(kind).parameters:
-        cfg.model.backbone.with_cp = recompute
-    elif recompute:
-        return None
+    if memory is not None and find_hook(cfg) is not None:
+        find_hook(cfg).memory = memory
+        if 'with_cp' in inspect.signature(kind).parameters:
+            cfg.model.backbone.with_cp = False
     model = build_model(cfg)
     adapt(model, cfg)
     return model

@@ -58,6 +58,7 @@ def inject_all(
     model: nn.Module,
     given: Sequence[dict],
     execution: str = 'auto',
+    memory: str = 'speed',
     manifest: Mapping | None = None,
 ) -> Summary:
     """Call :func:`mmpeft.inject` once for each of :func:`injections`.
@@ -66,6 +67,7 @@ def inject_all(
         model: Without adapters, on its base.
         given: From :func:`injections`.
         execution: See :func:`mmpeft.inject`.
+        memory: Likewise.
         manifest: What a checkpoint that is loaded afterwards says of its
             adapters. The adapters stay empty until then, and arguments that
             ``given`` leaves open are those of the manifest.
@@ -76,7 +78,8 @@ def inject_all(
             version = legacy.VERSION if legacy.is_former(manifest) else manifest['version']
             theirs = checked_method(theirs['method'], version)
             each = each | dict(method=_followed(each['method'], theirs))
-        summary = inject(model, **each, empty=manifest is not None, execution=execution)
+        ways = dict(empty=manifest is not None, execution=execution, memory=memory)
+        summary = inject(model, **each, **ways)
     return summary
 
 

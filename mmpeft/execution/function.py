@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -28,8 +29,8 @@ class FastFunction:
         of the others where these are transformed (:func:`is_transformed`) and where gradients are
         differentiated again (``create_graph=True``).
 
-    Where ``recomputes_input``, backward may recompute x instead of saving it; where
-    ``asks_for_input``, ``gradients`` is given a function in place of x that returns it.
+    Backward may recompute the tensors instead of saving them, and x where ``recomputes_input``.
+    Where ``asks_for_input``, ``gradients`` is given a function in place of x that returns it.
     """
 
     recomputes_input: ClassVar[bool] = False
@@ -56,23 +57,24 @@ class _Recorded(Function):
         ctx.function, ctx.changed = function, None
         if saved and saved[-1] is y:
             ctx.changed = changes_of(output)
-        ctx.restore, kept = save_or_recompute(x, function.recomputes_input)
-        ctx.ends = len(kept), len(kept) + len(tensors)
-        ctx.save_for_backward(*kept, *tensors, *saved)
+        parts = [save_or_recompute(x, function.recomputes_input), *map(save_or_recompute, tensors)]
+        ctx.restores = [(restore, len(kept)) for restore, kept in parts]
+        ctx.save_for_backward(*(t for _, kept in parts for t in kept), *saved)
         return output
 
     @staticmethod
     def backward(ctx, dy):
-        needs, tensors, (start, end) = ctx.needs_input_grad[1:], ctx.saved_tensors, ctx.ends
+        needs, tensors = ctx.needs_input_grad[1:], iter(ctx.saved_tensors)
         with outside_autocast(dy.device.type):
-            x = partial(ctx.restore, *tensors[:start])
-            if torch.is_grad_enabled() or not ctx.function.asks_for_input:
-                x = x()
+            x, *others = [partial(restore, *islice(tensors, n)) for restore, n in ctx.restores]
+            later = ctx.function.asks_for_input and not torch.is_grad_enabled()
+            arguments = [x if later else x(), *(restore() for restore in others)]
             if torch.is_grad_enabled():
-                return None, *_of_reference(ctx.function, needs, dy, (x, *tensors[start:end]))
+                return None, *_of_reference(ctx.function, needs, dy, arguments)
+            saved = [*tensors]
             if ctx.changed is not None and ctx.changed():
-                tensors = (*tensors[:-1], None)
-            found = ctx.function.gradients(needs, dy, x, *tensors[start:])
+                saved[-1] = None
+            found = ctx.function.gradients(needs, dy, *arguments, *saved)
         return None, *found, *(None,) * (len(needs) - len(found))
 
 

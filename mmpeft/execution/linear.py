@@ -48,7 +48,7 @@ class AdaptedLinear(FastFunction):
         layout, weight = self.layout, dequantized(weight)
         if self.branch:
             narrow = layout.matmul(x, down)
-            return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (narrow, None)
+            return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (None,)
         adapted = self._adapted(weight, up, down, ratio)
         if is_low(x) and not takes_float(x):
             y = layout.matmul(x, adapted.sub_(weight).to(x.dtype), bias)
@@ -56,9 +56,9 @@ class AdaptedLinear(FastFunction):
         else:
             bias = None if bias is None else bias.to(adapted.dtype)
             y = layout.matmul(x.to(adapted.dtype), adapted, bias).to(x.dtype)
-        return y, (None, None if ratio is None else y)
+        return y, (None if ratio is None else y,)
 
-    def gradients(self, needs, dy, x, weight, bias, up, down, ratio, narrow, y):
+    def gradients(self, needs, dy, x, weight, bias, up, down, ratio, y):
         layout, scale, dtype, dy = self.layout, self.scale, up.dtype, dy.contiguous()
         need_x, _, need_bias, need_up, need_down, need_ratio = needs
         rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
@@ -75,7 +75,7 @@ class AdaptedLinear(FastFunction):
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
         if thin and need_up:
-            narrow = layout.matmul(x, down.to(x.dtype)) if narrow is None else narrow
+            narrow = layout.matmul(x, down.to(x.dtype))
             d_up = layout.weight_grad(dy, narrow).to(dtype).mul_(scale)
         if thin and need_down:
             d_down = layout.weight_grad(inner, x).to(dtype)

@@ -6,6 +6,7 @@ it follows from what is saved anyway, and the layer saves that.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -46,26 +47,31 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
     return y
 
 
-def offer_product(y: Tensor, function: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> None:
-    """Note on a product that it is ``function(x, *tensors)``, for layers that :func:`accept_product`."""
+def is_tagged(x: Tensor | None) -> bool:
+    """Whether a tensor has a tag and was not changed since."""
+    return hasattr(x, NAME) and getattr(x, NAME)[-1] == x._version
+
+
+def offer_product(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> None:
+    """Note on a product that it is ``function(*tensors)``, for :func:`accept_product`."""
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, OFFER, (function, x, tensors, y._version))
+        setattr(y, OFFER, (function, tensors, y._version))
 
 
 def accept_product(y: Tensor) -> bool:
     """Tag a product as what is recomputed, if it was offered and not changed since."""
-    function, x, tensors, version = getattr(y, OFFER, (None, None, (), None))
+    function, tensors, version = getattr(y, OFFER, (None, (), None))
     if version != y._version:
         return False
-    if not _is_tagged(y):
-        function, kept = through(function, x, *tensors)
+    if not is_tagged(y):
+        function, kept = through(function, *tensors)
         tag_for_recompute(y, function, *kept)
     return True
 
 
 def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
     """A function that returns a tensor in backward, and its arguments, which are to be saved."""
-    if not allowed or not _is_tagged(x):
+    if not allowed or not is_tagged(x):
         return _itself, (x,)
     again, tensors, _ = getattr(x, NAME)
     restore, again.has_reader = again if again.has_reader else again.last, True
@@ -73,26 +79,26 @@ def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[
 
 
 def through(
-    function: Callable[..., Tensor], x: Tensor, *tensors: Tensor
-) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """``function(x, *tensors)`` as a function of what is saved for x, and its arguments."""
-    restore, kept = save_or_recompute(x)
-    count = len(kept)
-    return lambda *t: function(restore(*t[:count]), *t[count:]), (*kept, *tensors)
+    function: Callable[..., Tensor], *tensors: Tensor | None
+) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]:
+    """``function(*tensors)`` as a function of what is saved for the tensors, and its arguments."""
+    parts = [save_or_recompute(tensor) for tensor in tensors]
+    counts = [(restore, len(kept)) for restore, kept in parts]
+
+    def again(*kept):
+        kept = iter(kept)
+        return function(*(restore(*islice(kept, count)) for restore, count in counts))
+
+    return again, tuple(tensor for _, kept in parts for tensor in kept)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, its tag with it."""
     y = x.to(dtype)
-    if y is x or not _is_tagged(x):
+    if y is x or not is_tagged(x):
         return y
     function, kept = through(lambda t: t.to(dtype), x)
     return tag_for_recompute(y, function, *kept)
-
-
-def _is_tagged(x):
-    """Whether a tensor has a tag and was not changed since."""
-    return hasattr(x, NAME) and getattr(x, NAME)[-1] == x._version
 
 
 def _itself(x):

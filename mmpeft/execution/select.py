@@ -23,7 +23,7 @@ from .conv import TuckerConv
 from .cpu import depthwise
 from .linear import AdaptedLinear, thin_pays
 from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
-from .recompute import cast, offer_product, tag_for_recompute
+from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
 from .scaled import ScaledLayer
 
 AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
@@ -191,15 +191,16 @@ def _run_linear(layer, geometry, form, branch, x):
     with outside_autocast(x.device.type):
         form = form.dropped(layer.parametrizations.weight[0].spec)
         up, down = form.matrices()
+        if up is not form.up:
+            tag_for_recompute(up, _compose, form.up, form.core)
         ratio = form.ratio(original)
     if form.update == 'additive' and ratio is None:
-        branch, up, down = branch or is_low(x), up.to(x.dtype), down.to(x.dtype)
+        branch, up, down = branch or is_low(x), cast(up, x.dtype), cast(down, x.dtype)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
-    y = function(x, weight, bias, up, down, ratio)
-    if geometry is not None:
-        return unflat(y, layout, size)
-    if SHARDED not in layer.__dict__:
-        offer_product(y, function, x, weight, bias, up, down, ratio)
+    run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)
+    y = run(x, weight, bias, up, down, ratio)
+    if ratio is None and SHARDED not in layer.__dict__:  # with a ratio y is kept
+        offer_product(y, run, x, weight, bias, up, down, ratio)
     return y
 
 
@@ -212,6 +213,10 @@ def _run_scaled(layer, original, geometry, form, x):
         beside = x.numel() < original.numel()
     function = ScaledLayer(geometry, getattr(layer, 'groups', 1), beside)
     return function(x, weight, bias, form.outputs, form.inputs)
+
+
+def _compose(up, core):
+    return up @ core.flatten(1)
 
 
 def _run_conv(layer, geometry, form, branch, x):
@@ -235,7 +240,12 @@ def _flat_at(x, stride):
     Backward picks it again from the whole map, which other layers save.
     """
     if set(stride) == {1}:
-        return flat(x, layout_of(x)), x.shape[2:]
+        whole = partial(flat, layout=layout_of(x))
+        y = whole(x)
+        if is_tagged(x):
+            again, kept = through(whole, x)
+            tag_for_recompute(y, again, *kept)
+        return y, x.shape[2:]
     size = tuple(-(-n // step) for n, step in zip(x.shape[2:], stride, strict=True))
     pick = partial(_picked, stride)
     return tag_for_recompute(pick(x), pick, x), size

@@ -34,9 +34,17 @@ def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
     """The blocks that can run twice, and that the network does not run twice itself.
 
     A norm that counts statistics would count them twice; its block is left out with a warning.
+    A network without blocks causes one too.
     """
-    modules, found, counting = dict(layers(root)), [], []
-    for path, block in blocks(root).items():
+    modules, blocks_of_root, found, counting = dict(layers(root)), blocks(root), [], []
+    if not blocks_of_root:
+        warnings.warn(
+            f"memory='small' finds no blocks in {type(root).__name__} (two modules of one class, "
+            'each with two layers or more, in an nn.Sequential or nn.ModuleList), so it keeps what '
+            "backward needs. 'balanced' needs no blocks.",
+            stacklevel=2,
+        )
+    for path, block in blocks_of_root.items():
         around = [modules[above] for above in lineage(path)]
         if any(_recomputes(module) for module in (*around, *block.modules())):
             continue

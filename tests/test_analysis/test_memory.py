@@ -1,29 +1,46 @@
 """Predicted memory equals what a real forward pass keeps."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mmpeft
-from mmpeft.analysis.memory import built_without_data, predict, saved_bytes, table
+from mmpeft.analysis.memory import Memory, built_without_data, predict, saved_bytes, table
+from mmpeft.execution import MEMORY
 from mmpeft.models import InternViT, TimmBackbone
 from tests.backbones import SMALL
 
 ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)
 
 
-def vit(method, with_cp):
-    model = InternViT(ARCH, frozen_dtype='bfloat16', with_cp=with_cp)
-    mmpeft.inject(model, dict(type=method))
+def vit(method, memory):
+    model = InternViT(ARCH, frozen_dtype='bfloat16')
+    mmpeft.inject(model, dict(type=method), memory=memory)
     return model
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
+def counted(model, images):
+    """What torch saves for backward, each storage once, without parameters and buffers."""
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images)
+    return sum(storage.nbytes() for pointer, storage in held.items() if pointer not in own)
+
+
+@pytest.mark.parametrize('memory', MEMORY)
 @pytest.mark.parametrize('method', ['FLoRA', 'LieRA', 'DoRA', 'BitFit', 'Full'])
-def test_saved_bytes_are_predicted_without_data(method, with_cp):
-    real, _ = saved_bytes(vit(method, with_cp), torch.randn(2, 3, 56, 56))
-    model, mode = built_without_data(lambda: vit(method, with_cp))
+def test_saved_bytes_are_predicted_without_data(method, memory):
+    real = counted(vit(method, memory), torch.randn(2, 3, 56, 56))
+    model, mode = built_without_data(lambda: vit(method, memory))
     with mode:
         predicted, _ = saved_bytes(model, torch.randn(2, 3, 56, 56))
     assert predicted == real > 0
@@ -48,6 +65,20 @@ def test_a_transformer_that_reads_numbers_while_it_is_built():
         assert saved_bytes(model, torch.randn(1, 3, 64, 96))[0] == kept > 0
 
 
+@pytest.mark.parametrize('name', ['convnextv2_atto', 'resnet18'])
+@pytest.mark.parametrize('memory', MEMORY)
+def test_saved_bytes_of_convolutions_are_predicted(name, memory):
+    def build():
+        model = timm.create_model(name, features_only=True, out_indices=(0, 1))
+        mmpeft.inject(model, dict(type='FLoRA', rank=2), memory=memory)
+        return model
+
+    real = counted(build(), torch.randn(1, 3, 64, 64))
+    model, mode = built_without_data(build)
+    with mode:
+        assert saved_bytes(model, torch.randn(1, 3, 64, 64))[0] == real > 0
+
+
 def test_saved_bytes_of_a_layer():
     layer = nn.Sequential(nn.Linear(8, 4))
     x = torch.randn(16, 8, requires_grad=True)
@@ -56,36 +87,36 @@ def test_saved_bytes_of_a_layer():
     assert not layer[0]._forward_hooks and not layer[0]._forward_pre_hooks
 
 
-def whole(with_cp, method='LoRA'):
+def whole(memory, depth=3):
     model = nn.Module()
-    model.backbone = InternViT(ARCH, frozen_dtype='float32', with_cp=with_cp)
+    model.backbone = InternViT(ARCH | dict(depth=depth), frozen_dtype='float32')
     model.head = nn.Linear(10, 10)
-    mmpeft.inject(model, dict(type=method), dict(module='backbone'))
+    mmpeft.inject(model, dict(type='LoRA'), dict(module='backbone'), memory=memory)
     return model
 
 
 def test_a_step_of_a_model():
-    """Recomputing keeps less, and of a block as much as one block more keeps."""
+    """Of a block that runs again it keeps what one block more would keep, less its input."""
     shape = (1, 3, 56, 56)
     memory = predict(whole, shape)
-    model = whole(False)
+    model = whole('speed')
     trained = [p for p in model.parameters() if p.requires_grad]
     assert memory.gradients == sum(4 * p.numel() for p in trained)
     assert memory.optimizer == 2 * memory.gradients
     assert memory.weights == sum(4 * p.numel() for p in model.parameters())
-    assert memory.saved == saved_bytes(model.backbone, torch.randn(shape))[0]
-    inputs = saved_bytes(whole(True).backbone, torch.randn(shape))[0]
-    assert inputs < memory.recomputed < memory.saved
-    deeper = InternViT(ARCH | dict(depth=4), frozen_dtype='float32')
-    mmpeft.inject(deeper, dict(type='LoRA'))
-    block = saved_bytes(deeper, torch.randn(shape))[0] - memory.saved
-    assert memory.recomputed == inputs + block
+    for name, saved in memory.saved.items():
+        assert saved == counted(whole(name).backbone, torch.randn(shape))
+    assert memory.saved['small'] < memory.saved['balanced'] < memory.saved['speed']
+    blocks = [counted(whole('speed', depth).backbone, torch.randn(shape)) for depth in (3, 4)]
+    assert memory.block == blocks[1] - blocks[0] - 17 * 64 * 4
 
 
-def test_a_backbone_that_cannot_recompute():
-    memory = predict(lambda again: None if again else whole(False), (1, 3, 56, 56))
-    assert memory.recomputed is None and memory.saved > 0
-    assert table([('it', memory)]).row_count == 1
+def test_a_table_has_totals_with_the_block_that_runs_again():
+    gib = 2**30
+    saved = dict(speed=4 * gib, balanced=3 * gib, small=gib)
+    columns = table([('it', Memory(gib, gib, gib, saved, gib))]).columns
+    row = tuple(cell for column in columns for cell in column.cells)
+    assert row == ('it', *'1.00 1.00 1.00 4.00 3.00 1.00 7.00 6.00 5.00'.split())
 
 
 class ReadsNumbers(nn.Module):

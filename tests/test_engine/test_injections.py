@@ -103,3 +103,10 @@ def test_another_method_follows_nothing():
     model = net()
     mmpeft.inject(model, LORA, dict(module='backbone'))
     assert after(dict(type='DoRA'), describe(model)).rank == 8
+
+
+def test_memory_of_all_injections():
+    model = net()
+    with pytest.warns(UserWarning, match="memory='small' finds no blocks in Sequential"):
+        inject_all(model, injections([LORA, LORA]), memory='small')
+    assert [record.memory for record in model.peft] == ['small', 'small']

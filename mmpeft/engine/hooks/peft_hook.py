@@ -60,6 +60,7 @@ class PEFTHook(Hook):
             tensors of the model or has them in other shapes, such as a head of
             other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
+        memory: Likewise.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
         nonfinite_iters: Steps in a row with NaN or infinite loss or gradients
@@ -78,6 +79,7 @@ class PEFTHook(Hook):
     check_base: bool = True
     check_whole: bool = True
     execution: str = 'auto'
+    memory: str = 'speed'
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
@@ -129,7 +131,8 @@ class PEFTHook(Hook):
             runner.model, source, self.base_checkpoint, runner._init_model_weights, trains
         )
         manifest = source and source.manifest
-        summary = inject_all(runner.model, self._injections, self.execution, manifest)
+        ways = self.execution, self.memory
+        summary = inject_all(runner.model, self._injections, *ways, manifest)
         runner.logger.info(str(summary))
 
     def _helpers(self, runner) -> Iterator[Hook]:

@@ -392,6 +392,7 @@ def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path)
         ({'default_hooks.peft.method': None}, "A method is a dict such as dict.type='FLoRA'"),
         ({'default_hooks.peft.method.rank': 8.0}, 'rank=8.0 must be one integer or a tuple'),
         ({'default_hooks.peft.execution': 'fast'}, "'fast' is not one of 'auto'"),
+        ({'default_hooks.peft.memory': 'tiny'}, "memory='tiny' is not one of 'speed'"),
         (
             {'default_hooks.second': dict(type='mmpeft.PEFTHook', method=dict(type='LoRA'))},
             '2 hooks of type PEFTHook',
