@@ -66,7 +66,9 @@ def adapt(
     found = injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
     if rank is not None:
         found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
-    return inject_all(model, found, hook.get('execution', 'auto'), manifest)
+    return inject_all(
+        model, found, hook.get('execution', 'auto'), manifest, hook.get('frozen_dtype')
+    )
 
 
 def build_adapted(cfg: Config, recompute: bool = False) -> nn.Module | None:

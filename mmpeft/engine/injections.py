@@ -59,6 +59,7 @@ def inject_all(
     given: Sequence[dict],
     execution: str = 'auto',
     manifest: Mapping | None = None,
+    frozen_dtype: str | None = None,
 ) -> Summary:
     """Call :func:`mmpeft.inject` once for each of :func:`injections`.
 
@@ -69,6 +70,7 @@ def inject_all(
         manifest: What a checkpoint that is loaded afterwards says of its
             adapters. The adapters stay empty until then, and arguments that
             ``given`` leaves open are those of the manifest.
+        frozen_dtype: See :func:`mmpeft.inject`.
     """
     stored = manifest['injections'] if manifest else ()
     for each, theirs in zip_longest(given, stored[: len(given)]):
@@ -76,7 +78,13 @@ def inject_all(
             version = legacy.VERSION if legacy.is_former(manifest) else manifest['version']
             theirs = checked_method(theirs['method'], version)
             each = each | dict(method=_followed(each['method'], theirs))
-        summary = inject(model, **each, empty=manifest is not None, execution=execution)
+        summary = inject(
+            model,
+            **each,
+            empty=manifest is not None,
+            execution=execution,
+            frozen_dtype=frozen_dtype,
+        )
     return summary
 
 

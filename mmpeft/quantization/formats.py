@@ -15,7 +15,7 @@ Parts = dict[str, Tensor]
 class Rows:
     """Whole numbers or float8, and one scale for each row: W = scale * data.
 
-    ``qdata`` (O, I) has a byte for each number, ``scale`` (O, 1) the dtype of W.
+    ``qdata`` (O, I) has a byte for each number, ``scale`` (O, 1) is float32.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -37,7 +37,7 @@ class Rows:
         return dict(qdata=data, scale=packed.scale)
 
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The weight, in the dtype that it was packed from."""
+        """The weight, not yet rounded to its dtype."""
         scale = parts['scale']
         return parts['qdata'].view(self.dtype).to(scale.dtype) * scale
 
@@ -63,10 +63,12 @@ class NF4:
         # torchao divides blocks of zeros by their largest element; code 7 stands for zero.
         zeros = (weight.view(-1, 64) == 0).all(1, keepdim=True)
         data = parts['quantized_data'].view(-1, 32).masked_fill(zeros, 0x77)
-        return parts | dict(quantized_data=data.flatten())
+        factor = parts['quantization_factor']
+        factor = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device).copy_(factor)
+        return parts | dict(quantized_data=data.flatten(), quantization_factor=factor)
 
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The weight, in the dtype that it was packed from."""
+        """The weight, not yet rounded to its dtype."""
         factor, mean, table = parts['quantization_factor'], parts['scaler_mean'], parts['nf4']
         scales = parts['quantized_scalers'].view(len(factor), -1) / factor[:, None]
         scales = scales.flatten().to(table.dtype) + mean

@@ -117,8 +117,9 @@ def quantize(weight: Tensor, dtype: str) -> Quantized:
     """
     check_format(dtype)
     weight = dequantized(weight.detach())
+    exact = weight.float() if weight.dtype == torch.float64 else weight  # of which torchao has none
     try:
-        quantized = Quantized(FORMATS[dtype].pack(weight), dtype, weight.shape, weight.dtype)
+        quantized = Quantized(FORMATS[dtype].pack(exact), dtype, weight.shape, weight.dtype)
         quantized.values()
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(

@@ -59,6 +59,7 @@ class PEFTHook(Hook):
             tensors of the model or has them in other shapes, such as a head of
             other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
+        frozen_dtype: See :func:`mmpeft.inject`. The base is loaded as it is, and then rounded.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
         nonfinite_iters: Steps in a row with NaN or infinite loss or gradients
@@ -77,6 +78,7 @@ class PEFTHook(Hook):
     check_base: bool = True
     check_whole: bool = True
     execution: str = 'auto'
+    frozen_dtype: str | None = None
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
@@ -126,7 +128,9 @@ class PEFTHook(Hook):
             runner.model, source, self.base_checkpoint, runner._init_model_weights, trains
         )
         manifest = source and source.manifest
-        summary = inject_all(runner.model, self._injections, self.execution, manifest)
+        summary = inject_all(
+            runner.model, self._injections, self.execution, manifest, self.frozen_dtype
+        )
         runner.logger.info(str(summary))
 
     def _helpers(self, runner) -> Iterator[Hook]:
