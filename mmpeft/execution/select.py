@@ -56,7 +56,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
-    adapter.warn_of_rounding()
+    adapter.check_sharding()
     with outside_autocast(adapter.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if form is None or (form.magnitude is not None and form.update != 'additive'):

@@ -134,6 +134,7 @@ def _parametrize(site):
     layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
     original = layer._parameters.get(tensor)
     if isinstance(original, Quantized):
+        site.adapter.in_few_bits = True
         # torch would swap it with itself, and fails where a graph for backward holds it.
         blank = torch.empty(original.shape, dtype=original.dtype, device='meta')
         layer._parameters[tensor] = nn.Parameter(blank, False)

@@ -139,11 +139,13 @@ def _kept(model, method, root, trained):
     """The parameters that train themselves, by this injection and earlier ones."""
     if method.trains_base:
         raise UsageError(
-            f'{type(method).__name__} trains the weights themselves, and frozen_dtype is for frozen '
-            'ones. Leave frozen_dtype out.'
+            f'{type(method).__name__} trains the weights themselves, and frozen_dtype is for '
+            'frozen ones. Leave frozen_dtype out.'
         )
     own, everything = plain_parameters(root), plain_parameters(model)
-    earlier = [everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained]
+    earlier = [
+        everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained
+    ]
     return [*(own[name] for name in trained), *earlier]
 
 

@@ -11,6 +11,7 @@ import mmpeft
 from mmpeft.analysis.memory import saved_bytes
 from mmpeft.errors import UsageError
 from mmpeft.methods import ActivationMethod
+from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import FORMATS, Quantized, dequantized
 from tests.cases import METHODS
 
@@ -165,6 +166,14 @@ def test_a_tied_weight_is_stored_once():
     first, second = (model[k].parametrizations.weight.original for k in 'ab')
     assert first is second and isinstance(first, Quantized)
     assert type(model.e.weight) is nn.Parameter
+
+
+def test_sharding_is_refused():
+    """FSDP marks the modules that it shards, of values in their whole size."""
+    model = adapted(dict(type='LoRA', rank=1))
+    vars(model.fc1.parametrizations.weight[0])[SHARDED] = True
+    with pytest.raises(UsageError, match='FSDP shards the values of weights in few bits'):
+        model(images())
 
 
 def test_a_second_injection():

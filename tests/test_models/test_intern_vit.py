@@ -283,7 +283,10 @@ def test_blocks_in_few_bits(kind, tmp_path):
         exact = source.encoder.layers[1].get_submodule(name).weight
         stored = block.get_submodule(name).weight
         assert torch.equal(stored, quantize(exact.bfloat16(), kind))
-    assert block.attn.qkv.weight is built and model.embeddings.patch_embedding.weight.dtype == torch.bfloat16
+    assert (
+        block.attn.qkv.weight is built
+        and model.embeddings.patch_embedding.weight.dtype == torch.bfloat16
+    )
     for a, b in zip(model(images := torch.randn(1, 3, 56, 56)), source(images), strict=True):
         assert ((a - b).norm() / b.norm()).item() < (0.25 if kind == 'nf4' else 0.06)
 

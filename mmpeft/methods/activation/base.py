@@ -114,7 +114,7 @@ class ActivationAdapter(Adapter):
         """A forward hook with kwargs that changes the output."""
         x, self._input = (self._input if self.spec.ends else _first(args, kwargs)), None
         self.ran = True
-        self.warn_of_rounding()
+        self.check_sharding()
         y = output[0] if isinstance(output, tuple) else output
         with outside_autocast(x.device.type):
             changed = self.method.after(x, y, self.factors, self.spec)
