@@ -16,7 +16,7 @@ from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .guards import guard
-from .quantized import quantize_weights, refuse_quantized, to_quantize
+from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
@@ -64,8 +64,9 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, an argument is unknown, the target has quantized weights, or the
-            model is sharded or wrapped for DDP already. It is unchanged.
+            does not fit, an argument is unknown, the target has weights in few bits
+            of other libraries than torchao, or in formats that quantize inputs too, or the model is
+            sharded or wrapped for DDP already. It is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -73,8 +74,8 @@ def inject(
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     target_module(model, targets.module)
-    refuse_quantized(model, targets.module)
     _check_beside_earlier(model, method, targets.module)
+    adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     root = target_module(model, targets.module)

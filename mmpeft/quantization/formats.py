@@ -63,9 +63,7 @@ class NF4:
         # torchao divides blocks of zeros by their largest element; code 7 stands for zero.
         zeros = (weight.view(-1, 64) == 0).all(1, keepdim=True)
         data = parts['quantized_data'].view(-1, 32).masked_fill(zeros, 0x77)
-        factor = parts['quantization_factor']
-        factor = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device).copy_(factor)
-        return parts | dict(quantized_data=data.flatten(), quantization_factor=factor)
+        return parts | dict(quantized_data=data.flatten())
 
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The weight, not yet rounded to its dtype."""
@@ -78,3 +76,23 @@ class NF4:
 
 
 FORMATS = dict(int8=Rows(torch.int8), nf4=NF4(), fp8=Rows(torch.float8_e4m3fn))
+
+
+def parts_of_torchao(tensor: Tensor) -> tuple[str, Parts] | None:
+    """The format and the parts of a weight that torchao quantized, in the same memory.
+
+    None for what has no format here: other tensors, and those that quantize their input too.
+    """
+    kind = f'{type(tensor).__module__}.{type(tensor).__qualname__}'
+    if not kind.startswith('torchao.') or getattr(tensor, 'act_quant_kwargs', None) is not None:
+        return None
+    if kind.endswith('.NF4Tensor'):
+        return 'nf4', {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    name = {'Int8Tensor': 'int8', 'Float8Tensor': 'fp8'}.get(type(tensor).__name__)
+    if name is None or tensor.ndim != 2 or getattr(tensor, 'act_pre_scale', None) is not None:
+        return None
+    data, scale, zero = tensor.qdata, tensor.scale, getattr(tensor, 'zero_point', None)
+    is_centred = zero is None or not zero.any()
+    if data.dtype != FORMATS[name].dtype or tuple(scale.shape) != (len(data), 1) or not is_centred:
+        return None
+    return name, dict(qdata=data.view(torch.uint8), scale=scale)
