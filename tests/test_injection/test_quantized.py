@@ -168,6 +168,21 @@ def test_a_tied_weight_is_stored_once():
     assert type(model.e.weight) is nn.Parameter
 
 
+def test_under_ddp(tmp_path):
+    """Which sends all parameters to all ranks; what is stored stays."""
+    model = noisy(adapted(dict(type='LoRA', rank=2)))
+    alone, before = copy.deepcopy(model), copy.deepcopy(model.fc1.parametrizations.weight.original)
+    store = f'file://{tmp_path / "store"}'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    try:
+        got = step(nn.parallel.DistributedDataParallel(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(model.fc1.parametrizations.weight.original, before)
+    for name, value in step(alone).items():
+        assert close(got[name if name == 'y' else f'module.{name}'], value), name
+
+
 def test_sharding_is_refused():
     """FSDP marks the modules that it shards, of values in their whole size."""
     model = adapted(dict(type='LoRA', rank=1))
