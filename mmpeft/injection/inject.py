@@ -10,6 +10,7 @@ from torch import nn
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, CHOICES
 from mmpeft.methods import Method, Ranked
+from mmpeft.quantization import Quantized
 from mmpeft.registry import METHODS
 
 from .attach import attach, make_adapters
@@ -80,8 +81,9 @@ def inject(
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     root = target_module(model, targets.module)
     trained = _trained(root, unfreeze)
+    _check_trainable(method, root, trained, frozen_dtype)
     if frozen_dtype is not None:
-        kept = _kept(model, method, root, trained)
+        kept = _kept(model, root, trained)
         quantize_weights(to_quantize(model, targets.module, frozen_dtype, kept), frozen_dtype)
     sites = make_adapters(sites, empty, execution)
     freeze_target(model, method, targets.module, trained, execution)
@@ -136,13 +138,25 @@ def _trained(root, patterns):
     return tuple(dict.fromkeys(trained))
 
 
-def _kept(model, method, root, trained):
-    """The parameters that train themselves, by this injection and earlier ones."""
-    if method.trains_base:
+def _check_trainable(method, root, trained, frozen_dtype):
+    """Refuse to train what is, or is to be, in few bits."""
+    own = plain_parameters(root)
+    rounded = [name for name, weight in own.items() if isinstance(weight, Quantized)]
+    if method.trains_base and (rounded or frozen_dtype):
         raise UsageError(
-            f'{type(method).__name__} trains the weights themselves, and frozen_dtype is for '
-            'frozen ones. Leave frozen_dtype out.'
+            f'{type(method).__name__} trains the weights themselves, and weights in few bits '
+            f'{f"(such as {rounded[0]}) " if rounded else ""}stay frozen. Leave frozen_dtype out.'
         )
+    for name in trained:
+        if name in rounded:
+            raise UsageError(
+                f'{name} is stored in few bits ({own[name].format}), so it cannot train itself. '
+                'Adapt it, or load the model without quantization.'
+            )
+
+
+def _kept(model, root, trained):
+    """The parameters that train themselves, by this injection and earlier ones."""
     own, everything = plain_parameters(root), plain_parameters(model)
     earlier = [
         everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained

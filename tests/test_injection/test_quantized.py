@@ -203,6 +203,11 @@ def test_refusals():
     model = net()
     with pytest.raises(UsageError, match='Full trains the weights themselves'):
         mmpeft.inject(model, dict(type='Full'), frozen_dtype='nf4')
+    rounded = mmpeft.remove(adapted(dict(type='LoRA')))
+    with pytest.raises(UsageError, match=r'Full trains .*\(such as fc1.weight\) stay frozen'):
+        mmpeft.inject(rounded, dict(type='Full'))
+    with pytest.raises(UsageError, match=r'fc1.weight is stored in few bits \(nf4\), so it cannot'):
+        mmpeft.inject(rounded, dict(type='LoRA'), unfreeze=r'fc1\.')
     with pytest.raises(UsageError, match="frozen_dtype='bfloat16' is unknown"):
         mmpeft.inject(model, dict(type='LoRA'), frozen_dtype='bfloat16')
     with pytest.raises(UsageError, match="'stem' has no linear layer whose weight is frozen"):
