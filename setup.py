@@ -23,14 +23,17 @@ OPENMMLAB = [
 ]
 DET = [*OPENMMLAB, 'onedl-mmdetection>=3.5.1,<4']
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']
+QUANTIZED = ['torchao>=0.18,<0.19']  # the tensors that frozen_dtype is made of
 EXTRAS = {
     'det': DET,
     'seg': [*OPENMMLAB, 'onedl-mmsegmentation>=1.4.2,<2'],
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
     'onnx': ONNX,
+    'quantized': QUANTIZED,
     'docs': ['furo>=2024.8.6', 'myst-parser>=4', 'sphinx>=8.1'],
     'dev': [
         *ONNX,
+        *QUANTIZED,
         'hypothesis>=6',
         'lycoris-lora>=4.1',
         'mat4py',  # mmpretrain's multimodal models, which it imports beside transformers

@@ -98,7 +98,9 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
 
     Of the whole pass, and by the path of each module that runs in it.
     """
-    held = [part for t in (*model.parameters(), *model.buffers()) for part in stored_parts(t).values()]
+    held = [
+        part for t in (*model.parameters(), *model.buffers()) for part in stored_parts(t).values()
+    ]
     own = {part.untyped_storage()._cdata for part in held}
     seen, running, by_module = {}, [], defaultdict(int)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.injection.merge import remove
 from mmpeft.injection.wrappers import is_sharded, refuse_ddp, refuse_sharded, unwrapped, writes
+from mmpeft.quantization import adopted
 
 from . import legacy
 from .atomic import replacing, write_tensors
@@ -223,7 +224,7 @@ def _without_values(model):
     for module in model.modules():
         for value in (module._parameters | module._buffers | vars(module)).values():
             if isinstance(value, Tensor):
-                empty = torch.empty_like(value, device='meta', requires_grad=False)
+                empty = torch.empty_like(adopted(value), device='meta', requires_grad=False)
                 if isinstance(value, nn.Parameter):
                     empty = nn.Parameter(empty, requires_grad=value.requires_grad)
                 memo[id(value)] = empty

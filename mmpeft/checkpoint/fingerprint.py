@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.injection.weights import plain_key
 from mmpeft.injection.wrappers import local_part
-from mmpeft.quantization import Quantized, stored_in, stored_parts
+from mmpeft.quantization import Quantized, adopted, stored_in, stored_parts
 
 from .keys import frozen_keys
 from .sharding import on_whole
@@ -34,7 +34,7 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
         return ''
     state = {plain_key(key): value for key, value in model.state_dict().items()}
     base = {name: state[name] for name in names}
-    formats = {stored_in(value) for value in base.values() if isinstance(value, Quantized)}
+    formats = {stored_in(value) for value in base.values() if isinstance(adopted(value), Quantized)}
     return '-'.join([*sorted(formats), digest(base)])
 
 
@@ -56,7 +56,8 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
             part = part.detach().cpu().contiguous()
             whole.update(part_name.encode())
             if part.numel():
-                whole.update(part.reshape(-1).view(torch.uint8).numpy().data)
+                flat = part.as_strided((part.numel(),), (1,))  # one element may have any stride
+                whole.update(flat.view(torch.uint8).numpy().data)
         return whole.digest()
 
     names = sorted(state)

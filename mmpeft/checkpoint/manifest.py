@@ -17,6 +17,7 @@ from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.guards import guard
 from mmpeft.injection.points import restore_point
+from mmpeft.injection.quantized import adopt_quantized
 from mmpeft.injection.ranks import check_ranks
 from mmpeft.injection.site import Site, adapter_parameters, attached, sites_at
 from mmpeft.injection.targets import target_module
@@ -109,6 +110,7 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
     methods = [checked_method(config, version) for config in manifest['methods']]
     for number, injection in enumerate(manifest['injections']):
         target_module(model, injection['module'])
+        adopt_quantized(model, injection['module'])
         entries = []
         for entry in (entry for entry in manifest['adapters'] if entry['injection'] == number):
             path, point = entry['path'], None

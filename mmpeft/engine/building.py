@@ -66,8 +66,8 @@ def adapt(
     found = injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
     if rank is not None:
         found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
-    ways = {name: hook[name] for name in ('execution', 'memory') if name in hook}
-    return inject_all(model, found, **ways, manifest=manifest)
+    ways = {name: hook[name] for name in ('execution', 'memory', 'frozen_dtype') if name in hook}
+    return inject_all(model, found, manifest, **ways)
 
 
 def build_adapted(cfg: Config, memory: str | None = None) -> nn.Module:

@@ -57,20 +57,18 @@ def injections(
 def inject_all(
     model: nn.Module,
     given: Sequence[dict],
-    execution: str = 'auto',
-    memory: str = 'speed',
     manifest: Mapping | None = None,
+    **execution: str | None,
 ) -> Summary:
     """Call :func:`mmpeft.inject` once for each of :func:`injections`.
 
     Args:
         model: Without adapters, on its base.
         given: From :func:`injections`.
-        execution: See :func:`mmpeft.inject`.
-        memory: Likewise.
         manifest: What a checkpoint that is loaded afterwards says of its
             adapters. The adapters stay empty until then, and arguments that
             ``given`` leaves open are those of the manifest.
+        execution: ``execution``, ``memory`` and ``frozen_dtype`` of :func:`mmpeft.inject`.
     """
     stored = manifest['injections'] if manifest else ()
     for each, theirs in zip_longest(given, stored[: len(given)]):
@@ -78,8 +76,7 @@ def inject_all(
             version = legacy.VERSION if legacy.is_former(manifest) else manifest['version']
             theirs = checked_method(theirs['method'], version)
             each = each | dict(method=_followed(each['method'], theirs))
-        ways = dict(empty=manifest is not None, execution=execution, memory=memory)
-        summary = inject(model, **each, **ways)
+        summary = inject(model, **each, **execution, empty=manifest is not None)
     return summary
 
 

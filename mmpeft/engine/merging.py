@@ -16,6 +16,7 @@ from mmpeft.checkpoint.late_buffers import make_late_buffers
 from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
+from mmpeft.quantization import FORMATS
 
 from .config import type_name
 
@@ -33,6 +34,10 @@ def plain_config(cfg: Config) -> Config:
     backbone = plain.model.get('backbone', {})
     if backbone.get('type') == 'mmpeft.TimmBackbone':
         backbone.update(pretrained=False, checkpoint=None)
+    if backbone.get('frozen_dtype') in FORMATS:
+        backbone.frozen_dtype = (
+            'bfloat16'  # which merged weights are, and few bits would round them
+        )
     return plain
 
 

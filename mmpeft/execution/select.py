@@ -60,7 +60,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if isinstance(form, Scales):
         if transformed or parametrize._cache_enabled or original.requires_grad:
             return None
-        adapter.warn_of_rounding()
+        adapter.check_sharding()
         return Kernel('scaled channels', partial(_run_scaled, layer, original, geometry, form))
     if 'depthwise' in spec.kinds:
         pays = trains and not transformed and depthwise.pays(layer, geometry, x)
@@ -68,7 +68,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         return Kernel('kernel gradient as a convolution', run) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
-    adapter.warn_of_rounding()
+    adapter.check_sharding()
     if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
     is_thin = form.update == 'additive' and form.magnitude is None

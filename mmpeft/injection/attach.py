@@ -135,7 +135,15 @@ def _parametrize(site):
     layer, tensor = site.layer, site.tensor
     _own_class(layer)
     layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
+    original = layer._parameters.get(tensor)
+    if isinstance(original, Quantized):
+        site.adapter.in_few_bits = True
+        # torch would swap it with itself, and fails where a graph for backward holds it.
+        blank = torch.empty(original.shape, dtype=original.dtype, device='meta')
+        layer._parameters[tensor] = nn.Parameter(blank, False)
     parametrize.register_parametrization(layer, tensor, site.adapter, unsafe=True)
+    if isinstance(original, Quantized):
+        layer.parametrizations[tensor].original = original
     allow_pickling(layer)
     layer.parametrizations.training = layer.training
     layer.parametrizations[tensor].training = layer.training

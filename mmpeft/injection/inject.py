@@ -10,13 +10,14 @@ from torch import nn
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, BALANCED, CHOICES, MEMORY, PLAIN, SPEED
 from mmpeft.methods import Method, Ranked
+from mmpeft.quantization import Quantized
 from mmpeft.registry import METHODS
 
 from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .guards import guard
-from .quantized import quantize_weights, refuse_quantized, to_quantize
+from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
@@ -70,8 +71,9 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, an argument is unknown, the target has quantized weights, or the
-            model is sharded or wrapped for DDP already. It is unchanged.
+            does not fit, an argument is unknown, the target has weights in few bits
+            of other libraries than torchao, or in formats that quantize inputs too, or the model is
+            sharded or wrapped for DDP already. It is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -80,14 +82,15 @@ def inject(
     _check_memory(memory, execution)
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
     target_module(model, targets.module)
-    refuse_quantized(model, targets.module)
     _check_beside_earlier(model, method, targets.module)
+    adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     root = target_module(model, targets.module)
     trained = _trained(root, unfreeze)
+    _check_trainable(method, root, trained, frozen_dtype)
     if frozen_dtype is not None:
-        kept = _kept(model, method, root, trained)
+        kept = _kept(model, root, trained)
         quantize_weights(to_quantize(model, targets.module, frozen_dtype, kept), frozen_dtype)
     sites = make_adapters(sites, empty, execution)
     freeze_target(model, method, targets.module, trained, execution, memory)
@@ -152,15 +155,29 @@ def _trained(root, patterns):
     return tuple(dict.fromkeys(trained))
 
 
-def _kept(model, method, root, trained):
-    """The parameters that train themselves, by this injection and earlier ones."""
-    if method.trains_base:
+def _check_trainable(method, root, trained, frozen_dtype):
+    """Refuse to train what is, or is to be, in few bits."""
+    own = plain_parameters(root)
+    rounded = [name for name, weight in own.items() if isinstance(weight, Quantized)]
+    if method.trains_base and (rounded or frozen_dtype):
         raise UsageError(
-            f'{type(method).__name__} trains the weights themselves, and frozen_dtype is for frozen '
-            'ones. Leave frozen_dtype out.'
+            f'{type(method).__name__} trains the weights themselves, and weights in few bits '
+            f'{f"(such as {rounded[0]}) " if rounded else ""}stay frozen. Leave frozen_dtype out.'
         )
+    for name in trained:
+        if name in rounded:
+            raise UsageError(
+                f'{name} is stored in few bits ({own[name].format}), so it cannot train itself. '
+                'Adapt it, or load the model without quantization.'
+            )
+
+
+def _kept(model, root, trained):
+    """The parameters that train themselves, by this injection and earlier ones."""
     own, everything = plain_parameters(root), plain_parameters(model)
-    earlier = [everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained]
+    earlier = [
+        everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained
+    ]
     return [*(own[name] for name in trained), *earlier]
 
 

@@ -50,15 +50,13 @@ def remove(model: nn.Module) -> nn.Module:
 
 @on_inner
 @torch.no_grad()
-def merge(
-    model: nn.Module, reversible: bool = False, frozen_dtype: str | None = None
-) -> nn.Module:
+def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None = None) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
 
     phi(W) is computed in float64 and rounded once to the weight's dtype. Weights in few bits
     become plain ones of their dtype, adapted or not. All weights are checked before the first is
-    changed. A head that is adapted and tied to an embedding that is not is untied, in the config of a Hugging Face
-    model too (``tie_word_embeddings``), so that its file loads as it is.
+    changed. A head that is adapted and tied to an embedding that is not is untied, in the config of
+    a Hugging Face model too (``tie_word_embeddings``), so that its file loads as it is.
 
     Args:
         model: Computes afterwards what it did in evaluation mode.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.quantization import Quantized, can_quantize, check_format, quantize
+from mmpeft.quantization import Quantized, adopted, can_quantize, check_format, quantize
 
 from .ties import holders
 from .weights import PARAMETRIZATIONS, join, layers, lineage, original_of, weights_of
@@ -77,24 +77,34 @@ def quantize_weights(weights: list[list[tuple[nn.Module, str]]], dtype: str) -> 
             layer._parameters[name] = stored
 
 
-def refuse_quantized(model: nn.Module, path: str = '') -> None:
-    """Refuse a target module with weights that are not the numbers that its layers compute with.
+def adopt_quantized(model: nn.Module, path: str = '') -> None:
+    """Take over the linear weights below a module that torchao quantized, in place.
 
-    These are layers and tensors of bitsandbytes and torchao, what transformers' quantizers made,
-    and weights of integers or of one byte.
+    Their values stay. Weights that methods cannot work on are refused: layers and tensors of
+    bitsandbytes, of torch's and of torchao's other formats, such as those that quantize the
+    layers' inputs too, and weights of integers or of one byte.
 
     Raises:
-        UsageError: Names the first such layer.
+        UsageError: Names the first layer that is refused; the model is unchanged.
     """
     for above in lineage(path)[:-1]:
         _check(above, model.get_submodule(above), tensors=False)
+    found = {}
     for below, layer in layers(model.get_submodule(path)):
-        _check(join(path, below), layer)
+        own = layer._parameters.get('weight')
+        takes = isinstance(layer, nn.Linear) and own is not None and adopted(own) is not own
+        if takes:
+            found.setdefault(id(own), (adopted(own), []))[1].append(layer)
+        _check(join(path, below), layer, without=('weight',) if takes else ())
+    for weight, holding in found.values():
+        weight = nn.Parameter(weight, False)
+        for layer in holding:
+            layer._parameters['weight'] = weight
 
 
-def _check(path, layer, tensors=True):
+def _check(path, layer, tensors=True, without=()):
     reason = None
-    if getattr(layer, 'hf_quantizer', None) is not None or getattr(layer, 'is_quantized', False):
+    if _is_marked(layer):
         reason = 'was quantized by transformers (hf_quantizer, is_quantized)'
     if not tensors:
         values = {}
@@ -104,7 +114,7 @@ def _check(path, layer, tensors=True):
         if _is_quantized_class(layer):
             reason = f'is a {type(layer).__module__}.{type(layer).__qualname__}'
     for name, value in values.items():
-        if value is None:
+        if value is None or name in without:
             continue
         if _is_quantized_class(value) or _is_quantized_class(value.data):
             kind = type(value) if _is_quantized_class(value) else type(value.data)
@@ -116,9 +126,18 @@ def _check(path, layer, tensors=True):
     if reason:
         raise UsageError(
             f'{path or "The model"} {reason}: it is quantized, and a method is a function of the '
-            'weight that a layer computes with. Load the model without quantization (bfloat16 '
-            'halves its memory), or leave the layer out of the target (targets.module).'
+            'weight that a layer computes with. Load the model without quantization and give '
+            "frozen_dtype ('nf4', 'int8', 'fp8') to mmpeft.inject, or leave the layer out of the "
+            'target (targets.module).'
         )
+
+
+def _is_marked(layer):
+    """Whether a quantizer of transformers other than torchao's has made a model."""
+    quantizer = getattr(layer, 'hf_quantizer', None)
+    config = getattr(quantizer, 'quantization_config', None)
+    is_marked = quantizer is not None or getattr(layer, 'is_quantized', False)
+    return is_marked and getattr(config, 'quant_method', None) != 'torchao'
 
 
 def _is_quantized_class(value):

@@ -6,6 +6,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from mmpeft.errors import UsageError
 from mmpeft.quantization import dequantized
 
 from .base import Factors, Method
@@ -34,6 +35,7 @@ class Adapter(nn.Module):
     injection: int = 0  # the index in ``model.peft`` of the injection that it belongs to
     allocated: bool = False  # an allocator has it, see mmpeft.allocate
     penalized: bool = False  # a backward pass went through its term of the loss
+    in_few_bits: bool = False  # its frozen weight is stored so
 
     def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
         super().__init__()
@@ -71,8 +73,17 @@ class Adapter(nn.Module):
         """Of what is trained."""
         return next(self.parameters(recurse=False)).device
 
-    def warn_of_rounding(self) -> None:
-        """Warn where FSDP's mixed precision has cast the factors for a forward pass."""
+    def check_sharding(self) -> None:
+        """Warn where FSDP's mixed precision has cast the factors for a forward pass.
+
+        Raises:
+            UsageError: FSDP has made a weight in few bits plain.
+        """
+        if self.in_few_bits and SHARDED in self.__dict__:
+            raise UsageError(
+                'FSDP shards the values of weights in few bits, in their whole size. Use '
+                'DistributedDataParallel, or leave frozen_dtype out.'
+            )
         if SHARDED in self.__dict__ and self.dtype.itemsize < 4:
             warnings.warn(
                 f'The factors of adapters are computed in {self.dtype}, to which FSDP casts all '
@@ -123,7 +134,7 @@ class WeightAdapter(Adapter):
 
     def forward(self, weight: Tensor) -> Tensor:
         """phi(W), of the shape and dtype of ``weight``."""
-        self.warn_of_rounding()
+        self.check_sharding()
         with outside_autocast(weight.device.type):
             return self.map(weight, self.factors, self.dtype, self.training)
 

@@ -16,7 +16,6 @@ from mmpeft.errors import MissingFileError, UsageError
 
 from .intern_vit_names import official_name
 
-QKV = '.qkv.'
 UNUSED = re.compile(r'(?:.*\.)?(layernorm|norm|fc_norm|head)\.(weight|bias)\Z')
 
 
@@ -34,8 +33,10 @@ def load_weights(model: nn.Module, source: str) -> None:
     files = _files(Path(source))
     own, thirds = model.state_dict(), defaultdict(dict)
     shapes = {(name, None): tuple(value.shape) for name, value in own.items()}
-    fused = {name: (len(value) // 3, *value.shape[1:]) for name, value in own.items() if QKV in name}
-    shapes |= {(name, i): shape for name, shape in fused.items() for i in range(3)}
+    for name, value in own.items():
+        if '.qkv.' in name:
+            third = len(value) // 3, *value.shape[1:]
+            shapes |= {(name, i): third for i in range(3)}
     _check(own, shapes, files, source)
     for path in track(
         files, f'weights of {Path(source).name}', transient=True, disable=len(files) < 2

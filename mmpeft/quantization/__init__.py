@@ -3,6 +3,7 @@
 from .formats import FORMATS
 from .tensor import (
     Quantized,
+    adopted,
     can_quantize,
     check_format,
     dequantized,
@@ -14,6 +15,7 @@ from .tensor import (
 __all__ = [
     'FORMATS',
     'Quantized',
+    'adopted',
     'can_quantize',
     'check_format',
     'dequantized',

@@ -15,7 +15,7 @@ Parts = dict[str, Tensor]
 class Rows:
     """Whole numbers or float8, and one scale for each row: W = scale * data.
 
-    ``qdata`` (O, I) has a byte for each number, ``scale`` (O, 1) the dtype of W.
+    ``qdata`` (O, I) has a byte for each number, ``scale`` (O, 1) is float32.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -37,7 +37,7 @@ class Rows:
         return dict(qdata=data, scale=packed.scale)
 
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The weight, in the dtype that it was packed from."""
+        """The weight, not yet rounded to its dtype."""
         scale = parts['scale']
         return parts['qdata'].view(self.dtype).to(scale.dtype) * scale
 
@@ -66,7 +66,7 @@ class NF4:
         return parts | dict(quantized_data=data.flatten())
 
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The weight, in the dtype that it was packed from."""
+        """The weight, not yet rounded to its dtype."""
         factor, mean, table = parts['quantization_factor'], parts['scaler_mean'], parts['nf4']
         scales = parts['quantized_scalers'].view(len(factor), -1) / factor[:, None]
         scales = scales.flatten().to(table.dtype) + mean
@@ -76,3 +76,23 @@ class NF4:
 
 
 FORMATS = dict(int8=Rows(torch.int8), nf4=NF4(), fp8=Rows(torch.float8_e4m3fn))
+
+
+def parts_of_torchao(tensor: Tensor) -> tuple[str, Parts] | None:
+    """The format and the parts of a weight that torchao quantized, in the same memory.
+
+    None for what has no format here: other tensors, and those that quantize their input too.
+    """
+    kind = f'{type(tensor).__module__}.{type(tensor).__qualname__}'
+    if not kind.startswith('torchao.') or getattr(tensor, 'act_quant_kwargs', None) is not None:
+        return None
+    if kind.endswith('.NF4Tensor'):
+        return 'nf4', {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    name = {'Int8Tensor': 'int8', 'Float8Tensor': 'fp8'}.get(type(tensor).__name__)
+    if name is None or tensor.ndim != 2 or getattr(tensor, 'act_pre_scale', None) is not None:
+        return None
+    data, scale, zero = tensor.qdata, tensor.scale, getattr(tensor, 'zero_point', None)
+    is_centred = zero is None or not zero.any()
+    if data.dtype != FORMATS[name].dtype or tuple(scale.shape) != (len(data), 1) or not is_centred:
+        return None
+    return name, dict(qdata=data.view(torch.uint8), scale=scale)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from mmpeft.errors import UsageError, near
 from mmpeft.transforms import is_transformed
 
-from .formats import FORMATS, Parts
+from .formats import FORMATS, Parts, parts_of_torchao
 
 aten = torch.ops.aten
 
@@ -117,8 +117,9 @@ def quantize(weight: Tensor, dtype: str) -> Quantized:
     """
     check_format(dtype)
     weight = dequantized(weight.detach())
+    exact = weight.float() if weight.dtype == torch.float64 else weight  # of which torchao has none
     try:
-        quantized = Quantized(FORMATS[dtype].pack(weight), dtype, weight.shape, weight.dtype)
+        quantized = Quantized(FORMATS[dtype].pack(exact), dtype, weight.shape, weight.dtype)
         quantized.values()
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(
@@ -127,6 +128,15 @@ def quantize(weight: Tensor, dtype: str) -> Quantized:
             f'{", ".join(map(repr, FORMATS))}, or leave frozen_dtype out.'
         ) from error
     return quantized
+
+
+def adopted(tensor: Tensor) -> Tensor:
+    """A weight that torchao quantized as one of ours, with the same values and memory.
+
+    Itself where it is of no format of ours, or plain.
+    """
+    found = parts_of_torchao(tensor)
+    return tensor if found is None else Quantized(found[1], found[0], tensor.shape, tensor.dtype)
 
 
 def can_quantize(weight: Tensor, dtype: str) -> bool:
@@ -181,11 +191,13 @@ class _Linear(Function):
 
 def stored_parts(tensor: Tensor) -> Parts:
     """The plain tensors that a tensor is stored as, by name; '' for a plain one itself."""
+    tensor = adopted(tensor)
     return tensor.parts if isinstance(tensor, Quantized) else {'': tensor}
 
 
 def stored_in(tensor: Tensor) -> str:
     """The name of the format or dtype that a tensor is stored in, such as ``'nf4'``."""
+    tensor = adopted(tensor)
     if isinstance(tensor, Quantized):
         return tensor.format
     return str(tensor.dtype).removeprefix('torch.')

@@ -11,6 +11,7 @@ from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import plain_key
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
+from mmpeft.quantization import stored_in, stored_parts
 
 
 def share_base(models: Mapping[str, nn.Module]) -> int:
@@ -55,7 +56,8 @@ def _share(models):
                 )
             same.append((first, state[key]))
     freed = {}
-    for first, tensor in same:
+    parts = [pair for first, tensor in same for pair in _parts(first, tensor)]
+    for first, tensor in parts:
         if first.data_ptr() != tensor.data_ptr():
             freed[tensor.data_ptr()] = tensor.nbytes
             tensor.data = first.data
@@ -64,4 +66,10 @@ def _share(models):
 
 def _equal(a, b):
     alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    return alike and (a is b or torch.equal(a, b))
+    if not alike or stored_in(a) != stored_in(b):
+        return False
+    return a is b or all(torch.equal(*pair) for pair in _parts(a, b))
+
+
+def _parts(a, b):
+    return zip(stored_parts(a).values(), stored_parts(b).values(), strict=True)

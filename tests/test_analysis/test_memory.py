@@ -15,8 +15,8 @@ from tests.backbones import SMALL
 ARCH = dict(depth=3, width=64, heads=2, hidden=128, image_size=56)
 
 
-def vit(method, memory):
-    model = InternViT(ARCH, frozen_dtype='bfloat16')
+def vit(method, memory='speed', dtype='bfloat16'):
+    model = InternViT(ARCH, frozen_dtype=dtype)
     mmpeft.inject(model, dict(type=method), memory=memory)
     return model
 
@@ -77,6 +77,21 @@ def test_saved_bytes_of_convolutions_are_predicted(name, memory):
     model, mode = built_without_data(build)
     with mode:
         assert saved_bytes(model, torch.randn(1, 3, 64, 64))[0] == real > 0
+
+
+@pytest.mark.parametrize('method', ['FLoRA', 'DoRA', 'LoHa'])
+def test_weights_in_few_bits(method):
+    """They take what is stored of them, and forward keeps no values of theirs."""
+    images = torch.randn(2, 3, 56, 56)
+    real, half = vit(method, dtype='nf4'), vit(method)
+    model, mode = built_without_data(lambda: vit(method, dtype='nf4'))
+    with mode:
+        predicted, _ = saved_bytes(model, torch.randn(2, 3, 56, 56))
+    kept, _ = saved_bytes(real, images)
+    assert predicted == kept <= saved_bytes(half, images)[0]
+    sizes = [sum(p.nbytes for p in m.parameters()) for m in (model, real, half)]
+    linear = 3 * (4 * 64 * 64 + 2 * 64 * 128)  # of 2 bytes in bfloat16
+    assert sizes[0] == sizes[1] < sizes[2] - linear
 
 
 def test_saved_bytes_of_a_layer():

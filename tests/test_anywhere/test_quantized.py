@@ -1,10 +1,13 @@
-"""Quantized weights are refused by inject, with the name of the layer."""
+"""Weights that another library quantized: those of torchao are adapted, others refused by name."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import mmpeft
+from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.errors import UsageError
 
 LORA = dict(type='LoRA', rank=1)
@@ -83,11 +86,66 @@ def test_a_model_that_transformers_quantized(mark):
     mmpeft.inject(model, LORA, dict(module='1'))
 
 
-def test_tensors_of_torchao():
+CONFIGS = dict(
+    int8=lambda torchao: torchao.Int8WeightOnlyConfig(),
+    fp8=lambda torchao: torchao.Float8WeightOnlyConfig(),
+    nf4=lambda torchao: None,
+)
+
+
+def of_torchao(kind):
+    from torchao import quantization
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    if kind == 'nf4':
+        stored = quantization.to_nf4(model[2].weight.detach(), 64, 64)
+        model[2].weight = nn.Parameter(stored, False)
+    else:
+        config = CONFIGS[kind](quantization)
+        quantization.quantize_(model, config, lambda module, name: name == '2')
+    return model
+
+
+@pytest.mark.parametrize('kind', CONFIGS)
+def test_weights_of_torchao_are_adapted(kind, tmp_path):
+    """The same values before and after, to rounding, and the same file for each such model."""
+    x = torch.randn(3, 64)
+    expected = of_torchao(kind)(x)
+    for method in (LORA, dict(type='DoRA', rank=1), dict(type='LieRA', rank=1)):
+        model = of_torchao(kind)
+        mmpeft.inject(model, method)
+        torch.testing.assert_close(model(x), expected)
+        model(x).square().sum().backward()
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    loaded = mmpeft.load_adapter(of_torchao(kind), path)
+    assert torch.equal(loaded(x), model(x))
+    assert fingerprint(loaded).startswith(f'{kind}-')
+    mmpeft.merge(loaded)
+    torch.testing.assert_close(loaded(x), expected)
+
+
+def test_torchao_may_quantize_inputs_too():
     from torchao import quantization
 
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    config = quantization.Int8WeightOnlyConfig()
+    config = quantization.Int8DynamicActivationInt8WeightConfig()
     quantization.quantize_(model, config, lambda module, name: name == '1')
-    with pytest.raises(UsageError, match='^1 has a weight of type torchao'):
+    with pytest.raises(UsageError, match='^1 has a weight of type torchao.*give frozen_dtype'):
         mmpeft.inject(model, LORA)
+
+
+def test_a_transformer_that_torchao_quantized():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from transformers import BertConfig, BertModel, TorchAoConfig
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
+    quantize_(model, Int8WeightOnlyConfig())
+    # What from_pretrained(..., quantization_config=TorchAoConfig(...)) leaves on a model.
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model.hf_quantizer, model.is_quantized = SimpleNamespace(quantization_config=config), True
+    words = torch.arange(10)[None]
+    expected = model(words).last_hidden_state
+    assert mmpeft.inject(model, LORA, dict(module='encoder')).stored['int8'] > 0
+    torch.testing.assert_close(model(words).last_hidden_state, expected)

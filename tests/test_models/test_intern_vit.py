@@ -18,6 +18,7 @@ from mmpeft.injection.site import adapter_parameters
 from mmpeft.models import InternViT
 from mmpeft.models.intern_vit_arch import ARCHITECTURES
 from mmpeft.models.intern_vit_names import official_name, to_transformers
+from mmpeft.quantization import FORMATS, quantize
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(depth=4, width=32, heads=4, hidden=48, image_size=56)
@@ -267,6 +268,27 @@ def test_frozen_in_half_the_memory(dtype, amp, method):
     sum(m.square().mean() for m in maps).backward()
     gradients = [p.grad for p in adapter_parameters(model)]
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+def test_blocks_in_few_bits(kind, tmp_path):
+    """Read from shards that hold queries, keys and values apart, one weight after another."""
+    source = intern_vit(SMALL | dict(width=64, hidden=128))
+    shards(tmp_path, to_transformers(source.state_dict()), 3)
+    model = InternViT(source.arch.__dict__, checkpoint=str(tmp_path), frozen_dtype=kind).eval()
+    block = model.encoder.layers[1]
+    built = block.attn.qkv.weight
+    model.init_weights()
+    for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
+        exact = source.encoder.layers[1].get_submodule(name).weight
+        stored = block.get_submodule(name).weight
+        assert torch.equal(stored, quantize(exact.bfloat16(), kind))
+    assert (
+        block.attn.qkv.weight is built
+        and model.embeddings.patch_embedding.weight.dtype == torch.bfloat16
+    )
+    for a, b in zip(model(images := torch.randn(1, 3, 56, 56)), source(images), strict=True):
+        assert ((a - b).norm() / b.norm()).item() < (0.25 if kind == 'nf4' else 0.06)
 
 
 def test_half_precision_is_near_single():

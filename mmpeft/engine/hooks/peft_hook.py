@@ -61,6 +61,7 @@ class PEFTHook(Hook):
             other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
         memory: Likewise.
+        frozen_dtype: See :func:`mmpeft.inject`. The base is loaded as it is, and then rounded.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
         nonfinite_iters: Steps in a row with NaN or infinite loss or gradients
@@ -80,6 +81,7 @@ class PEFTHook(Hook):
     check_whole: bool = True
     execution: str = 'auto'
     memory: str = 'speed'
+    frozen_dtype: str | None = None
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
@@ -131,8 +133,14 @@ class PEFTHook(Hook):
             runner.model, source, self.base_checkpoint, runner._init_model_weights, trains
         )
         manifest = source and source.manifest
-        ways = self.execution, self.memory
-        summary = inject_all(runner.model, self._injections, *ways, manifest)
+        summary = inject_all(
+            runner.model,
+            self._injections,
+            manifest,
+            execution=self.execution,
+            memory=self.memory,
+            frozen_dtype=self.frozen_dtype,
+        )
         runner.logger.info(str(summary))
 
     def _helpers(self, runner) -> Iterator[Hook]:

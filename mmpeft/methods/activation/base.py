@@ -163,7 +163,7 @@ class ActivationAdapter(Adapter):
         between = self.spec.ends and not self._is_block
         x, self._input = (self._input if between else _first(args, kwargs)), None
         self.ran = True
-        self.warn_of_rounding()
+        self.check_sharding()
         y = output[0] if isinstance(output, tuple) else output
         added, self._added = self._added, None
         with outside_autocast(x.device.type):

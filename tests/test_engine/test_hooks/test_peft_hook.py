@@ -16,6 +16,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
 from mmpeft.injection.weights import plain_key
 from mmpeft.methods import ActivationMethod, Adapter
+from mmpeft.quantization import quantize
 from tests.cases import FAMILIES, METHODS
 from tests.toy import (
     ToyClassifier,
@@ -187,6 +188,35 @@ def test_a_checkpoint_with_everything_brings_its_base(pretrained, tmp_path):
     assert any(key.endswith('original') for key in state_of(tmp_path / 'epoch_3.pth'))
     elsewhere = toy_runner(tmp_path / 'test', load_from=str(tmp_path / 'epoch_3.pth'))
     np.testing.assert_array_equal(scores(elsewhere.test()), scores(runner.val()))
+
+
+def test_a_frozen_base_in_few_bits(pretrained, tmp_path):
+    """Trained with EMA, resumed to the last bit, tested, and stored with its base."""
+    changes = {
+        'model.backbone.checkpoint': pretrained,
+        'default_hooks.peft.frozen_dtype': 'int8',
+        'custom_hooks': [dict(type='EMAHook', momentum=0.1)],
+    }
+    through = toy_runner(tmp_path / 'through', **copy.deepcopy(changes))
+    through.train()
+    stored = through.model.backbone.fc.parametrizations.weight.original
+    assert torch.equal(stored, quantize(torch.load(pretrained)['fc.weight'], 'int8'))
+    middle, last = (str(tmp_path / f'through/epoch_{n}.pth') for n in (1, 3))
+    assert not any(key.endswith('original') for key in state_of(last))
+    resumed = toy_runner(tmp_path / 'a', **copy.deepcopy(changes), load_from=middle, resume=True)
+    resumed.train()
+    assert same(weights(through), weights(resumed))
+    del changes['custom_hooks']
+    tested = scores(toy_runner(tmp_path / 'b', **copy.deepcopy(changes), load_from=last).test())
+    assert np.isfinite(tested).all()
+    exact = copy.deepcopy(changes) | {'default_hooks.peft.frozen_dtype': None}
+    with pytest.raises(UsageError, match='another frozen base: fingerprint int8-'):
+        toy_runner(tmp_path / 'c', **exact, load_from=last).test()
+    whole = changes | {'default_hooks.peft.save_frozen': True}
+    toy_runner(tmp_path / 'd', **copy.deepcopy(whole), load_from=last).train()
+    elsewhere = changes | {'load_from': str(tmp_path / 'd/epoch_3.pth')}
+    del elsewhere['model.backbone.checkpoint']
+    assert np.isfinite(scores(toy_runner(tmp_path / 'e', **elsewhere).test())).all()
 
 
 @pytest.fixture

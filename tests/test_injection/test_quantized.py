@@ -1,0 +1,218 @@
+"""Frozen weights in few bits, against the same network with the values that they stand for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mmpeft
+from mmpeft.analysis.memory import saved_bytes
+from mmpeft.errors import UsageError
+from mmpeft.methods import ActivationMethod
+from mmpeft.methods.adapter import SHARDED
+from mmpeft.quantization import FORMATS, Quantized, dequantized
+from tests.cases import METHODS
+
+LINEAR = dict(kinds=('linear',))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 4, 4)
+        self.norm = nn.LayerNorm(64)
+        self.fc1 = nn.Linear(64, 128)
+        self.fc2 = nn.Linear(128, 64, bias=False)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, images):
+        x = self.stem(images).flatten(2).mT
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(method, kind='nf4', **kwargs):
+    model = net()
+    mmpeft.inject(model, method, LINEAR, unfreeze='head', frozen_dtype=kind, **kwargs)
+    return model
+
+
+def plain(model):
+    """A copy with the values in place of what is stored."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        for name, weight in layer._parameters.items():
+            if isinstance(weight, Quantized):
+                layer._parameters[name] = nn.Parameter(dequantized(weight), False)
+    return model
+
+
+def noisy(model, scale=0.1):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn_like(parameter)
+    return model
+
+
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def step(model):
+    torch.manual_seed(3)
+    y = model.train()(images())
+    y.square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return dict(y=y.detach()) | grads
+
+
+def close(one, other):
+    return (one - other).norm() <= 1e-6 * other.norm()
+
+
+def is_for_weights(config):
+    method = mmpeft.METHODS.build(config)
+    return method.adapts and not isinstance(method, ActivationMethod) and config['type'] != 'Full'
+
+
+CASES = [name for name, config in METHODS.items() if is_for_weights(config)]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_equals_the_dequantized_network(case):
+    kind = list(FORMATS)[CASES.index(case) % 3]
+    model = noisy(adapted(METHODS[case], kind))
+    got, expected = step(model), step(plain(model))
+    assert got.keys() == expected.keys() and len(got) > 2
+    for name, value in expected.items():
+        assert close(got[name], value), name
+
+
+@pytest.mark.parametrize('execution', ['branch', 'merged', 'plain'])
+def test_ways_to_compute(execution):
+    model = noisy(adapted(dict(type='LoRA', rank=2), execution=execution))
+    got, expected = step(model), step(plain(model))
+    assert all(close(got[name], value) for name, value in expected.items())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images()), plain(model).eval()(images()))
+
+
+@pytest.mark.parametrize('method', ['LoRA', 'LieRA', 'DoRA', 'LoHa', 'BitFit'])
+def test_no_weight_is_kept_for_backward(method):
+    """Less than the values of the weights would take; inputs of the layers are far smaller."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+    mmpeft.inject(model, dict(type=method), frozen_dtype='int8')
+    kept, _ = saved_bytes(model, torch.randn(2, 256, requires_grad=True))
+    assert kept < 256 * 256 * 4
+
+
+def test_starts_from_the_rounded_weights():
+    model = adapted(dict(type='DoRA', rank=2))
+    weight = model.fc1.parametrizations.weight.original
+    assert isinstance(weight, Quantized) and not weight.requires_grad
+    torch.testing.assert_close(model.fc1.weight, weight.values())
+    assert type(model.stem.weight) is nn.Parameter
+    assert type(model.head.parametrizations.weight.original) is nn.Parameter
+
+
+def test_summary():
+    found = mmpeft.summary(adapted(dict(type='LoRA', rank=2))).stored
+    elements = 2 * 64 * 128
+    assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64), rel=0.02)
+    assert found['float32'] == 4 * sum(p.numel() for p in net().parameters()) - 4 * elements
+    assert not mmpeft.summary(net()).stored
+
+
+@pytest.mark.parametrize('reversible', [False, True])
+def test_merging_makes_all_weights_plain(reversible):
+    model = noisy(adapted(dict(type='LoRA', rank=2)))
+    mmpeft.remove(other := copy.deepcopy(model))
+    assert isinstance(other.fc1.weight, Quantized) and not other.fc1.weight.requires_grad
+    expected = model.eval()(images())
+    mmpeft.merge(model, reversible=reversible)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert model.state_dict().keys() == net().state_dict().keys()
+    torch.testing.assert_close(model(images()), expected)
+    if reversible:
+        mmpeft.unmerge(model)
+        assert isinstance(model.fc1.parametrizations.weight.original, Quantized)
+        assert torch.equal(model(images()), expected)
+
+
+def test_merging_into_few_bits():
+    model = noisy(adapted(dict(type='LoRA', rank=2)), 0.03)
+    expected = mmpeft.merge(copy.deepcopy(model))
+    mmpeft.merge(model, frozen_dtype='int8')
+    assert model.fc1.weight.format == 'int8' and type(model.head.weight) is nn.Parameter
+    error = (model.fc1.weight.values() - expected.fc1.weight).abs()
+    assert (error <= expected.fc1.weight.abs().amax(1, keepdim=True) / 250).all()
+
+
+def test_a_tied_weight_is_stored_once():
+    model = nn.ModuleDict(dict(a=nn.Linear(64, 64), b=nn.Linear(64, 64), c=nn.Linear(64, 64)))
+    model.e = nn.Embedding(64, 64)
+    model.b.weight, model.c.weight = model.a.weight, model.e.weight
+    targets = dict(include=(r'^[abc]\.weight',))
+    mmpeft.inject(model, dict(type='LoRA', rank=1), targets, frozen_dtype='nf4')
+    first, second = (model[k].parametrizations.weight.original for k in 'ab')
+    assert first is second and isinstance(first, Quantized)
+    assert type(model.e.weight) is nn.Parameter
+
+
+def test_under_ddp(tmp_path):
+    """Which sends all parameters to all ranks; what is stored stays."""
+    model = noisy(adapted(dict(type='LoRA', rank=2)))
+    alone, before = copy.deepcopy(model), copy.deepcopy(model.fc1.parametrizations.weight.original)
+    store = f'file://{tmp_path / "store"}'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    try:
+        got = step(nn.parallel.DistributedDataParallel(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(model.fc1.parametrizations.weight.original, before)
+    for name, value in step(alone).items():
+        assert close(got[name if name == 'y' else f'module.{name}'], value), name
+
+
+def test_sharding_is_refused():
+    """FSDP marks the modules that it shards, of values in their whole size."""
+    model = adapted(dict(type='LoRA', rank=1))
+    vars(model.fc1.parametrizations.weight[0])[SHARDED] = True
+    with pytest.raises(UsageError, match='FSDP shards the values of weights in few bits'):
+        model(images())
+
+
+def test_a_second_injection():
+    model = adapted(dict(type='LoRA', rank=1))
+    mmpeft.inject(model, dict(type='IA3'), LINEAR, frozen_dtype='nf4')
+    assert step(model)['y'].isfinite().all()
+    with pytest.raises(UsageError, match=r"fc1.weight is stored in 'nf4' already"):
+        mmpeft.inject(model, dict(type='IA3'), LINEAR, frozen_dtype='int8')
+
+
+def test_refusals():
+    model = net()
+    with pytest.raises(UsageError, match='Full trains the weights themselves'):
+        mmpeft.inject(model, dict(type='Full'), frozen_dtype='nf4')
+    rounded = mmpeft.remove(adapted(dict(type='LoRA')))
+    with pytest.raises(UsageError, match=r'Full trains .*\(such as fc1.weight\) stay frozen'):
+        mmpeft.inject(rounded, dict(type='Full'))
+    with pytest.raises(UsageError, match=r'fc1.weight is stored in few bits \(nf4\), so it cannot'):
+        mmpeft.inject(rounded, dict(type='LoRA'), unfreeze=r'fc1\.')
+    with pytest.raises(UsageError, match="frozen_dtype='bfloat16' is unknown"):
+        mmpeft.inject(model, dict(type='LoRA'), frozen_dtype='bfloat16')
+    with pytest.raises(UsageError, match="'stem' has no linear layer whose weight is frozen"):
+        mmpeft.inject(model, dict(type='LoRA'), dict(module='stem'), frozen_dtype='nf4')
+    assert not hasattr(model, 'peft') and all(p.requires_grad for p in model.parameters())
+    mmpeft.inject(model, dict(type='LoRA'))
+    with pytest.raises(UsageError, match='fc1.weight has an adapter already.*first mmpeft.inject'):
+        mmpeft.inject(model, dict(type='LoRA'), frozen_dtype='nf4')
