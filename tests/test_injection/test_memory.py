@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.layers import GlobalResponseNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
