@@ -55,6 +55,11 @@ class ResponseNorm(FastFunction):
         factor, _ = self._factor(weight, norm)
         return torch.addcmul(bias, x.to(norm.dtype), factor).to(x.dtype)
 
+    def again(self, x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor) -> Tensor:
+        """y in backward; where that is differentiated, the norms depend on x."""
+        compute = self.reference if torch.is_grad_enabled() else self.affine
+        return compute(x, weight, bias, norm)
+
     def _factor(self, weight, norm):
         mean = norm.mean(self.channel, keepdim=True) + self.eps
         return weight * (norm / mean) + 1, mean
@@ -75,5 +80,5 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, channel: 
         arguments = weight.view(shape).to(norm.dtype), bias.view(shape).to(norm.dtype), norm
     function = ResponseNorm(positions, channel, eps)
     y = function(x, *arguments)
-    affine, kept = through(function.affine, x, *arguments)
-    return tag_for_recompute(y, affine, *kept)
+    again, kept = through(function.again, x, *arguments)
+    return tag_for_recompute(y, again, *kept)
