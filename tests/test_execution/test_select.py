@@ -10,7 +10,7 @@ import mmpeft
 from mmpeft import execution
 from mmpeft.execution.function import FastFunction
 from mmpeft.execution.select import select_kernel
-from tests.cases import METHODS
+from tests.cases import METHODS, NO_PLACE
 from tests.comparing import assert_as_plain, assert_equal, plain, results
 from tests.test_execution.tables import LARGE, NORMAL, OTHER, TABLE, adapted
 
@@ -55,6 +55,8 @@ def test_every_execution_computes_the_same(case, name, way):
 @pytest.mark.parametrize('name', NORMAL + OTHER)
 def test_evaluation_computes_the_same(name):
     for case, layer in TABLE.items():
+        if (METHODS[name]['type'], case) in NO_PLACE:
+            continue
         for way in (execution.AUTO, execution.MERGED, execution.BRANCH):
             model, x = adapted(layer, METHODS[name], way=way).eval(), layer.input()
             found = model(x)
