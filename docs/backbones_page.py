@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mmpeft.analysis.memory import predict
+from mmpeft.execution import MEMORY, SPEED
 from mmpeft.injection.inject import inject
 from mmpeft.models import TimmBackbone
 
@@ -57,11 +58,11 @@ BACKBONES = {
 }
 
 
-def build(name: str, arguments: dict, recompute: bool) -> nn.Module:
+def build(name: str, arguments: dict, memory: str = SPEED) -> nn.Module:
     """A model whose backbone has LoRA of rank 16 in all its layers."""
     model = nn.Module()
-    model.backbone = TimmBackbone(name, with_cp=recompute, **arguments)
-    inject(model, dict(type='LoRA', rank=16), dict(module='backbone'))
+    model.backbone = TimmBackbone(name, **arguments)
+    inject(model, dict(type='LoRA', rank=16), dict(module='backbone'), memory=memory)
     return model
 
 
@@ -75,12 +76,11 @@ def facts(name: str) -> list[str]:
 def sizes(name: str, arguments: dict) -> list[str]:
     """Channels of the levels, millions of parameters, and the GiB of a training step."""
     with torch.device('meta'):
-        backbone = build(name, arguments, False).backbone
+        backbone = build(name, arguments).backbone
     widths = [getattr(backbone, norm).weight.numel() for norm in backbone.newly_initialized]
     frozen = sum(p.numel() for p in backbone.parameters() if not p.requires_grad)
     memory = predict(partial(build, name, arguments), IMAGES)
-    fixed = memory.weights + memory.gradients + memory.optimizer
-    totals = [f'{(fixed + saved) / 2**30:.1f}' for saved in (memory.saved, memory.recomputed)]
+    totals = [f'{total / 2**30:.1f}' for total in memory.totals.values()]
     return [', '.join(map(str, widths)), f'{frozen / 1e6:,.0f} M', *totals]
 
 
@@ -96,7 +96,8 @@ def table(plain: bool) -> str:
     """The plain transformers, or the pyramids."""
     names = [name for name, arguments in BACKBONES.items() if ('out_indices' in arguments) == plain]
     columns = ['timm name', 'beside it', 'licence', 'mean', 'std', 'channels', 'parameters']
-    head = f'| {" | ".join([*columns, "GiB", "recomputing"])} |\n|{"---|" * (len(columns) + 2)}'
+    columns += [f'GiB, {memory}' for memory in MEMORY]
+    head = f'| {" | ".join(columns)} |\n|{"---|" * len(columns)}'
     return '\n'.join([head, *map(row, names)])
 
 

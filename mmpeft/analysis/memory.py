@@ -37,6 +37,12 @@ class Memory:
     saved: dict[str, int]
     block: int
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The sum by ``memory``; that of ``'small'`` includes a block."""
+        fixed = self.weights + self.gradients + self.optimizer
+        return {m: fixed + kept + self.block * (m == SMALL) for m, kept in self.saved.items()}
+
 
 def predict(build: Callable[[str], nn.Module], images: tuple[int, int, int, int]) -> Memory:
     """Predict the memory of one step; parameters and images have no data.
@@ -129,13 +135,12 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def table(rows: Iterable[tuple[str, Memory]]) -> Table:
-    """A line for each named prediction, in GiB; the total of ``'small'`` includes a block."""
+    """A line for each named prediction, in GiB."""
     fixed = 'weights', 'gradients', 'optimizer'
     columns = *(f'saved, {m}' for m in MEMORY), *(f'total, {m}' for m in MEMORY)
     result = Table('run', *fixed, *columns, title='GiB')
     for name, memory in rows:
-        kept = [memory.saved[m] for m in MEMORY]
-        known = [getattr(memory, each) for each in fixed]
-        total = [sum(known) + memory.saved[m] + memory.block * (m == SMALL) for m in MEMORY]
-        result.add_row(name, *(f'{value / 2**30:.2f}' for value in (*known, *kept, *total)))
+        values = *(getattr(memory, each) for each in fixed), *memory.saved.values()
+        values += tuple(memory.totals.values())
+        result.add_row(name, *(f'{value / 2**30:.2f}' for value in values))
     return result

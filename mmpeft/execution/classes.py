@@ -27,9 +27,17 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
 
 
 def restore_class(layer: nn.Module, mixin: type) -> None:
-    """Undo the last :func:`change_class` of a layer, if it was by this mixin."""
-    if is_changed(layer) and issubclass(type(layer).__bases__[0], mixin):
-        layer.__class__ = type(layer).__bases__[1]
+    """Undo the last :func:`change_class` of a layer by this mixin; other changes stay."""
+    kind, later = type(layer), []
+    while _is_made_here(kind):
+        above, below = kind.__bases__
+        if issubclass(above, mixin):
+            layer.__class__ = below
+            for other, attributes in reversed(later):
+                change_class(layer, other, **attributes)
+            return
+        later.append((above, _own(kind)))
+        kind = below
 
 
 def is_changed(layer: nn.Module) -> bool:
@@ -46,7 +54,7 @@ def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
     """What pickle stores of a layer, as ``__reduce_ex__`` returns it."""
     kind, steps = type(layer), []
     while _is_made_here(kind) or _is_parametrized(kind):
-        own = {k: v for k, v in vars(kind).items() if not k.startswith('__')}
+        own = _own(kind)
         if _is_parametrized(kind):
             steps.append((None, [k for k, v in own.items() if isinstance(v, property)]))
         else:
@@ -66,6 +74,10 @@ def _rebuild(kind, steps):
         for tensor in content:
             parametrize._inject_property(layer, tensor)
     return layer
+
+
+def _own(kind):
+    return {k: v for k, v in vars(kind).items() if not k.startswith('__')}
 
 
 def _is_made_here(kind):

@@ -133,6 +133,7 @@ def test_the_adapter_beside_a_checkpoint_loads_into_its_base(name, tmp_path):
 
 @pytest.mark.parametrize('run', ['lora_ema', 'adalora'])
 def test_a_resumed_run_ends_as_it_did(run, tmp_path):
+    """To float32's rounding, which the machine and its kernels decide."""
     case = CHECKPOINTS[f'{run}/epoch_2']
     shutil.copy(V030 / f'checkpoints/{run}/epoch_1.pth', tmp_path)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
@@ -143,7 +144,8 @@ def test_a_resumed_run_ends_as_it_did(run, tmp_path):
     for key in ('state_dict', 'ema_state_dict'):
         state, given = ours.get(key, {}), theirs.get(key, {})
         assert state.keys() == given.keys()
-        assert all(torch.equal(state[k], value) for k, value in given.items())
+        for k, value in given.items():
+            torch.testing.assert_close(state[k], value, rtol=1e-5, atol=1e-6)
     assert (
         state_of(tmp_path / 'epoch_2.pth').keys()
         == load_file(tmp_path / 'epoch_2.safetensors').keys()

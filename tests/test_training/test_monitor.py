@@ -35,7 +35,8 @@ def train(model, optimizer, steps, change=lambda step: None):
 
 
 # Without a place in this network, or without anything to train.
-UNFIT = ('houlsby', 'pfeiffer', 'scaled_parallel', 'vpt', 'vpt_deep', 'frozen')
+UNFIT = {'houlsby', 'pfeiffer', 'scaled_parallel', 'vpt', 'vpt_deep', 'frozen'}
+UNFIT |= {'mona', 'adaptformer', 'convpass'}
 
 
 @pytest.mark.parametrize(
