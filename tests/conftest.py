@@ -31,7 +31,7 @@ def _unformatted_configs():
 
     def unformatted(text, **kwargs):
         ast.parse(text)  # yapf refuses what is no Python
-        return text, True
+        return f'{text}\n', True
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', unformatted)

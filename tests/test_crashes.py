@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_killed_at_random_moments_nothing_saved_is_lost(tmp_path):
-    command = [sys.executable, '-m', 'tests.crash_run', str(tmp_path), '15', '0']
+    command = [sys.executable, '-m', 'tests.crash_run', str(tmp_path), '6', '0']
     environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]

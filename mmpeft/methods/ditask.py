@@ -18,6 +18,7 @@ paper's maps for each of several tasks are several adapters here.
 import torch
 from torch import Tensor, nn
 
+from ..transforms import is_transformed
 from .arguments import require
 from .base import Card, Factors, register
 from .delta import DeltaMethod
@@ -61,7 +62,7 @@ def flow(places: Tensor, velocities: Tensor) -> Tensor:
         moved = moved + torch.where(reaches, way, step)
         left = torch.where(reaches, left - time, 0.0)
         cell = torch.where(reaches, torch.where(forward, cell + 1, cell - 1), cell)
-        if reaches.is_meta or not reaches.any():
+        if not is_transformed() and (reaches.is_meta or not reaches.any()):
             break
     return moved
 

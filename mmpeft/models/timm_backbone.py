@@ -177,7 +177,9 @@ class TimmBackbone(BaseModule):
     def names_in_whole(self) -> dict[str, str]:
         """Paths below ``model`` of what holds tensors, and those in ``timm.create_model(name)``."""
         weights, names = self._whole().state_dict(), {}
-        for key in self.model.state_dict():
+        with torch.device('meta'):
+            own = self._network()  # without adapters
+        for key in (own.model if self.returns_levels else own).state_dict():
             names[key.rpartition('.')[0]] = name_in(weights, key).rpartition('.')[0]
         return names
 

@@ -1,5 +1,7 @@
 """What torch records or transforms is computed by torch's operations alone, and is the same."""
 
+import os
+
 import pytest
 import torch
 from timm.models.convnext import ConvNeXt
@@ -42,6 +44,8 @@ COMPILED = dict(
     convnext=(lambda: ConvNeXtBlock(6, channels_last=True), (2, 6, 4, 4), r'conv_dw|mlp\.0'),
     resnet=(lambda: Bottleneck(4, 4, 1), (2, 4, 5, 5), r'conv[12]'),
 )
+LAYERS = (lambda: nn.Linear(5, 6), lambda: nn.Conv2d(4, 4, 3, padding=1))
+EVERY = bool(os.environ.get('MMPEFT_EVERY_PAIR'))
 CASES = ('large_linear', 'pointwise_strided', 'kernel', 'circular', 'large_depthwise', 'sequence')
 FORMS = ('lora', 'lora_channel', 'flora', 'lotr', 'liera', 'flora_lie_exact', 'dora', 'vera')
 
@@ -68,15 +72,36 @@ def assert_compiled(model, x, tolerance):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def on_weights(name):
+    found = mmpeft.METHODS.get(METHODS[name]['type'])
+    return found.adapts and not issubclass(found, ActivationMethod)
+
+
 def block(kind, name):
     """A block with a method, on two of its layers if it adapts weights."""
     torch.default_generator.manual_seed(0)
-    (build, size, layers), method = COMPILED[kind], METHODS[name]
-    model, found = nn.Sequential(build()).double(), mmpeft.METHODS.get(method['type'])
-    on_weights = found.adapts and not issubclass(found, ActivationMethod)
-    mmpeft.inject(model, method, dict(include=[layers]) if on_weights else {})
+    build, size, layers = COMPILED[kind]
+    model = nn.Sequential(build()).double()
+    mmpeft.inject(model, METHODS[name], dict(include=[layers]) if on_weights(name) else {})
     randomize(model, 0.02)
     return model, torch.randn(size, dtype=torch.float64)
+
+
+def layer(kind, name):
+    """A layer with a method."""
+    torch.default_generator.manual_seed(0)
+    model = nn.Sequential(LAYERS[kind]()).double()
+    mmpeft.inject(model, METHODS[name])
+    randomize(model, 0.02)
+    return model, torch.randn(2, 4, 5, 5, dtype=torch.float64)
+
+
+def cases_of(name, turn):
+    """A method's turn: of the layers if it adapts weights, or of the blocks; or all blocks."""
+    if on_weights(name) and not EVERY:
+        return [layer(turn % len(LAYERS), name)]
+    kinds = [kind for kind in COMPILED if (METHODS[name]['type'], kind) not in NO_PLACE]
+    return [block(kind, name) for kind in (kinds if EVERY else [kinds[turn % len(kinds)]])]
 
 
 def test_a_block_compiled_without_graph_breaks():
@@ -84,19 +109,11 @@ def test_a_block_compiled_without_graph_breaks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', COMPILED)
-def test_all_methods_compiled_without_graph_breaks(kind):
-    """In training and in evaluation."""
-    mmpeft.METHODS.import_from_location()
-    failed = {}
-    for name in METHODS:
-        if (METHODS[name]['type'], kind) in NO_PLACE:
-            continue
-        try:
-            assert_compiled(*block(kind, name), 1e-10)
-        except Exception as error:  # dynamo's, or another output
-            failed[name] = str(error)[:300]
-    assert not failed
+@pytest.mark.parametrize('turn, name', enumerate(METHODS))
+def test_all_methods_compiled_without_graph_breaks(turn, name):
+    """In training and in evaluation; on all blocks with MMPEFT_EVERY_PAIR=1."""
+    for model, x in cases_of(name, turn):
+        assert_compiled(model, x, 1e-10)
 
 
 @pytest.mark.slow

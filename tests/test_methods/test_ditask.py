@@ -68,3 +68,12 @@ def test_what_is_refused():
         mmpeft.METHODS.build(dict(type='DiTASK', cells=1))
     with pytest.raises(UsageError, match='DiTASK'):
         mmpeft.inject(nn.Linear(9, 2), dict(type='DiTASK'))
+
+
+def test_the_flow_in_a_transform():
+    """Many velocities at once, of which some cross cells and some do not."""
+    velocities = torch.nn.functional.pad(torch.randn(4, 7).double(), (1, 1))
+    velocities *= torch.tensor([0.0, 0.02, 0.3, 2.0])[:, None]
+    places = torch.linspace(0, 1, 9).double()
+    found = torch.func.vmap(lambda each: flow(places, each))(velocities)
+    torch.testing.assert_close(found, torch.stack([flow(places, each) for each in velocities]))

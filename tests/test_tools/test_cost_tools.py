@@ -15,13 +15,19 @@ from mmpeft.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = sorted((ROOT / 'configs/upstream').glob('*.py'))
-QUICK = ('rtmdet_tiny_coco',)
+TOOLS = ('explain', 'memory_table')
+QUICK = 'rtmdet_tiny_coco'
 pytestmark = pytest.mark.usefixtures('scope')
 
 
-@pytest.mark.parametrize('tool', ['explain', 'memory_table'])
 @pytest.mark.parametrize(
-    'config', [pytest.param(p, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in UPSTREAM]
+    'tool, config',
+    [
+        pytest.param(tool, path, id=f'{tool}-{path.stem}', marks=[pytest.mark.slow] * slow)
+        for number, path in enumerate(UPSTREAM)
+        for turn, tool in enumerate(TOOLS)
+        if not (slow := path.stem != QUICK) or number % len(TOOLS) == turn
+    ],
 )
 def test_upstream_configs(tool, config, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(config), '--size', '128', '160'])
@@ -30,7 +36,7 @@ def test_upstream_configs(tool, config, script, monkeypatch, capsys):
     assert ('GMAC in the adapted layers' if tool == 'explain' else '│ 1') in shown
 
 
-@pytest.mark.parametrize('tool', ['explain', 'memory_table'])
+@pytest.mark.parametrize('tool', TOOLS)
 def test_a_config_without_a_backbone(tool, script, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(ROOT / 'configs/_base_/runtime_det.py')])
     with pytest.raises(UsageError, match='has no model.backbone'):

@@ -1,12 +1,10 @@
 """From data to a deployed model, through the real tools, on each of the three formats.
 
-The tools of a task are called one after another in one process, as from a
-shell. There is no time limit: a busy machine may take long.
+Our tools are called in this process; what runs merged models is one that never imports mmpeft.
 """
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,53 +13,65 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmdet.apis import init_detector
 
 from mmpeft.engine.config import read_config
 from mmpeft.engine.launch import run
 
+pytestmark = pytest.mark.filterwarnings('ignore')
+
 ROOT = Path(__file__).parents[2]
-CALLER = """
-import json, os, runpy, sys
-sys.path.insert(0, sys.argv[1])
+# Upstream's test.py, and then some lines of code.
+WITHOUT_MMPEFT = """
+import runpy, sys
 import torch
 torch.set_num_threads(1)
-for script, *arguments in json.loads(sys.argv[2]):
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, os.path.dirname(script))
-    runpy.run_path(script, run_name='__main__')
+code, *sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+exec(code)
+assert 'mmpeft' not in sys.modules
 """
 
 
-def call(folder, *commands):
-    """Call tools one after another in one process, in a folder."""
-    commands = json.dumps([[str(word) for word in command] for command in commands])
+def upstream_test(package, code, *arguments, cwd):
+    """Call an upstream package's test.py, and run code after it; nothing imports mmpeft."""
+    tool = Path(find_spec(package).origin).with_name('.mim') / 'tools/test.py'
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', CALLER, str(ROOT), commands],
-        cwd=folder,
-        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        [sys.executable, '-W', 'ignore', '-c', WITHOUT_MMPEFT, code, str(tool), *arguments],
+        cwd=cwd,
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
-
-
-def upstream(package, tool):
-    return Path(find_spec(package).origin).with_name('.mim') / 'tools' / tool
 
 
 @pytest.fixture(scope='module')
-def workplace(tmp_path_factory, compose):
+def workplace(tmp_path_factory, compose, script):
     """A folder with demo data, a base and flora_coco.py, a config of the demo."""
     folder = tmp_path_factory.mktemp('workplace')
-    digits = ROOT / 'projects/demo/digits.py'
-    call(folder, [digits, '--out', 'data/digits', '--train', 4, '--val', 4, '--source', 10])
+    words = f'digits.py --out {folder}/data/digits --train 4 --val 4 --source 10'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', words.split())
+        script('projects/demo', 'digits').main()
     torch.manual_seed(0)
     settings = read_config(compose('flora', 'coco', folder)).model.backbone
     base = timm.create_model(settings.name, depths=settings.depths, num_classes=10)
     (folder / 'work_dirs/demo').mkdir(parents=True)
     torch.save(base.state_dict(), folder / 'work_dirs/demo/base.pth')
     return folder
+
+
+@pytest.fixture
+def call(script, workplace, monkeypatch, scope):
+    """Call one of our tools in this process, in the workplace."""
+    monkeypatch.chdir(workplace)
+
+    def tool(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        run(script('tools', name).main)
+
+    return tool
 
 
 # Upstream package, metrics, and steps in which four images are learnt well enough to compare.
@@ -99,11 +109,8 @@ def metrics(folder, work_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
-def test_one_score_from_adapters_from_everything_and_from_merged_weights(task, workplace):
+def test_one_score_from_adapters_and_from_merged_weights(task, workplace, call):
     package, names, steps = TASKS[task]
-    source = f'mmpeft::demo/_base_/{task}.py'
-    train = [ROOT / 'tools/train.py', source, '--method', 'flora', '--work-dir']
-    config = f'{task}_adapter/{task}.py'  # as the training has composed it
     options = [
         '--cfg-options',
         f'train_cfg.max_iters={steps}',
@@ -115,83 +122,59 @@ def test_one_score_from_adapters_from_everything_and_from_merged_weights(task, w
         'param_scheduler.1.begin=5',
         f'param_scheduler.1.end={steps}',
     ]
-    checkpoints = {name: f'{task}_{name}/iter_{steps}.pth' for name in ('adapter', 'everything')}
     data = ['--cfg-options', *validate_on_train(task)]
+    config = f'{task}_adapter/{task}.py'  # as the training has composed it
+    checkpoints = {'adapter': f'{task}_adapter/iter_{steps}.pth'}
+    if task == 'ade20k':
+        checkpoints['everything'] = f'{task}_everything/iter_{steps}.pth'
+    for name, checkpoint in checkpoints.items():
+        words = [f'mmpeft::demo/_base_/{task}.py', '--method', 'flora']
+        saved = [f'default_hooks.peft.save_frozen={name == "everything"}']
+        call('train', *words, '--work-dir', f'{task}_{name}', *options, *saved)
+        call('test', config, checkpoint, '--work-dir', f'{task}_test_{name}', *data)
     merged = f'{task}_merged/model'
-    out = {} if task == 'ade20k' else {name: f'{task}_{name}.pkl' for name in checkpoints}
-
-    def saved(name):
-        return ['--out', out[name]] if name in out else []
-
     (workplace / f'{task}_merged').mkdir()
-    test = [ROOT / 'tools/test.py', config]
-    merge = [ROOT / 'tools/merge.py', config, checkpoints['adapter'], f'{merged}.pth']
-    call(
-        workplace,
-        [*train, f'{task}_adapter', *options],
-        [*train, f'{task}_everything', *options, 'default_hooks.peft.save_frozen=True'],
-        *(
-            [*test, checkpoints[name], '--work-dir', f'{task}_test_{name}', *saved(name), *data]
-            for name in checkpoints
-        ),
-        [*merge, '--backbone', 'mmpretrain'],
-    )
+    merging = [config, checkpoints['adapter'], f'{merged}.pth', '--backbone', 'mmpretrain']
+    call('merge', *merging)
     plain = (workplace / f'{merged}.py').read_text()
     assert 'mmpeft' not in plain.replace('work_dirs', '')
-    call(
-        workplace,
-        [
-            *[upstream(package, 'test.py'), f'{merged}.py', f'{merged}.pth'],
-            *['--work-dir', f'{task}_test_merged', *data],
-        ],
-    )
-    scores = {
-        name: metrics(workplace, f'{task}_test_{name}')
-        for name in ('adapter', 'everything', 'merged')
-    }
+    words = [f'{merged}.py', f'{merged}.pth', '--work-dir', f'{task}_test_merged', *data]
+    upstream_test(package, INFER if task == 'coco' else '', *words, cwd=workplace)
+    scores = {name: metrics(workplace, f'{task}_test_{name}') for name in (*checkpoints, 'merged')}
     for name in names:
         found = [scores[run][name] for run in scores]
-        assert found[0] == found[1]
-        assert found[2] == pytest.approx(found[0], abs=2e-3)
+        assert all(value == found[0] for value in found[:-1])
+        assert found[-1] == pytest.approx(found[0], abs=2e-3)
         assert found[0] > 0.02, f'{name} tells nothing: {found}'
-    sizes = {name: (workplace / path).stat().st_size for name, path in checkpoints.items()}
-    assert sizes['adapter'] < sizes['everything'] - 4_000_000
-    if out:
-        first, second = (pickle.loads((workplace / path).read_bytes()) for path in out.values())
-        for a, b in zip(first, second, strict=True):
-            assert torch.equal(
-                torch.as_tensor(a['pred_instances']['scores']),
-                torch.as_tensor(b['pred_instances']['scores']),
-            )
-    if task == 'coco':
-        check_inferencer(workplace, merged)
+    if task == 'ade20k':
+        check_checkpoints(*(workplace / path for path in checkpoints.values()))
 
 
-def check_inferencer(folder, merged):
-    """mmdet's DetInferencer on the merged model, in a process without mmpeft."""
-    picture = next((folder / 'data/digits/coco/train').glob('*.jpg'))
-    code = (
-        'import sys\n'
-        'from mmdet.apis import DetInferencer\n'
-        f"inferencer = DetInferencer({merged + '.py'!r}, {merged + '.pth'!r}, device='cpu')\n"
-        f"found = inferencer({str(picture)!r}, out_dir='seen')['predictions'][0]\n"
-        "assert 'mmpeft' not in sys.modules\n"
-        "print('BEST', max(found['scores']), inferencer.model.dataset_meta['classes'][0])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    best, name = done.stdout.split('BEST')[1].split()
-    assert float(best) > 0.05 and name == 'zero'
-    assert list((folder / 'seen/vis').glob('*.jpg'))
+def check_checkpoints(adapter, everything):
+    """What both hold is the same, and the base makes the difference."""
+    first, second = (torch.load(p, weights_only=False)['state_dict'] for p in (adapter, everything))
+    assert first.keys() < second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert adapter.stat().st_size < everything.stat().st_size - 4_000_000
+
+
+# mmdet's DetInferencer on the merged model of the task coco.
+INFER = """
+from pathlib import Path
+from mmdet.apis import DetInferencer
+picture = next(Path('data/digits/coco/train').glob('*.jpg'))
+inferencer = DetInferencer('coco_merged/model.py', 'coco_merged/model.pth', device='cpu')
+found = inferencer(str(picture), out_dir='seen')['predictions'][0]
+assert max(found['scores']) > 0.05
+assert inferencer.model.dataset_meta['classes'][0] == 'zero'
+assert list(Path('seen/vis').glob('*.jpg'))
+"""
 
 
 @pytest.mark.slow
-def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
+def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace, call):
     """A ResNet of mmdet: adapt, merge, and compare with the adapted model tensor by tensor."""
-    config = workplace / 'resnet.py'
-    config.write_text(
+    (workplace / 'resnet.py').write_text(
         "_base_ = './flora_coco.py'\n"
         "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, num_stages=4,\n"
         '    out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True,\n'
@@ -200,44 +183,18 @@ def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace):
         'default_hooks = dict(peft=dict(unfreeze=(), targets=dict(exclude=['
         "r'^conv1', r'^layer1'])))\n"
     )
-    options = ['train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2']
-    call(
-        workplace,
-        [*[ROOT / 'tools/train.py', config, '--work-dir', 'resnet'], '--cfg-options', *options],
-        [ROOT / 'tools/merge.py', config, 'resnet/iter_2.pth', 'resnet/merged.pth'],
-    )
+    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=1000']
+    options += ['default_hooks.checkpoint.interval=2', 'train_dataloader.batch_size=2']
+    call('train', 'resnet.py', '--work-dir', 'resnet', '--cfg-options', *options)
+    call('merge', 'resnet.py', 'resnet/iter_2.pth', 'resnet/merged.pth')
     assert 'mmpeft' not in (workplace / 'resnet/merged.py').read_text()
-    code = (
-        'import sys, torch\n'
-        'from mmdet.apis import init_detector\n'
-        "model = init_detector('resnet/merged.py', 'resnet/merged.pth', device='cpu')\n"
-        "assert 'mmpeft' not in sys.modules\n"
-        "torch.save(model.state_dict(), 'resnet/loaded.pth')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], cwd=workplace, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = torch.load(workplace / 'resnet/loaded.pth')
-    stored = torch.load(workplace / 'resnet/merged.pth', weights_only=False)['state_dict']
+    loaded = init_detector('resnet/merged.py', 'resnet/merged.pth', device='cpu').state_dict()
+    stored = torch.load('resnet/merged.pth', weights_only=False)['state_dict']
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
 
 
-@pytest.fixture
-def train(script, workplace, monkeypatch, scope):
-    """Call tools/train.py in this process, in the workplace."""
-    monkeypatch.chdir(workplace)
-
-    def tool(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
-        run(script('tools', 'train').main)
-
-    return tool
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize(
     'option, expected',
     [
@@ -248,10 +205,10 @@ def train(script, workplace, monkeypatch, scope):
         ('train_dataloader.dataset.ann_file=none.json', 'none.json'),
     ],
 )
-def test_mistakes_end_in_one_paragraph(option, expected, train, workplace):
+def test_mistakes_end_in_one_paragraph(option, expected, call, workplace):
     arguments = ['flora_coco.py', '--work-dir', 'mistake', '--cfg-options', option]
     with pytest.raises(SystemExit) as ended:
-        train(*arguments, 'log_level=ERROR')
+        call('train', *arguments, 'log_level=ERROR')
     paragraph = ended.value.code
     assert paragraph.startswith('train.py: ') and expected in paragraph
     assert '\n' not in paragraph

@@ -1,4 +1,4 @@
-"""Ways in which two ranks come to disagree: ``distributed_disagreements.py WORK_DIR``.
+"""Ways in which two ranks come to disagree or to be refused: ``distributed_disagreements.py DIR``.
 
 Each rank writes its errors. An error that did not reach all ranks would leave
 the others waiting.
@@ -13,7 +13,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
 
 from mmpeft.engine.launch import build_runner
-from mmpeft.errors import TrainingError
+from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import named_adapters
 from tests.toy import by_iterations, toy_config
 
@@ -53,7 +53,7 @@ def train(folder, name, *hooks, method=None, **changes):
         runner.register_hook(hook)
     try:
         runner.train()
-    except TrainingError as error:
+    except (TrainingError, UsageError) as error:
         return str(error)
     return ''
 
@@ -76,6 +76,9 @@ def main(folder):
         folder, 'one_rank_alone', Do('after_train_iter', write_base, 2)
     )
     errors['not_finite'] = train(folder, 'not_finite', Do('before_train', spoil))
+    wrapper = dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu'))
+    errors['sharded'] = train(folder, 'sharded', model_wrapper_cfg=wrapper)
+    errors['unused'] = train(folder, 'unused', **{'model.backbone.unused': True})
     (folder / f'rank{get_rank()}.json').write_text(json.dumps(errors))
 
 

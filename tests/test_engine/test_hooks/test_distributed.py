@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name('distributed_run.py')
+from tests.test_engine.test_hooks import distributed_run
+
+SCRIPT = Path(distributed_run.__file__)
 DETECTOR = Path(__file__).parents[2] / 'detector_run.py'
 DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[3]
@@ -19,15 +21,13 @@ ROOT = SCRIPT.parents[3]
 pytestmark = pytest.mark.slow
 
 
-def launch(processes, script, *arguments):
-    """A script in one process, or in several over gloo."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        command += ['-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
-        command += [f'--master_port={port}', f'--nproc_per_node={processes}']
+def launch(script, *arguments):
+    """A script in two processes over gloo."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
+    command += [f'--master_port={port}', '--nproc_per_node=2']
     return subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env=os.environ | dict(PYTHONPATH=str(ROOT)),
@@ -50,9 +50,9 @@ METHODS = [
 def runs(tmp_path_factory):
     """Folders of all methods' runs, in one process and in two."""
     folder = tmp_path_factory.mktemp('runs')
-    for name, processes, batch in (('one', 1, 4), ('two', 2, 2)):
-        done = launch(processes, SCRIPT, folder / name, batch, json.dumps(METHODS))
-        assert done.returncode == 0, done.stderr[-4000:]
+    distributed_run.main(folder / 'one', 4, json.dumps(METHODS))
+    done = launch(SCRIPT, folder / 'two', 2, json.dumps(METHODS))
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -78,7 +78,7 @@ def test_two_processes_train_what_one_would(number, runs):
 
 def test_a_vit_detector_in_bfloat16_with_averaged_weights(tmp_path):
     """Two processes end with the same adapters; the averages are saved, and the base is not."""
-    done = launch(2, DETECTOR, tmp_path)
+    done = launch(DETECTOR, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     trained = [key for key in first if '.lora_B' in key]
@@ -90,29 +90,11 @@ def test_a_vit_detector_in_bfloat16_with_averaged_weights(tmp_path):
     assert any(not torch.equal(saved[key], first[key]) for key in trained)
 
 
-UNUSED = """
-from mmpeft.engine.launch import build_runner
-from tests.toy import toy_config
-
-changes = {{'launcher': 'pytorch', 'experiment_name': 'unused', 'model.backbone.unused': True}}
-build_runner(toy_config({folder!r}, **changes)).train()
-"""
-
-
-def test_an_unused_adapter_is_named_before_ddp_gives_up(tmp_path):
-    script = tmp_path / 'unused.py'
-    script.write_text(UNUSED.format(folder=str(tmp_path)))
-    done = launch(2, script)
-    assert done.returncode != 0
-    assert 'No gradient reached 1 of 5 adapters' in done.stderr
-    assert 'backbone.unused' in done.stderr
-
-
 @pytest.fixture(scope='module')
 def errors(tmp_path_factory):
-    """Each rank's error for each way to disagree, all in one pair of processes."""
+    """Each rank's error in each run that has to stop, all in one pair of processes."""
     folder = tmp_path_factory.mktemp('disagreements')
-    done = launch(2, DISAGREEMENTS, folder)
+    done = launch(DISAGREEMENTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f'rank{rank}.json').read_text()) for rank in (0, 1)]
 
@@ -153,24 +135,15 @@ def test_gradients_that_are_not_finite_on_one_rank(errors):
     assert 'loss is nan' in second and "NaN appears first in 'backbone.stage.1'" in second
 
 
-SHARDED = """
-import torch
-
-from mmpeft.engine.launch import build_runner
-from tests.toy import toy_config
-
-wrapper = dict(type='MMFullyShardedDataParallel', device_id=torch.device('cpu'))
-changes = {{'launcher': 'pytorch', 'experiment_name': 'sharded', 'model_wrapper_cfg': wrapper}}
-build_runner(toy_config({folder!r}, **changes)).train()
-"""
+def test_an_unused_adapter_is_named_before_ddp_gives_up(errors):
+    for own in errors:
+        assert 'No gradient reached 1 of 5 adapters' in own['unused']
+        assert 'backbone.unused' in own['unused']
 
 
-def test_a_model_that_the_runner_has_sharded_is_refused_at_the_start(tmp_path):
-    script = tmp_path / 'sharded.py'
-    script.write_text(SHARDED.format(folder=str(tmp_path)))
-    done = launch(2, script)
-    assert done.returncode != 0
-    assert 'UsageError: model_wrapper_cfg has sharded the model' in done.stderr
+def test_a_model_that_the_runner_has_sharded_is_refused_at_the_start(errors):
+    for own in errors:
+        assert 'model_wrapper_cfg has sharded the model' in own['sharded']
 
 
 ALONE = """
@@ -198,6 +171,6 @@ def test_an_error_on_one_rank_ends_the_others(tmp_path):
     """An infinite loss with finite gradients is known to one rank alone."""
     script = tmp_path / 'alone.py'
     script.write_text(ALONE.format(folder=str(tmp_path)))
-    done = launch(2, script)
+    done = launch(script)
     assert done.returncode != 0
     assert 'loss_far is inf, the gradients are finite' in done.stderr
