@@ -74,8 +74,8 @@ def inject(
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
             does not fit, an argument is unknown, prompts and a method that convolves an image's
             tokens would meet in a block, the target has weights in few bits
-            of other libraries than torchao, or in formats that quantize inputs too, or the model is
-            sharded or wrapped for DDP already. It is unchanged.
+            of other libraries than torchao and bitsandbytes, or in formats that quantize inputs
+            too, or the model is sharded or wrapped for DDP already. It is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
