@@ -41,8 +41,9 @@ class TimmBackbone(BaseModule):
         name: A timm model, such as ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
         pretrained: Load timm's pretrained weights from its hub.
         checkpoint: In place of ``pretrained``, a local file (``.pth``,
-            ``.safetensors``) of the network's weights, in timm's layout or
-            another that :func:`~.timm_weights.read_weights` takes.
+            ``.safetensors``, or the ``.index.json`` of several) of the
+            network's weights, in timm's layout or another that
+            :func:`~.timm_weights.read_weights` takes.
         out_indices: The levels to return, (0, 1, 2, 3) if None. Of a plain
             transformer the blocks, counted from the end if negative; blocks
             behind the last one are left out.
