@@ -122,3 +122,28 @@ def test_what_is_not_of_4_bits_or_not_quantized_yet_is_refused():
     for layer, kind in ((eight, 'Int8Params'), (bitsandbytes.nn.Linear4bit(64, 64), 'Params4bit')):
         with pytest.raises(UsageError, match=f'^0 has a weight of type bitsandbytes.*{kind}'):
             mmpeft.inject(nn.Sequential(layer), LORA)
+
+
+def test_save_pretrained_writes_plain_weights_that_load(tmp_path):
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / 'plain')
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    models = [
+        BertModel.from_pretrained(
+            tmp_path / 'plain', quantization_config=config, device_map='cpu', dtype=torch.float32
+        ).eval()
+        for _ in range(2)
+    ]
+    model, part = models
+    mmpeft.inject(model, LORA)
+    randomize(model)
+    words = torch.arange(10)[None]
+    expected = model(words).last_hidden_state
+    mmpeft.save_pretrained(model, tmp_path / 'merged')
+    assert model.is_quantized and model.config.quantization_config.load_in_4bit
+    loaded = BertModel.from_pretrained(tmp_path / 'merged').eval()
+    assert type(loaded.encoder.layer[0].output.dense) is nn.Linear
+    torch.testing.assert_close(loaded(words).last_hidden_state, expected)
+    mmpeft.inject(part, LORA, dict(module='encoder.layer.0.attention'))
+    with pytest.raises(UsageError, match=r'intermediate.dense.weight is quantized still'):
+        mmpeft.save_pretrained(part, tmp_path / 'part')
