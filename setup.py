@@ -34,6 +34,7 @@ EXTRAS = {
     'dev': [
         *ONNX,
         *QUANTIZED,
+        'bitsandbytes>=0.50',  # tests of its layers
         'hypothesis>=6',
         'lycoris-lora>=4.1',
         'mat4py',  # mmpretrain's multimodal models, which it imports beside transformers

@@ -1,6 +1,7 @@
 """A checkpoint of the plain model, into an adapted model's base and out of it."""
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,18 @@ from torch import Tensor, nn
 from mmpeft.errors import UsageError
 from mmpeft.injection.merge import MERGED, merge, unmerge
 from mmpeft.injection.weights import plain_key
+from mmpeft.quantization import Quantized, adopted
 
 from .keys import adapter_keys
+
+# What transformers' quantizers leave on a model and its config.
+QUANTIZER = (
+    'hf_quantizer',
+    'is_quantized',
+    'quantization_method',
+    'quantization_config',
+    '_pre_quantization_dtype',
+)
 
 
 def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -78,7 +89,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **kwargs) -> Any:
         kwargs: Of the model's own ``save_pretrained``, whose result is returned.
 
     Raises:
-        UsageError: The model has no ``save_pretrained``, or cannot be merged.
+        UsageError: The model has no ``save_pretrained``, cannot be merged, or another library
+            quantized weights outside the target.
     """
     if not callable(getattr(model, 'save_pretrained', None)):
         raise UsageError(
@@ -88,10 +100,37 @@ def save_pretrained(model: nn.Module, folder: str | Path, **kwargs) -> Any:
     was_merged = MERGED in model.__dict__
     merge(model, reversible=True)
     try:
-        return model.save_pretrained(folder, **kwargs)
+        with _without_quantizer(model):
+            return model.save_pretrained(folder, **kwargs)
     finally:
         if MERGED in model.__dict__ and not was_merged:
             unmerge(model)
+
+
+@contextmanager
+def _without_quantizer(model):
+    """Let a model that transformers quantized, and whose weights are plain now, be written so."""
+    config = getattr(getattr(model, 'config', None), '__dict__', {})
+    if 'quantization_config' not in config:
+        yield
+        return
+    for name, weight in model.named_parameters():
+        is_plain = weight.is_floating_point() and adopted(weight) is weight
+        if not is_plain or isinstance(weight, Quantized):
+            raise UsageError(
+                f'{name} is quantized still, and plain weights beside such cannot be loaded by '
+                'from_pretrained. Adapt the whole model (targets.module), or write '
+                'mmpeft.save_adapter(model, path) for the adapters alone.'
+            )
+    held = [(place, dict(place)) for place in (vars(model), config)]
+    for key in QUANTIZER:
+        for place, _ in held:
+            place.pop(key, None)
+    try:
+        yield
+    finally:
+        for place, values in held:
+            place |= {key: values[key] for key in QUANTIZER if key in values}
 
 
 def _shape(value):

@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module, adapted: nn.Module | None = None) -> str:
     names = [plain_key(key) for key in frozen_keys(model if adapted is None else adapted)]
     if not names:
         return ''
-    state = {plain_key(key): value for key, value in model.state_dict().items()}
+    state = {plain_key(key): value for key, value in model.state_dict(keep_vars=True).items()}
     base = {name: state[name] for name in names}
     formats = {stored_in(value) for value in base.values() if isinstance(adopted(value), Quantized)}
     return '-'.join([*sorted(formats), digest(base)])
@@ -50,7 +50,7 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, bytes]:
     """
 
     def digest_one(name):
-        value = local_part(state[name])
+        value = adopted(local_part(state[name]))
         whole = hashlib.sha256(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         for part_name, part in stored_parts(value).items():
             part = part.detach().cpu().contiguous()

@@ -17,6 +17,7 @@ from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_target
 from mmpeft.injection.guards import guard
 from mmpeft.injection.points import restore_point
+from mmpeft.injection.prompts import check_prompts
 from mmpeft.injection.quantized import adopt_quantized
 from mmpeft.injection.ranks import check_ranks
 from mmpeft.injection.site import Site, adapter_parameters, attached, sites_at
@@ -119,6 +120,7 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
             entries.append((path, entry['tensor'], methods[entry['method']], point))
         sites = sites_at(model, entries)
         check_ranks(sites)
+        check_prompts(model, sites)
         method = checked_method(injection['method'], version)
         freeze_target(model, method, injection['module'], injection['trained'])
         sites = make_adapters(sites, empty=True)

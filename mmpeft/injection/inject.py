@@ -17,6 +17,7 @@ from .attach import attach, make_adapters
 from .calls import watch
 from .freeze import freeze_target, plain_parameters
 from .guards import guard
+from .prompts import check_prompts
 from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
 from .site import adapters_of
@@ -71,9 +72,10 @@ def inject(
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
-            does not fit, an argument is unknown, the target has weights in few bits
-            of other libraries than torchao, or in formats that quantize inputs too, or the model is
-            sharded or wrapped for DDP already. It is unchanged.
+            does not fit, an argument is unknown, prompts and a method that convolves an image's
+            tokens would meet in a block, the target has weights in few bits
+            of other libraries than torchao and bitsandbytes, or in formats that quantize inputs
+            too, or the model is sharded or wrapped for DDP already. It is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -85,6 +87,7 @@ def inject(
     _check_beside_earlier(model, method, targets.module)
     adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
+    check_prompts(model, sites)
     method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
     root = target_module(model, targets.module)
     trained = _trained(root, unfreeze)

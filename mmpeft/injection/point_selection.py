@@ -26,7 +26,8 @@ def points_for(
 ) -> dict[str, InsertionPoint]:
     """All insertion points that a method could use below a module, by path.
 
-    Warns where blocks have attention and no MLP was found, or the reverse. ``kinds`` and
+    Warns where blocks have attention and no MLP was found, or the reverse, and where a method
+    that acts between the two does not find the place. ``kinds`` and
     ``include`` are those of :class:`~mmpeft.injection.targets.Targets`; ``above`` are the modules
     that hold ``root``, from the inner to the outer.
 
@@ -55,7 +56,23 @@ def points_for(
             )
             break
     asked = {path: point for path, point in points.items() if point.kinds & set(kinds or ())}
-    return method.narrow(asked or points)
+    chosen = method.narrow(asked or points)
+    _warn_of_undivided(search, chosen, name)
+    return chosen
+
+
+def _warn_of_undivided(search, points, name):
+    """Blocks with attention that have no place between it and the MLP."""
+    paths = [path for path, point in points.items() if 'block' in point.kinds and not point.ends]
+    paths = [path for path in paths if within(search.attention, path)]
+    if paths:
+        warnings.warn(
+            f'{len(paths)} blocks with attention, such as {paths[0]!r}, do not have exactly two '
+            f'norms of their own, so that the place between attention and MLP is unknown: {name} '
+            'acts at their ends alone. Leave such blocks out with targets.exclude, or filter this '
+            'warning.',
+            stacklevel=7,
+        )
 
 
 def _named(search, kind, include):

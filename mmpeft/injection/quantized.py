@@ -1,6 +1,7 @@
 """Frozen weights in few bits: what a target stores so, and what is refused."""
 
 from collections.abc import Iterable
+from types import MethodType
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from mmpeft.quantization import Quantized, adopted, can_quantize, check_format, 
 from .ties import holders
 from .weights import PARAMETRIZATIONS, join, layers, lineage, original_of, weights_of
 
+ADOPTED = 'torchao', 'bitsandbytes'
 LIBRARIES = 'bitsandbytes', 'torchao', 'torch.ao.nn.quantized', 'torch.ao.nn.intrinsic.quantized'
 
 
@@ -63,8 +65,8 @@ def to_quantize(
 def _check_same(name, weight, dtype):
     if weight.format != dtype:
         raise UsageError(
-            f'frozen_dtype={dtype!r}: {name} is stored in {weight.format!r} already. Give that, or '
-            'leave frozen_dtype out.'
+            f'frozen_dtype={dtype!r}: {name} is stored in {weight.format!r} already. Leave '
+            'frozen_dtype out, or give what it is stored in where that is a frozen_dtype.'
         )
 
 
@@ -78,11 +80,12 @@ def quantize_weights(weights: list[list[tuple[nn.Module, str]]], dtype: str) -> 
 
 
 def adopt_quantized(model: nn.Module, path: str = '') -> None:
-    """Take over the linear weights below a module that torchao quantized, in place.
+    """Take over the linear weights below a module that another library quantized, in place.
 
+    These are torchao's and the 4-bit ones of bitsandbytes, whose layers become ``nn.Linear``.
     Their values stay. Weights that methods cannot work on are refused: layers and tensors of
-    bitsandbytes, of torch's and of torchao's other formats, such as those that quantize the
-    layers' inputs too, and weights of integers or of one byte.
+    torch's and of the libraries' other formats, such as those that quantize the layers' inputs
+    too (``Linear8bitLt``), and weights of integers or of one byte.
 
     Raises:
         UsageError: Names the first layer that is refused; the model is unchanged.
@@ -92,14 +95,27 @@ def adopt_quantized(model: nn.Module, path: str = '') -> None:
     found = {}
     for below, layer in layers(model.get_submodule(path)):
         own = layer._parameters.get('weight')
-        takes = isinstance(layer, nn.Linear) and own is not None and adopted(own) is not own
+        new = adopted(own) if own is not None and isinstance(layer, nn.Linear) else own
+        takes = new is not own or isinstance(own, Quantized)
         if takes:
-            found.setdefault(id(own), (adopted(own), []))[1].append(layer)
+            found.setdefault(id(own), (new, []))[1].append(layer)
         _check(join(path, below), layer, without=('weight',) if takes else ())
     for weight, holding in found.values():
-        weight = nn.Parameter(weight, False)
+        weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
         for layer in holding:
             layer._parameters['weight'] = weight
+            if _is_of_bitsandbytes(layer):
+                _make_linear(layer)
+
+
+def _make_linear(layer):
+    """Let a layer of bitsandbytes compute as ``nn.Linear``, also below a hook of accelerate."""
+    layer.__class__ = nn.Linear
+    layer.quant_state = None
+    if layer.bias is not None:  # which its forward has moved to the dtype it computes in
+        layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+    if '_old_forward' in vars(layer):
+        layer._old_forward = MethodType(nn.Linear.forward, layer)
 
 
 def _check(path, layer, tensors=True, without=()):
@@ -111,7 +127,7 @@ def _check(path, layer, tensors=True, without=()):
     else:
         values = dict(layer._parameters)
         values |= {n: b for n, b in layer._buffers.items() if n.endswith('weight')}
-        if _is_quantized_class(layer):
+        if _is_quantized_class(layer) and not (without and _is_of_bitsandbytes(layer)):
             reason = f'is a {type(layer).__module__}.{type(layer).__qualname__}'
     for name, value in values.items():
         if value is None or name in without:
@@ -133,11 +149,15 @@ def _check(path, layer, tensors=True, without=()):
 
 
 def _is_marked(layer):
-    """Whether a quantizer of transformers other than torchao's has made a model."""
+    """Whether a quantizer of transformers has made a model whose layers are not looked at."""
     quantizer = getattr(layer, 'hf_quantizer', None)
     config = getattr(quantizer, 'quantization_config', None)
     is_marked = quantizer is not None or getattr(layer, 'is_quantized', False)
-    return is_marked and getattr(config, 'quant_method', None) != 'torchao'
+    return is_marked and getattr(config, 'quant_method', None) not in ADOPTED
+
+
+def _is_of_bitsandbytes(layer):
+    return type(layer).__module__ == 'bitsandbytes.nn.modules'
 
 
 def _is_quantized_class(value):

@@ -1,6 +1,6 @@
 """MiSS: one shard of the columns for all of them (arXiv:2409.15371).
 
-    dW = reshape(D [I I ... I])
+    dW = reshape(D [I I ... I])            Eq. 7, the paper's efficient form
 
 D (rows, r) starts at zero and trains, and column j of the matrix has column j mod r of D: each
 shard of r columns is changed alike. :mod:`.matrix` describes the layouts of kernels; on a linear

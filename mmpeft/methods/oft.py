@@ -1,18 +1,19 @@
 """OFT and BOFT: rotations of what each output reads (arXiv:2306.07280, 2311.06243).
 
-    W' = W R^T,   R = (I - Q) (I + Q)^-1,   Q = -Q^T          OFT
-    W' = s W (R_m ... R_1)^T                                  BOFT
+    W' = W R^T,   R = (I - Q) (I + Q)^-1,   Q = -Q^T          OFT, Eq. 2 and Section 3.3
+    W' = s W (R_m ... R_1)^T                                  BOFT, Section 4
 
-with W the stored weight unfolded along its first mode, rows by n columns, and R block-diagonal:
-each block of columns is rotated on its own. The factors of BOFT take the columns in other orders,
-as a fast Fourier transform does, so that m sparse ones make a dense R; s is a scale for each row.
-The upper triangle of Q trains, and s. They start at the identity.
+with W the stored weight unfolded along its first mode, rows by n columns, and R block-diagonal
+(OFT, Eq. 3): each block of columns is rotated on its own. The factors of BOFT take the columns in
+other orders, as a fast Fourier transform does (BOFT, Eq. 2), so that m sparse ones make a dense R;
+s is a scale for each row (OFT, Section 3.5). The upper triangle of Q trains, and s. They start at
+the identity.
 
 ``block_size`` is exchanged for the nearest size that divides n; BOFT's has to be even with
 2^(m - 1) times as many columns to each block, and where n does not allow it, as in a kernel of
-7 x 7, has fewer factors. OFT's constraint on the norm of Q (COFT) is not here: it would change
-parameters in a forward pass. Q's inverse is exact (peft's default is a series, and then R is only
-nearly a rotation).
+7 x 7, has fewer factors. OFT's constraint on the norm of Q (COFT, Eq. 4) is not here: it would
+change parameters in a forward pass. Q's inverse is exact (peft's default is a series, and then R is
+only nearly a rotation).
 
 A rotation multiplies the weight, and has no thin form: W' is built in each forward pass.
 """

@@ -1,6 +1,6 @@
 """RandLoRA: a full-rank update of random bases (arXiv:2502.00987).
 
-    dW = reshape(sum_j B_j L_j A G_j),   j = 1, ..., ceil(min(n, m) / r)
+    dW = reshape(sum_j B_j L_j A G_j),   j = 1, ..., ceil(min(n, m) / r)            Eq. 4
 
 for a weight unfolded along its first mode to (n, m) with n >= m, and its transpose otherwise. A
 (r, m) and the B_j (n, r) are random and frozen, the same for all weights that unfold to one shape

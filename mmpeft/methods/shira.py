@@ -3,7 +3,8 @@
     W' = W, with ``values`` added to k entries of it
 
 ``mask`` chooses them: 'random', or 'magnitude' for the entries of the largest |W| (SHiRA-Rand and
--WM). SHiRA-Grad, the entries of the largest gradients, is not here; FISH takes their squares.
+-WM, Section 3.1). SHiRA-Grad, the entries of the largest gradients, is not here; FISH takes their
+squares.
 :mod:`.sparse` has what such methods share. An adapter changes 1 to 2 % of the weights, so that
 several can be added to one base with little overlap.
 """

@@ -1,6 +1,5 @@
 """Reading the weights of InternViT, shard by shard, in any layout of :mod:`.intern_vit_names`."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from mmpeft.errors import MissingFileError, UsageError
 
 from .intern_vit_names import official_name
+from .shards import shards_of
 
 UNUSED = re.compile(r'(?:.*\.)?(layernorm|norm|fc_norm|head)\.(weight|bias)\Z')
 
@@ -102,20 +102,7 @@ def _files(source: Path) -> list[Path]:
             f'The checkpoint {str(source)!r} of InternViT does not exist. Set '
             'model.backbone.checkpoint to a folder, an index or a file that does.'
         )
-    if source.suffix != '.json':
-        return [source]
-    try:
-        names = sorted(set(json.loads(source.read_text())['weight_map'].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f'{source} is not an index of safetensors shards: {error!r}.') from error
-    files = [source.parent / Path(name).name for name in names]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent:
-        raise MissingFileError(
-            f'{len(absent)} of the {len(files)} shards that {source} names are missing, such as '
-            f'{absent[0]}. Download them into {source.parent}.'
-        )
-    return files
+    return shards_of(source) if source.suffix == '.json' else [source]
 
 
 @contextmanager

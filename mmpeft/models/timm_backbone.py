@@ -41,8 +41,9 @@ class TimmBackbone(BaseModule):
         name: A timm model, such as ``'convnextv2_base.fcmae_ft_in22k_in1k'``.
         pretrained: Load timm's pretrained weights from its hub.
         checkpoint: In place of ``pretrained``, a local file (``.pth``,
-            ``.safetensors``) of the network's weights, in timm's layout or
-            another that :func:`~.timm_weights.read_weights` takes.
+            ``.safetensors``, or the ``.index.json`` of several) of the
+            network's weights, in timm's layout or another that
+            :func:`~.timm_weights.read_weights` takes.
         out_indices: The levels to return, (0, 1, 2, 3) if None. Of a plain
             transformer the blocks, counted from the end if negative; blocks
             behind the last one are left out.
@@ -113,7 +114,8 @@ class TimmBackbone(BaseModule):
         self.pretrained_cfg = network.pretrained_cfg
         self.out_indices = tuple(i % len(info) for i in info.out_indices)
         # What divides an image's size, where positions or windows ask for it.
-        self.stride = max(strides) if self.returns_levels else 1
+        pads = getattr(getattr(self.model, 'patch_embed', None), 'dynamic_img_pad', False)
+        self.stride = max(strides) if self.returns_levels and not pads else 1
         if with_cp:
             self.model.set_grad_checkpointing(True)
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
@@ -187,7 +189,8 @@ class TimmBackbone(BaseModule):
         """(N, 3, H, W) to a contiguous map (N, C_i, H_i, W_i) for each of ``out_indices``.
 
         Raises:
-            UsageError: The size is not divided by the patches of a transformer.
+            UsageError: The size is not divided by the patches of a transformer without
+                timm's ``dynamic_img_pad=True``, with which H_i and W_i are rounded up.
         """
         if any(side % self.stride for side in x.shape[2:]):
             raise UsageError(

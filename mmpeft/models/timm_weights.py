@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
 from .dinov3_names import timm_names
+from .shards import shards_of
 
 
 def read_weights(
@@ -22,7 +23,7 @@ def read_weights(
     also read in transformers' layout.
 
     Args:
-        path: A ``.pth`` or ``.safetensors`` file.
+        path: A ``.pth`` or ``.safetensors`` file, or the index (``.json``) of several.
         name: The timm model, for messages.
         own: The network's state dict, which may be cut from timm's whole one.
         whole: timm's whole network, which may be on the meta device.
@@ -31,7 +32,7 @@ def read_weights(
         A tensor for each key of ``own``.
 
     Raises:
-        MissingFileError: There is no such file.
+        MissingFileError: There is no such file, or a shard is missing.
         DamagedFileError: It cannot be read without running code from it.
         UsageError: It lacks weights of the network or has them in other shapes,
             or the network lacks biases that it has.
@@ -42,8 +43,11 @@ def read_weights(
             f'model.backbone.checkpoint to a file with the weights of timm model {name!r}, or to '
             'None.'
         )
+    files = shards_of(path) if path.suffix == '.json' else [path]
     try:
-        weights = load_state_dict(str(path), use_ema=False, weights_only=True)  # runs no code
+        weights = {}
+        for file in files:  # weights_only runs no code
+            weights |= load_state_dict(str(file), use_ema=False, weights_only=True)
     except Exception as error:  # its type depends on the bytes of the file
         raise DamagedFileError(
             f'{str(path)!r} is damaged or holds more than plain tensors, and was not read. '

@@ -1,12 +1,14 @@
 """Formats of few bits: what is stored of a matrix W (O, I), and its values again.
 
-torchao quantizes. The values are computed here: in one pass, also in compiled code and on tensors
-without data, and equal to torchao's own to the last bit.
+torchao quantizes, and what bitsandbytes has quantized is read. The values are computed here: in one
+pass, also in compiled code and on tensors without data, and equal to the libraries' own to the last
+bit.
 """
 
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Parts = dict[str, Tensor]
@@ -71,19 +73,66 @@ class NF4:
         scales = parts['quantized_scalers'].view(len(factor), -1) / factor[:, None]
         scales = scales.flatten().to(table.dtype) + mean
         pairs = torch.cartesian_prod(table, table)
-        values = torch.nn.functional.embedding(parts['quantized_data'].int(), pairs)
+        values = F.embedding(parts['quantized_data'].int(), pairs)
         return (values.view(len(scales), -1) * scales[:, None]).view(shape)
 
 
+class BitsAndBytes:
+    """The 4-bit types of bitsandbytes (QLoRA), which are read and not written.
+
+    Blocks in the order of memory have a scale each. Two codes of the table ``code`` (16,) share a
+    byte of ``quantized_data``. ``absmax`` holds the scales or, with double quantization, codes of
+    the table ``nested_code`` (256,), which stand for scale / ``nested_absmax`` in blocks of 256,
+    less the mean ``offset``.
+    """
+
+    def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """The weight, not yet rounded to its dtype."""
+        scales, table = parts['absmax'], parts['code']
+        if 'nested_code' in parts:
+            outer = parts['nested_absmax'].repeat_interleave(NESTED_BLOCK)[: len(scales)]
+            scales = parts['nested_code'][scales.int()] * outer + parts['offset']
+        values = F.embedding(parts['quantized_data'].int(), torch.cartesian_prod(table, table))
+        return (values.view(len(scales), -1) * scales[:, None]).view(shape)
+
+
+NESTED_BLOCK = 256
 FORMATS = dict(int8=Rows(torch.int8), nf4=NF4(), fp8=Rows(torch.float8_e4m3fn))
+READABLE = FORMATS | dict(bitsandbytes=BitsAndBytes())
+
+# The name of a format, its parts, and the shape and dtype of the values.
+Stored = tuple[str, Parts, torch.Size, torch.dtype]
 
 
-def parts_of_torchao(tensor: Tensor) -> tuple[str, Parts] | None:
-    """The format and the parts of a weight that torchao quantized, in the same memory.
+def parts_of(tensor: Tensor) -> Stored | None:
+    """What a weight is that torchao or bitsandbytes quantized, in the same memory.
 
     None for what has no format here: other tensors, and those that quantize their input too.
     """
     kind = f'{type(tensor).__module__}.{type(tensor).__qualname__}'
+    if kind == 'bitsandbytes.nn.modules.Params4bit':
+        return _of_bitsandbytes(tensor)
+    found = _of_torchao(tensor, kind)
+    return found and (*found, tensor.shape, tensor.dtype)
+
+
+def _of_bitsandbytes(tensor):
+    state = getattr(tensor, 'quant_state', None)
+    if state is None or getattr(state, 'packing_format_for_cpu', False):
+        return None
+    if len(state.shape) != 2 or state.shape.numel() != len(state.absmax) * state.blocksize:
+        return None
+    parts = dict(quantized_data=tensor.data.flatten().view(torch.uint8))
+    parts |= dict(absmax=state.absmax, code=state.code)
+    if state.nested:
+        inner = state.state2
+        if inner.blocksize != NESTED_BLOCK:
+            return None
+        parts |= dict(nested_absmax=inner.absmax, nested_code=inner.code, offset=state.offset)
+    return 'bitsandbytes', parts, state.shape, state.dtype
+
+
+def _of_torchao(tensor, kind):
     if not kind.startswith('torchao.') or getattr(tensor, 'act_quant_kwargs', None) is not None:
         return None
     if kind.endswith('.NF4Tensor'):

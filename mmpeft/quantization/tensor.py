@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from mmpeft.errors import UsageError, near
 from mmpeft.transforms import is_transformed
 
-from .formats import FORMATS, Parts, parts_of_torchao
+from .formats import FORMATS, READABLE, Parts, parts_of
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ class Quantized(Tensor):
 
     Args:
         parts: Plain tensors by name, on one device.
-        format: What they mean: a key of :data:`.formats.FORMATS`.
+        format: What they mean: a key of :data:`.formats.READABLE`.
         shape: Of the values.
         dtype: Of the values.
     """
@@ -52,7 +52,7 @@ class Quantized(Tensor):
 
     def values(self) -> Tensor:
         """A new plain tensor."""
-        return FORMATS[self.format].unpack(self.parts, self.shape).to(self.dtype)
+        return READABLE[self.format].unpack(self.parts, self.shape).to(self.dtype)
 
     def with_parts(self, change: Callable[[Tensor], Tensor], dtype=None) -> 'Quantized':
         """The same format with other parts."""
@@ -131,12 +131,15 @@ def quantize(weight: Tensor, dtype: str) -> Quantized:
 
 
 def adopted(tensor: Tensor) -> Tensor:
-    """A weight that torchao quantized as one of ours, with the same values and memory.
+    """A weight that torchao or bitsandbytes quantized as one of ours: the same values and memory.
 
     Itself where it is of no format of ours, or plain.
     """
-    found = parts_of_torchao(tensor)
-    return tensor if found is None else Quantized(found[1], found[0], tensor.shape, tensor.dtype)
+    found = parts_of(tensor)
+    if found is None:
+        return tensor
+    name, parts, shape, dtype = found
+    return Quantized(parts, name, shape, dtype)
 
 
 def can_quantize(weight: Tensor, dtype: str) -> bool:
@@ -145,7 +148,13 @@ def can_quantize(weight: Tensor, dtype: str) -> bool:
 
 
 def check_format(dtype: str) -> None:
-    """Raise UsageError for a format that does not exist, or that lacks its library."""
+    """Raise UsageError for a format that cannot be written, or that lacks its library."""
+    if dtype in READABLE and dtype not in FORMATS:
+        raise UsageError(
+            f'Weights in the format of {dtype} keep their values: no others can be stored so. '
+            f'Take one of {", ".join(map(repr, FORMATS))} for frozen_dtype, or load the model '
+            'without quantization.'
+        )
     if dtype not in FORMATS:
         raise UsageError(f'frozen_dtype={dtype!r} is unknown. {near(str(dtype), FORMATS)}')
     try:

@@ -1,4 +1,7 @@
-"""Weights that another library quantized: those of torchao are adapted, others refused by name."""
+"""Weights that another library quantized: those of torchao are adapted, others refused by name.
+
+``test_bitsandbytes.py`` has its 4-bit layers, which are adapted too.
+"""
 
 from types import SimpleNamespace
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 
 import mmpeft
 from mmpeft.errors import UsageError
@@ -160,3 +161,13 @@ def test_post_norm_transformers_are_refused():
     _, model = adapted(model)
     with pytest.raises(UsageError, match='runs before the norm'):
         model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_a_block_without_two_norms_of_its_own_gets_one_mona_and_a_warning():
+    """BERT's blocks are post-norm, and have one norm beside the one in their attention."""
+    config = transformers.BertConfig(8, 8, 1, 2, 16, max_position_embeddings=8)
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    with pytest.warns(UserWarning, match="such as 'encoder.layer.0', do not have"):
+        mmpeft.inject(model, dict(type='Mona', rank=2))
+    (site,) = attached(model)
+    assert not any(name.startswith('inner_') for name in site.adapter.factors)

@@ -348,27 +348,33 @@ def test_injection_adds_no_copy_of_a_frozen_weight():
     assert sum(p.numel() for p in adapter_parameters(model)) < 0.5 * sum(p.numel() for p in frozen)
 
 
-@pytest.mark.slow
-def test_loading_takes_the_model_and_one_shard(tmp_path):
-    arch = dict(depth=20, width=512, heads=8, hidden=4096)
+def memory_of_loading(folder, arch, frozen_dtype, dtype, count):
+    """Bytes by which a process grows at most while it builds a model and reads shards of a dtype.
+
+    From its start, from when the model is built, of all shards, and of the largest.
+    """
     with torch.device('meta'):
-        empty = InternViT(arch, frozen_dtype='bfloat16').state_dict()
-    state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in empty.items()}
-    keys = sorted(state)  # shards of equal size, as publishers cut them
-    shards(tmp_path, {k: state[k] for k in keys}, 5)
-    shards(tmp_path / 'warm_up', intern_vit(SMALL).state_dict(), 5)
-    script = tmp_path / 'load.py'
+        empty = InternViT(arch).state_dict()
+    state = {k: torch.zeros(empty[k].shape, dtype=dtype) for k in sorted(empty)}
+    shards(folder, state, count)  # sorted, they are of equal size, as publishers cut them
+    shards(folder / 'warm_up', intern_vit(WARM_UP).state_dict(), 5)
+    script = folder / 'load.py'
     script.write_text(
         'from mmpeft.models.intern_vit import InternViT\n'
+        'from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor\n'
+        'nf4_tensor.CHUNK_SIZE = 2**16\n'  # the pieces of a weight, which take 16 times as much
         'def kib(name):\n'
         "    lines = open('/proc/self/status').read().splitlines()\n"
         '    return next(int(l.split()[1]) for l in lines if l.startswith(name))\n'
-        f'InternViT({SMALL!r}, checkpoint={str(tmp_path / "warm_up")!r}).init_weights()\n'
-        f'model = InternViT({arch!r}, checkpoint={str(tmp_path)!r}, frozen_dtype="bfloat16")\n'
+        'def build(arch, folder):\n'
+        f'    return InternViT(arch, checkpoint=folder, frozen_dtype={frozen_dtype!r})\n'
+        f'build({WARM_UP!r}, {str(folder / "warm_up")!r}).init_weights()\n'
+        'start = kib("VmRSS")\n'
+        f'model = build({arch!r}, {str(folder)!r})\n'
         'built = kib("VmRSS")\n'
         'model.init_weights()\n'
-        'size = sum(p.numel() * p.element_size() for p in model.parameters())\n'
-        'print("RESULT", 1024 * (kib("VmHWM") - built), size)\n'
+        'peak = kib("VmHWM")\n'
+        'print("RESULT", 1024 * (peak - start), 1024 * (peak - built))\n'
     )
     run = subprocess.run(
         [sys.executable, script],
@@ -377,10 +383,27 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
         check=True,
         env=os.environ | dict(PYTHONPATH=str(ROOT)),
     )
-    grown, size = map(int, run.stdout.split('RESULT')[1].split())
-    shard = max(path.stat().st_size for path in tmp_path.glob('*.safetensors'))
+    sizes = [path.stat().st_size for path in folder.glob('*.safetensors')]
+    return *map(int, run.stdout.split('RESULT')[1].split()), sum(sizes), max(sizes)
+
+
+WARM_UP = SMALL | dict(width=64, hidden=128)
+
+
+@pytest.mark.slow
+def test_loading_takes_the_model_and_one_shard(tmp_path):
+    arch = dict(depth=20, width=512, heads=8, hidden=4096)
+    _, grown, size, shard = memory_of_loading(tmp_path, arch, 'bfloat16', torch.bfloat16, 5)
     assert size > 150e6
     assert grown <= shard + 4e6  # and what the interpreter takes meanwhile
+
+
+@pytest.mark.slow
+def test_loading_into_few_bits_never_holds_the_weights_whole(tmp_path):
+    arch = dict(depth=14, width=384, heads=6, hidden=1536)
+    grown, _, size, _ = memory_of_loading(tmp_path, arch, 'nf4', torch.float32, 8)
+    assert size > 99e6
+    assert grown < size / 2
 
 
 @pytest.mark.parametrize('method', ['FLoRA', 'LieRA'])

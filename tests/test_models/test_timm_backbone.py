@@ -1,5 +1,7 @@
 """TimmBackbone: weights from files, levels, norms."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -29,13 +31,20 @@ def whole(**changes):
     return randomized(timm.create_model(config.pop('name'), num_classes=7, **config))
 
 
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors', 'index.json'])
 def test_a_classifiers_file_fills_the_backbone(suffix, tmp_path):
     classifier, path = whole(), tmp_path / f'weights.{suffix}'
     if suffix == 'pth':
         torch.save(classifier.state_dict(), path)
-    else:
+    elif suffix == 'safetensors':
         save_file(classifier.state_dict(), path)
+    else:
+        names = list(classifier.state_dict())
+        places = {name: f'{i % 3}.safetensors' for i, name in enumerate(names)}
+        for file in set(places.values()):
+            part = {k: v for k, v in classifier.state_dict().items() if places[k] == file}
+            save_file(part, tmp_path / file)
+        path.write_text(json.dumps(dict(weight_map=places)))
     backbone = TimmBackbone(**TINY, checkpoint=str(path), out_norm=False)
     before = backbone.model.stem_0.weight.clone()
     backbone.init_weights()

@@ -71,6 +71,20 @@ def test_what_a_plain_transformer_refuses():
         backbone(torch.randn(1, 3, 64, 72))
 
 
+@pytest.mark.parametrize('name', PLAIN)
+def test_timm_may_pad_images(name):
+    padding, plain = (
+        TimmBackbone(name, **SMALL[name], out_norm=False, **options).double().eval()
+        for options in (dict(dynamic_img_pad=True), {})
+    )
+    plain.load_state_dict(randomized(padding).state_dict())
+    images = torch.randn(1, 3, 50, 70, dtype=torch.float64)
+    padded = torch.nn.functional.pad(images, (0, 10, 0, 14))
+    with torch.no_grad():
+        for ours, expected in zip(padding(images), plain(padded), strict=True):
+            assert ours.shape[2:] == (4, 5) and torch.equal(ours, expected)
+
+
 def dinov3(gated):
     """transformers' DINOv3 with random weights."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
