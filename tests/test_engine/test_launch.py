@@ -148,6 +148,7 @@ def trained(tiny):
 def test_two_nodes_train_without_a_gpu(trained):
     folder, log = trained
     checkpoint = torch.load(folder / 'epoch_1.pth', map_location='cpu', weights_only=False)
+    assert 'parameters are spread over 2 processes' in log
     # four images, one in each of two processes: two steps
     assert checkpoint['meta']['iter'] == 2
     assert 'coco/bbox_mAP' in log and 'coco/segm_mAP' in log

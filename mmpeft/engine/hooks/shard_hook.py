@@ -58,6 +58,11 @@ class ShardHook(Hook):
         before = dict(model.named_parameters())
         names = shard_base(model, init_device_mesh(get_device(), (get_world_size(),)))
         model.to(get_device())
+        parts = sum(model.get_parameter(name).numel() for name in names)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        runner.logger.info(
+            f'{parts:,} of {total:,} parameters are spread over {get_world_size()} processes.'
+        )
         follow(runner.optim_wrapper.optimizer, before, model)
         if any(p.requires_grad and not hasattr(p, 'to_local') for p in model.parameters()):
             ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

@@ -15,6 +15,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+import mmpeft
 from mmpeft.checkpoint import atomic
 from mmpeft.engine.hooks import shard_hook
 from mmpeft.engine.launch import build_runner
@@ -67,6 +68,8 @@ def train(folder, name, **changes):
 def trained(folder, name):
     """What a rank predicts after two epochs, and how many elements it holds of what is sharded."""
     runner = train(folder, name, **{'train_cfg.max_epochs': 2})
+    if RANKS:
+        mmpeft.save_adapter(runner.model, folder / name / 'by_all.safetensors')
     held = [p.to_local().numel() for p in sharded(runner)]
     return dict(scores=scores(runner.val()).tolist(), held=held, frozen=frozen_in_blocks(runner))
 

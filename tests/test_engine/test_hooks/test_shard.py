@@ -45,6 +45,9 @@ def test_two_sharded_processes_train_what_one_would(method, runs):
     adapter = f'{method}/epoch_2.safetensors.json'
     manifests = [json.loads((runs / ranks / adapter).read_text()) for ranks in ('one', 'two')]
     assert manifests[0] | dict(sha256='') == manifests[1] | dict(sha256='')
+    files = (runs / 'two' / method / file for file in ('epoch_2.safetensors', 'by_all.safetensors'))
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
     one, first, second = (
         json.loads((runs / file).read_text())[method]
         for file in ('one/rank0.json', 'two/rank0.json', 'two/rank1.json')
