@@ -148,7 +148,8 @@ def toy_config(work_dir, method=None, **changes):
                 seed=dict(type='mmpeft.SeedHook'),
                 checkpoint=dict(type='CheckpointHook', interval=1),
             ),
-        )
+        ),
+        format_python_code=False,  # which takes longer than a run
     )
     config.merge_from_dict(changes)
     return config

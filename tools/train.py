@@ -16,6 +16,7 @@ from mmpeft.engine.launch import (
     check_checkpoint,
     enable_amp,
     enable_auto_scale_lr,
+    enable_shard,
     load_config,
     run,
 )
@@ -29,6 +30,11 @@ def parse_args():
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate from the config's batch size to this run's",
+    )
+    parser.add_argument(
+        '--shard',
+        action='store_true',
+        help='spread the frozen base over the processes; with --method full, everything',
     )
     parser.add_argument(
         '--resume',
@@ -47,6 +53,8 @@ def main():
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
+    if args.shard:
+        enable_shard(cfg)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

@@ -15,6 +15,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
+from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
@@ -60,10 +61,17 @@ def read_checkpoint(path: str | Path) -> dict:
         DamagedFileError: The file is truncated or corrupted, or
             ``torch.save`` did not write it.
         UsageError: It contains objects that can only be restored by running
-            code, or is not a checkpoint.
+            code, is not a checkpoint, or holds the parts of several processes.
         MissingFileError: There is no such file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(
+            f'{str(path)!r} is a folder, as FSDP and DeepSpeed write one with the parts of each '
+            'process, and not one file. Make a file of it: python -m '
+            'torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE, or of '
+            "DeepSpeed's by its zero_to_fp32.py."
+        )
     if not path.is_file():
         raise MissingFileError(f'The checkpoint {str(path)!r} does not exist.')
     if is_safetensors(path):
@@ -73,6 +81,12 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise UsageError(
             f'{str(path)!r} contains a {type(checkpoint).__name__}, not the dict of a checkpoint.'
+        )
+    if any(hasattr(leaf, 'to_local') for leaf in tree_leaves(checkpoint)):
+        raise UsageError(
+            f'{str(path)!r} holds the parts that one process had of a sharded model (DTensor). '
+            'Save the whole tensors, as training by tools/train.py --shard and '
+            'torch.distributed.checkpoint.state_dict do (full_state_dict=True).'
         )
     return checkpoint
 

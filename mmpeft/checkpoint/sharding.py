@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 from torch import Tensor, distributed, nn
 
@@ -56,6 +57,21 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     offload = not is_flattened(model) or any(p.device.type != 'cpu' for p in model.parameters())
     options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     return get_model_state_dict(model, options=options)
+
+
+def whole(data: Any) -> Any:
+    """Nested dicts and lists with DTensors gathered in rank 0's main memory, and None elsewhere.
+
+    All ranks call it. One tensor after another is gathered.
+    """
+    if isinstance(data, Mapping):
+        return {key: whole(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(map(whole, data))
+    if not hasattr(data, 'full_tensor'):
+        return data
+    value = data.detach().full_tensor()
+    return value.cpu() if distributed.get_rank() == 0 else None
 
 
 def load_sharded(model: nn.Module, state: Mapping[str, Tensor]) -> None:

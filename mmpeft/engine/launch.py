@@ -110,7 +110,7 @@ def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
     """
     if '://' in str(path):
         return
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise MissingFileError(
             f'there is no checkpoint {str(path)!r} in {Path.cwd()}. Give a file that training '
             'saved, such as work_dirs/<config>/epoch_12.pth.'
@@ -149,6 +149,21 @@ def enable_auto_scale_lr(cfg: Config) -> None:
             'rate is. Add auto_scale_lr=dict(enable=False, base_batch_size=16) with their number.'
         )
     cfg.auto_scale_lr.enable = True
+
+
+def enable_shard(cfg: Config) -> None:
+    """Spread the frozen base over the processes.
+
+    Raises:
+        UsageError: The config adapts nothing.
+    """
+    hook = find_hook(cfg)
+    if hook is None:
+        raise UsageError(
+            f'--shard: {cfg.filename} has no PEFTHook, which shards the model. Add --method, which '
+            'is full for a model that trains whole.'
+        )
+    hook.shard = True
 
 
 def prepare_precision(cfg: Config) -> None:

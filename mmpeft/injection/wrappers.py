@@ -91,9 +91,12 @@ def refuse_ddp(model: nn.Module, name: str) -> None:
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether this process is to write a model's files: the first of those that DDP keeps equal."""
+    """Whether this process takes part in writing a model's files.
+
+    Of those that DDP keeps equal it is the first; of a sharded model, all.
+    """
     wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    return all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
+    return is_sharded(model) or all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
 
 
 def on_inner(function: Callable, adds: bool = False) -> Callable:

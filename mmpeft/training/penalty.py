@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import is_sharded, refuse_sharded
+from mmpeft.methods.adapter import Adapter
 
 
 def penalty(model: nn.Module) -> Tensor | None:
@@ -17,7 +18,7 @@ def penalty(model: nn.Module) -> Tensor | None:
         UsageError: There are terms, and the model is sharded.
     """
     adapters = named_adapters(model).values()
-    if is_sharded(model) and any(map(_has_term, adapters)):
+    if is_sharded(model) and any(map(has_term, adapters)):
         refuse_sharded(model, 'penalty')
     terms = {adapter: adapter.penalty() for adapter in adapters}
     terms = {adapter: term for adapter, term in terms.items() if term is not None}
@@ -49,6 +50,7 @@ def add_gradients(model: nn.Module, scale: float | Tensor = 1.0) -> None:
                 parameter.grad = gradient if own is None else own + gradient
 
 
-def _has_term(adapter):
+def has_term(adapter: Adapter) -> bool:
+    """Whether an adapter's method adds a term to the loss."""
     factors = {name: torch.empty(shape, device='meta') for name, shape in adapter.shapes.items()}
     return adapter.method.penalty(factors, adapter.spec) is not None

@@ -1,11 +1,118 @@
-"""Adapters in full precision inside a model that fully_shard casts to a lower one."""
+"""Sharding an adapted model by torch's ``fully_shard``: its base, or adapters by themselves."""
+
+from collections import Counter
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from mmpeft.errors import UsageError
+from mmpeft.injection.blocks import blocks
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.wrappers import unwrapped
+from mmpeft.injection.weights import join
+from mmpeft.injection.wrappers import local_part, unwrapped
 from mmpeft.methods import WeightAdapter
+
+from .penalty import has_term
+
+
+def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of an adapted model's targets, by path, which are gathered one after another.
+
+    Raises:
+        UsageError: There are none, or a method or a frozen weight cannot be sharded.
+    """
+    for path, adapter in named_adapters(model).items():
+        name = type(adapter.method).__name__
+        if adapter.method.allocates or has_term(adapter):
+            raise UsageError(
+                f'{name} has a term in the loss, or decides during training what it keeps, and '
+                'needs a model that is not sharded. Leave out --shard (shard=True), or take '
+                'another method.'
+            )
+        if adapter.in_few_bits:
+            raise UsageError(
+                f'The frozen weight of {path!r} is stored in few bits, which sharding would make '
+                'whole. Leave out --shard (shard=True), which few bits can make unnecessary, or '
+                'frozen_dtype.'
+            )
+    found = {
+        join(record.module, path): block
+        for record in model.peft
+        for path, block in blocks(model.get_submodule(record.module)).items()
+    }
+    if not found:
+        raise UsageError(
+            'There are no blocks to shard in '
+            f'{", ".join(sorted({repr(record.module) for record in model.peft}))} (two modules of '
+            'one class, each with two layers or more, in an nn.Sequential or nn.ModuleList). Leave '
+            'out --shard (shard=True).'
+        )
+    return found
+
+
+def shard_base(model: nn.Module, mesh: DeviceMesh) -> list[str]:
+    """Shard the frozen weights of an adapted model in place, block by block, and the rest at once.
+
+    What trains stays whole on each rank, for DDP to average. If a method trains the base (full
+    fine-tuning), everything is sharded, what trains and its gradients included.
+
+    Args:
+        model: On all ranks with the same values; may be on the CPU.
+        mesh: The ranks.
+
+    Returns:
+        Names of the parameters that are sharded.
+
+    Raises:
+        UsageError: See :func:`sharded_blocks`; or full fine-tuning of blocks that share a weight.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    parts = sharded_blocks(model)
+    whole = _held_twice(model, parts)
+    if not any(record.method.trains_base for record in model.peft):
+        whole |= {p for p in model.parameters() if p.requires_grad}
+    elif whole:
+        raise UsageError(
+            'Several blocks hold one weight, which trains, and which cannot be sharded with each '
+            'of them. Leave out --shard (shard=True).'
+        )
+    for block in parts.values():
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    return [name for name, p in model.named_parameters() if local_part(p) is not p]
+
+
+def follow(optimizer: Optimizer, before: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Let an optimizer, and its state, go on with parameters that were sharded or moved.
+
+    Args:
+        optimizer: Of the parameters as they were.
+        before: These by name.
+        model: Holds the parameters as they are, of the same names.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def part(value, parameter):
+        if not isinstance(parameter, DTensor) or getattr(value, 'shape', ()) != parameter.shape:
+            return value
+        value = value.to(parameter.device)
+        return distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+
+    state, now = optimizer.state_dict(), dict(model.named_parameters())
+    renamed = {id(p): now[name] for name, p in before.items()}
+    for group in optimizer.param_groups:
+        group['params'] = [renamed[id(p)] for p in group['params']]
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    state['state'] = {
+        index: {name: part(value, parameters[index]) for name, value in values.items()}
+        for index, values in state['state'].items()
+    }
+    optimizer.state.clear()
+    optimizer.load_state_dict(state)
 
 
 def shard_adapters(module: nn.Module, **arguments) -> None:
@@ -37,3 +144,12 @@ def shard_adapters(module: nn.Module, **arguments) -> None:
             )
     if adapters:
         fully_shard(list(adapters.values()), **arguments)
+
+
+def _held_twice(model, parts):
+    """Parameters that several blocks hold, or a block and the network around it."""
+    inside = Counter(p for block in parts.values() for p in set(block.parameters()))
+    own = {id(module) for block in parts.values() for module in block.modules()}
+    around = [m for m in model.modules() if id(m) not in own]
+    outside = {p for module in around for p in module.parameters(recurse=False)}
+    return {p for p, count in inside.items() if count > 1 or p in outside}

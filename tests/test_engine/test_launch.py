@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,17 +110,21 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def call(*command, cwd):
+def free_port():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def call(*command, cwd, **environment):
     env = os.environ | dict(
         PYTHON=sys.executable,
         PYTHONPATH=str(ROOT),
-        PORT=str(port),
+        PORT=free_port(),
         OMP_NUM_THREADS='1',
         CUDA_VISIBLE_DEVICES='-1',
     )
+    env.update(environment)
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True
     )
@@ -127,17 +132,23 @@ def call(*command, cwd):
 
 @pytest.fixture(scope='module')
 def trained(tiny):
-    """What `dist_train.sh CONFIG 2 --method ...` leaves on a machine without an accelerator."""
-    words = ['tiny.py', 2, '--auto-scale-lr', '--method', METHOD]
-    done = call(ROOT / 'tools/dist_train.sh', *words, cwd=tiny)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return tiny / 'work_dirs/lora_rank-2/tiny', done.stdout + done.stderr
+    """What `dist_train.sh CONFIG 1 --shard` leaves on two nodes without accelerators."""
+    words = ['tiny.py', 1, '--auto-scale-lr', '--shard', '--method', METHOD]
+    port = free_port()
+    nodes = [dict(NNODES='2', NODE_RANK=rank, PORT=port) for rank in '01']
+    script = ROOT / 'tools/dist_train.sh'
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda node: call(script, *words, cwd=tiny, **node), nodes))
+    log = ''.join(done.stdout + done.stderr for done in both)
+    assert [done.returncode for done in both] == [0, 0], log[-6000:]
+    return tiny / 'work_dirs/lora_rank-2/tiny', log
 
 
 @pytest.mark.slow
-def test_two_processes_train_without_a_gpu(trained):
+def test_two_nodes_train_without_a_gpu(trained):
     folder, log = trained
     checkpoint = torch.load(folder / 'epoch_1.pth', map_location='cpu', weights_only=False)
+    assert 'parameters are spread over 2 processes' in log
     # four images, one in each of two processes: two steps
     assert checkpoint['meta']['iter'] == 2
     assert 'coco/bbox_mAP' in log and 'coco/segm_mAP' in log
@@ -268,6 +279,14 @@ def test_auto_scale_lr_needs_a_batch_size():
     cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
     launch.enable_auto_scale_lr(cfg)
     assert cfg.auto_scale_lr.enable
+
+
+def test_sharding_is_an_argument_of_the_hook():
+    cfg = Config(dict(default_hooks=dict(peft=dict(type='mmpeft.PEFTHook'))))
+    launch.enable_shard(cfg)
+    assert cfg.default_hooks.peft.shard
+    with pytest.raises(UsageError, match=r'--shard: \S+ has no PEFTHook, .* Add --method'):
+        launch.enable_shard(Config(dict()))
 
 
 def test_distribution_without_an_accelerator(monkeypatch):

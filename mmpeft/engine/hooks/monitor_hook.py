@@ -16,7 +16,8 @@ class RunnerMonitor(Monitor):
         super().__init__(runner.model, runner.optim_wrapper, steps, **options)
 
     def after_step(self):
-        self.movement.after_step()
+        if self.movement:
+            self.movement.after_step()
 
     def _watch_loss(self):
         return []  # a Runner hands the losses over

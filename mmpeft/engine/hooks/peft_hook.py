@@ -27,6 +27,7 @@ from .checkpoints import AdapterCheckpointHook
 from .fitting import load_checked
 from .monitor_hook import MonitorHook
 from .optimizer import rebuild_optimizer
+from .shard_hook import ShardHook, check_shardable
 from .unwrap import unwrap
 
 
@@ -67,6 +68,7 @@ class PEFTHook(Hook):
         nonfinite_iters: Steps in a row with NaN or infinite loss or gradients
             that stop the run.
         check_frozen: Stop the run if something frozen changes.
+        shard: Spread the frozen base over the processes, by torch's ``fully_shard``, in training.
     """
 
     priority = 'HIGHEST'
@@ -85,6 +87,7 @@ class PEFTHook(Hook):
     check_iters: int = 10
     nonfinite_iters: int = 3
     check_frozen: bool = True
+    shard: bool = False
 
     def __new__(cls, *_, **arguments):
         known = [field.name for field in fields(cls)]
@@ -99,7 +102,8 @@ class PEFTHook(Hook):
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
-        _check_runner(runner)
+        if not self._prepared:
+            _check_runner(runner)
         _check_alone(runner)
         model, trains = unwrap(runner.model), isinstance(runner.optim_wrapper, OptimWrapper)
         if not getattr(model, 'peft', []):
@@ -110,7 +114,11 @@ class PEFTHook(Hook):
             self._prepared = True
             if fault := normalisation_fault(model):
                 runner.logger.warning(fault)
-            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+            if self.shard:
+                check_shardable(runner)
+                runner.model = model.cpu()
+            else:
+                runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
             rebuild_optimizer(runner)
             model.register_forward_hook(_add_penalty, with_kwargs=True)
             for hook in self._helpers(runner):
@@ -150,7 +158,10 @@ class PEFTHook(Hook):
             check_frozen=self.check_frozen,
         )
         saved = self.base_checkpoint, self.save_frozen, self.save_adapters
-        yield AdapterCheckpointHook(runner, *saved)
+        checkpoints = AdapterCheckpointHook(runner, *saved)
+        yield checkpoints
+        if self.shard:
+            yield ShardHook(runner, checkpoints)
 
     def before_train(self, runner):
         """Refuse a teacher that follows an adapted student by its mean."""
@@ -178,13 +189,13 @@ def _check_runner(runner):
         raise UsageError(
             f'PEFTHook works in mmengine.runner.Runner, not in {type(runner).__name__}, whose '
             'strategy prepares the model before a hook can adapt it. Take runner_type and strategy '
-            'out of the config.'
+            'out of the config. To shard the model, train with --shard (shard=True).'
         )
     if is_sharded(runner.model):
         raise UsageError(
             f'model_wrapper_cfg has sharded the model ({type(runner.model).__name__}) before '
-            'PEFTHook can adapt it. Use MMDistributedDataParallel, or shard the adapted model in a '
-            'loop of your own (docs/api.md, On several GPUs).'
+            'PEFTHook can adapt it. Leave model_wrapper_cfg out, and train with --shard '
+            '(shard=True), or shard the model in a loop of your own (docs/api.md, On several GPUs).'
         )
 
 

@@ -5,7 +5,7 @@ from math import isfinite
 import torch
 from torch import Tensor, distributed
 
-from mmpeft.checkpoint.keys import adapter_state_dict
+from mmpeft.checkpoint.keys import excluded_keys
 from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.wrappers import local_part
 
@@ -100,7 +100,7 @@ class Finite(Check):
         return f'{losses}, gradients are NaN or infinite, and the step was skipped'
 
     def _report(self, skipped):
-        weights = self._nonfinite(adapter_state_dict(self.monitor.model))
+        weights = self._nonfinite(self._own())
         held = f'Weights that are not finite: {listed(weights)}. ' if weights else ''
         return (
             'Loss or gradients were NaN or infinite in too many steps in a row (nonfinite_iters='
@@ -112,7 +112,7 @@ class Finite(Check):
 
     def problem(self):
         """Weights that are not finite, before they replace a checkpoint."""
-        return self.refusal(adapter_state_dict(self.monitor.model))
+        return self.refusal(self._own())
 
     def refusal(self, *states: dict[str, Tensor]) -> str | None:
         """The same for state dicts that are about to be saved."""
@@ -127,6 +127,11 @@ class Finite(Check):
     def close(self):
         if self.origin is not None:
             self.origin.close()
+
+    def _own(self):
+        """What a checkpoint holds, of which this rank may have parts."""
+        excluded, state = set(excluded_keys(self.monitor.model)), self.monitor.model.state_dict()
+        return {key: local_part(value) for key, value in state.items() if key not in excluded}
 
     def _nonfinite(self, state):
         return [k for k in _nonfinite(state) if k.removeprefix('module.') not in self._from_start]

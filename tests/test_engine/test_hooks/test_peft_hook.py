@@ -469,6 +469,12 @@ def test_evaluation_keeps_no_weights(tmp_path):
     assert np.abs(scores(runner.val()) - first).min() > 0
 
 
+def test_a_single_process_is_not_sharded(tmp_path):
+    runner = toy_runner(tmp_path, **{'default_hooks.peft.shard': True})
+    with pytest.raises(UsageError, match=r'a single one\. Write: tools/dist_train\.sh .* --shard'):
+        runner.train()
+
+
 def test_a_flexible_runner_is_refused_at_the_start(tmp_path):
     config = toy_config(tmp_path, env_cfg=dict(), log_processor=dict(), experiment_name='flexible')
     with pytest.raises(UsageError, match=r'mmengine\.runner\.Runner, not in FlexibleRunner'):
