@@ -81,6 +81,8 @@ def benchmark(
         UsageError: A task or a key is unknown, or the data is not there.
         TrainingError: A run went wrong, or all of a task's grid did.
     """
+    for key in grid or {}:
+        _check_key(cfg, key)
     keys, values = list(grid or {}), itertools.product(*(grid or {}).values())
     combinations = [dict(zip(keys, chosen, strict=True)) for chosen in values]
     purposes = [TESTING] if len(combinations) == 1 else [TUNING, TESTING]
@@ -96,6 +98,20 @@ def benchmark(
         chosen = compose(for_task(cfg, task, TESTING, root), options=best)
         records += [run(chosen, work_dir, task, 'test', seed) for seed in seeds]
     return records
+
+
+def _check_key(cfg, key):
+    """Refuse a key below nothing, which would change nothing."""
+    node, *parents = [cfg, *key.split('.')[:-1]]
+    for part in parents:
+        index = int(part) if isinstance(node, list) and part.isdigit() else part
+        try:
+            node = node[index]
+        except (KeyError, IndexError, TypeError) as error:
+            raise UsageError(
+                f'--grid {key}: the config has no {part!r} there. Write such as '
+                'optim_wrapper.optimizer.lr=3e-4,1e-3.'
+            ) from error
 
 
 def _tune(cfg, work_dir, task, seed, combinations):

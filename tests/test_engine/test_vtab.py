@@ -161,6 +161,10 @@ def test_data_that_is_missing_is_named(data, tmp_path):
     with pytest.raises(MissingFileError, match=r'dtd: .*dtd/train800val200.txt.*/NOAH') as error:
         benchmark(cfg, tmp_path, ['kitti', 'dtd'], root=data)
     assert 'test.txt' in str(error.value)
+    with pytest.raises(
+        UsageError, match="optim_wrapper.optimiser.lr: the config has no 'optimiser'"
+    ):
+        benchmark(cfg, tmp_path, ['kitti'], grid={'optim_wrapper.optimiser.lr': [1, 2]}, root=data)
     assert not list(tmp_path.iterdir())
     shutil.copytree(data / 'kitti', tmp_path / 'kitti')
     (tmp_path / 'kitti/val200.txt').unlink()
