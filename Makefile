@@ -3,9 +3,10 @@
 # make docs      install, then build the documentation into docs/_build/html
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
-# Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota) choose
-# what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest; PYTHON (3.10 to
-# 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see requirements/install.sh).
+# Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota,
+# classification) choose what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest;
+# PYTHON (3.10 to 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see
+# requirements/install.sh).
 
 VENV ?= .venv
 METHOD ?=

@@ -26,6 +26,7 @@ ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']
 QUANTIZED = ['torchao>=0.18,<0.19']  # the tensors that frozen_dtype is made of
 EXTRAS = {
     'det': DET,
+    'cls': [*OPENMMLAB, 'onedl-mmpretrain>=1.3.6,<2'],
     'seg': [*OPENMMLAB, 'onedl-mmsegmentation>=1.4.2,<2'],
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
     'onnx': ONNX,

@@ -46,8 +46,12 @@ def _segmentor(model, widths):
         head.norm_cfg.type = 'BN'
 
 
+def _classifier(model, widths):
+    model.head.in_channels = widths[-1]
+
+
 # How the model of each package is made small, and what its samples hold.
-SMALLER = dict(mmdet=_two_stages, mmrotate=_two_stages, mmseg=_segmentor)
+SMALLER = dict(mmdet=_two_stages, mmrotate=_two_stages, mmseg=_segmentor, mmpretrain=_classifier)
 
 
 def batch(scope, size=128):

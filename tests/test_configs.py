@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures('scope')
 METHODS = sorted(path.stem for path in (ROOT / 'configs/_base_/methods').glob('*.py'))
 # The package of each dataset; a new task has configs/frozen/convnext_<dataset>.py alone.
-SCOPES = dict(coco='mmdet', ade20k='mmseg', dota='mmrotate')
+SCOPES = dict(coco='mmdet', ade20k='mmseg', dota='mmrotate', vtab='mmpretrain')
 DATASETS = ('coco', 'ade20k', 'dota')
 # The methods of the papers; all others are chosen by --method.
 PAPERS = ('bitfit', 'dora', 'flora', 'frozen', 'full', 'liera', 'lora')
@@ -57,6 +57,8 @@ def test_is_read(method, dataset):
     expected = method_file(method).to_dict()
     if method in ('lora', 'dora', 'liera'):
         expected['method']['layout'] = 'loralib'  # as the papers count
+    if dataset == 'vtab' and method not in ('frozen', 'full'):
+        expected['targets'] = dict(kinds=('conv',))
     assert cfg.default_hooks.peft == expected
     assert cfg.default_hooks.seed.type == 'mmpeft.SeedHook'
     assert cfg.model.backbone.type == 'mmpeft.TimmBackbone'
@@ -152,6 +154,8 @@ def test_trains_and_predicts(dataset):
     elif cfg.default_scope in ('mmdet', 'mmrotate'):
         boxes = results[0].pred_instances.bboxes
         assert boxes.shape[1] == (5 if dataset == 'dota' else 4)
+    else:
+        assert results[0].pred_score.shape == (100,)
 
 
 def test_decay_spares_norms_and_biases():
@@ -190,6 +194,36 @@ def test_full_size_needs_no_weights(method, dataset, count, monkeypatch):
     assert result.adapters == count
     assert result.unfrozen == 3_840
     assert result.base == 87_690_752 + 3_840
+
+
+@pytest.mark.filterwarnings('ignore:.* adapters have more parameters:UserWarning')
+def test_lieras_counts_on_vtab():
+    """LieRA's Table 1: adapters of the convolutions, the last norm and the 100-way head."""
+    cfg = read('liera', 'vtab')
+    with torch.device('meta'):
+        plain = build(cfg)
+    for rank, published in {2: 1.90, 4: 3.70, 8: 7.30, 16: 14.48}.items():
+        model = copy.deepcopy(plain)
+        cfg.default_hooks.peft.method.rank = rank
+        result = adapt(model, cfg)
+        assert result.adapters == rank * 898_964
+        head = sum(p.numel() for p in model.head.parameters())
+        assert (result.unfrozen, head) == (2 * 1024, 100 * 1025)
+        millions = (result.adapters + result.unfrozen + head) / 1e6
+        assert millions == pytest.approx(published, abs=0.01)
+
+
+def test_vtab_is_run_as_lieras_paper_does():
+    cfgs = {method: read(method, 'vtab') for method in PAPERS if method != 'bitfit'}
+    for method, cfg in cfgs.items():
+        images = cfg.model.data_preprocessor
+        assert (images.mean, images.std, images.to_rgb) == ([0] * 3, [255] * 3, True)
+        assert cfg.optim_wrapper.optimizer.lr == (1e-4 if method == 'full' else 1e-3)
+        assert cfg.optim_wrapper.optimizer.weight_decay == 0.05
+        assert cfg.train_dataloader.dataset.ann_file == 'train800val200.txt'
+        assert cfg.test_dataloader.dataset.ann_file == 'test.txt'
+        assert cfg.train_cfg.val_interval == cfg.train_cfg.max_epochs == 100
+        assert 'save_best' not in cfg.default_hooks.checkpoint
 
 
 @pytest.fixture(scope='module')

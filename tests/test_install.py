@@ -100,6 +100,7 @@ def test_extras_name_what_each_task_imports(setup_arguments):
     assert extras['det'] >= engine | {'onedl-mmdetection'}
     assert extras['seg'] >= engine | {'onedl-mmsegmentation'}
     assert extras['rotate'] >= engine | {'onedl-mmdetection', 'onedl-mmrotate'}
+    assert extras['cls'] >= engine | {'onedl-mmpretrain'}
     assert extras['dev'] >= {'pytest', 'ruff'}
     assert extras['all'] == set.union(*(v for k, v in extras.items() if k != 'all'))
     assert extras['docs'] >= {'sphinx', 'myst-parser', 'furo'}

@@ -91,6 +91,50 @@ def test_a_new_dataset_by_inheritance(tmp_path, monkeypatch):
     assert stored['meta']['dataset_meta']['classes'] == ('cat', 'dog')
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+def test_a_new_dataset_of_classes_by_inheritance(tmp_path, monkeypatch):
+    pages = (ROOT / 'docs/configs.md').read_text()
+    block = next(b for b in re.findall(r'```python\n(.*?)```', pages, re.S) if 'data/flowers' in b)
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('daisy', 'rose', 'tulip'):
+            folder = tmp_path / 'data/flowers' / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                picture = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+                cv2.imwrite(str(folder / f'{number}.jpg'), picture)
+    (tmp_path / 'flowers.py').write_text(block)
+    smaller = {
+        'model.backbone': SMALL,
+        'model.head.in_channels': 320,
+        'train_cfg': dict(max_epochs=1, val_interval=1),
+        'randomness': dict(seed=0),
+        'param_scheduler': [],
+        'default_hooks.checkpoint.interval': 1,
+        'default_hooks.peft.method.rank': 2,
+        'work_dir': str(tmp_path / 'work'),
+        'log_level': 'ERROR',
+    }
+    for loader in ('train', 'val', 'test'):
+        smaller |= {
+            f'{loader}_dataloader.num_workers': 0,
+            f'{loader}_dataloader.persistent_workers': False,
+            f'{loader}_dataloader.dataset.pipeline.1.scale': (32, 32),
+        }
+    config = compose('flowers.py', options=smaller)
+    import_task(config)
+    assert not missing_data(config, ('train', 'val', 'test'))
+    runner = build_runner(config)
+    runner.train()
+    assert runner.model.head.fc.out_features == 3
+    assert len(runner.train_dataloader.dataset) == len(runner.val_dataloader.dataset) == 6
+    model = mmpeft.init_model(config, tmp_path / 'work/epoch_1.pth')
+    assert model.dataset_meta['classes'] == ('daisy', 'rose', 'tulip')
+    assert 0 < mmpeft.summary(model).adapters
+
+
 def test_the_table_of_families_is_true():
     """Each method file stands in the row of its family, and in no other."""
     rows = re.findall(r'^\| \[(\w+)\]\(docs/methods.md#\w+\) \| .* \| (.+) \|$', README, re.M)

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of mmdet, mmseg or mmrotate by its config.
+"""Evaluate a checkpoint of mmdet, mmseg, mmrotate or mmpretrain by its config.
 
     python tools/test.py configs/flora/convnext_coco.py work_dirs/flora/convnext_coco/epoch_12.pth
 
@@ -14,7 +14,9 @@ from mmpeft.errors import UsageError
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Test (and evaluate) a detector or segmentor')
+    parser = argparse.ArgumentParser(
+        description='Test (and evaluate) a detector, segmentor or classifier'
+    )
     add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(

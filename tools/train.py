@@ -1,4 +1,4 @@
-"""Train a model of mmdet, mmseg or mmrotate by its config.
+"""Train a model of mmdet, mmseg, mmrotate or mmpretrain by its config.
 
     python tools/train.py configs/flora/convnext_coco.py
     python tools/train.py configs/frozen/convnext_coco.py --method pissa
@@ -23,7 +23,7 @@ from mmpeft.engine.launch import (
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Train a detector or segmentor')
+    parser = argparse.ArgumentParser(description='Train a detector, segmentor or classifier')
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(

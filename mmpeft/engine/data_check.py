@@ -1,10 +1,17 @@
 """Whether the files that a config's datasets name exist."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
+
+SOURCES = {
+    'vtab-1k|train800|val200': 'VTAB-1k in this layout is made by data/vtab-source/get_vtab1k.py '
+    'of https://github.com/ZhangYuanhan-AI/NOAH, which downloads the data sets.'
+}
+"""Where data that is missing comes from, by a pattern of its path."""
 
 
 def missing_data(cfg: Config, splits: Sequence[str]) -> list[tuple[str, str]]:
@@ -35,6 +42,7 @@ def describe(missing: Sequence[tuple[str, str]]) -> str:
         f'the data is not where the config says, seen from {Path.cwd()}: {shown}{more}. Put it '
         f'there, link it (ln -s /where/it/is {top}), or inherit the config and set '
         f'{key.rsplit(".", 1)[0]}.data_root and similar keys.'
+        + ''.join(f' {text}' for pattern, text in SOURCES.items() if re.search(pattern, path))
     )
 
 

@@ -12,7 +12,7 @@ INSTALL = dict(
     mmdet="'mmpeft[det]'",
     mmseg="'mmpeft[seg]'",
     mmrotate="'mmpeft[rotate]'",
-    mmpretrain='onedl-mmpretrain',
+    mmpretrain="'mmpeft[cls]'",
 )
 """What pip installs each package by."""
 

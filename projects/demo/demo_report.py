@@ -19,6 +19,7 @@ SCORES = {
     'dota/AP50': 'AP50',
     'mIoU': 'mIoU',
     'aAcc': 'pixel accuracy',
+    'accuracy/top1': 'top-1 %',
 }
 
 

@@ -1,16 +1,18 @@
-"""Make the demo's data: scenes of handwritten digits in three real formats.
+"""Make the demo's data: handwritten digits in four real formats.
 
     python projects/demo/digits.py --out data/digits --seed 0
 
 The same scenes are written as COCO (instances with masks), ADE20K (label
-images) and DOTA (oriented boxes). ``source`` holds single digits, dark
-ink on white paper, on which the demo trains the network that it then adapts:
+images) and DOTA (oriented boxes). ``classification`` has scenes of one digit
+in lists of files and labels, four times as many. ``source`` holds single digits,
+dark ink on white paper, on which the demo trains the network that it then adapts:
 
     data/digits/
       coco/{train,val}/*.jpg            coco/annotations/instances_{train,val}.json
       ade20k/images/{training,validation}/*.jpg
       ade20k/annotations/{training,validation}/*.png
       dota/{train,val}/images/*.png     dota/{train,val}/annfiles/*.txt
+      classification/{train,val}.txt    classification/{train,val}/*.png
       source/{train,val}.npz
       made_with.json
 
@@ -37,6 +39,7 @@ def main():
     args = parse_args()
     out = Path(args.out)
     wanted = {name: value for name, value in vars(args).items() if name != 'out'}
+    wanted['formats'] = ['ade20k', 'classification', 'coco', 'dota']
     if made(out, wanted):
         print(f'{out} exists already.')
         return
@@ -44,7 +47,7 @@ def main():
     shutil.rmtree(part, ignore_errors=True)
     scans = load_scans()
     for index, split in enumerate(('train', 'val')):
-        for purpose, write in enumerate((write_source, write_scenes)):
+        for purpose, write in enumerate((write_source, write_scenes, write_singles)):
             rng = np.random.default_rng([args.seed, index, purpose])
             write(part, split, rng, scans[split], args)
     (part / 'made_with.json').write_text(json.dumps(wanted, indent=2))
@@ -107,6 +110,17 @@ def write_scenes(root, split, rng, scans, args):
     path = root / 'coco' / 'annotations' / f'instances_{split}.json'
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(coco))
+
+
+def write_singles(root, split, rng, scans, args):
+    """Write scenes of one digit, of half the side, and a list of them with their labels."""
+    folder, lines = root / 'classification', []
+    for index in range(4 * getattr(args, split)):
+        scene = draw_scene(rng, *scans, size=args.size // 2, count=(1, 1))
+        name = f'{split}/{index:05d}.png'
+        write_image(folder / name, scene.image)
+        lines.append(f'{name} {scene.digits[0].label}\n')
+    (folder / f'{split}.txt').write_text(''.join(lines))
 
 
 def add_coco(coco, folder, name, scene):

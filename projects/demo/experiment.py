@@ -19,7 +19,13 @@ ROOT = HERE.parents[1]
 TOOLS, CONFIGS = ROOT / 'tools', ROOT / 'configs'
 DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
 # Each task with the network whose base it adapts.
-TASKS = dict(ade20k='convnext', coco='convnext', dota='convnext', internvit='internvit')
+TASKS = dict(
+    ade20k='convnext',
+    classification='convnext',
+    coco='convnext',
+    dota='convnext',
+    internvit='internvit',
+)
 BASES = dict(convnext=WORK / 'base.pth', internvit=WORK / 'base_internvit.pth')
 
 

@@ -124,9 +124,9 @@ def test_what_does_not_exist(run):
         mmpeft.init_model(without_hook(cfg))
 
 
-@pytest.mark.parametrize('task', ['coco', 'dota', 'ade20k', 'internvit'])
+@pytest.mark.parametrize('task', ['coco', 'dota', 'ade20k', 'classification', 'internvit'])
 def test_the_inference_functions_of_each_task(task, tmp_path):
-    """mmdet's and mmseg's own functions take the model; twice the same predictions."""
+    """The functions of mmdet, mmseg and mmpretrain take the model; twice the same predictions."""
     config = f'mmpeft::demo/_base_/{task}.py'
     options = {'model.backbone.checkpoint': None, 'randomness': dict(seed=3)}
     first = mmpeft.init_model(config, method='lora', options=options)
@@ -143,6 +143,10 @@ def predicted(model, image):
         from mmseg.apis import inference_model
 
         return inference_model(model, image).seg_logits.data
+    if model.cfg.default_scope == 'mmpretrain':
+        from mmpretrain.apis import ImageClassificationInferencer
+
+        return torch.tensor(ImageClassificationInferencer(model)(image)[0]['pred_scores'])
     from mmdet.apis import inference_detector
 
     model.cfg.test_dataloader.dataset.pipeline[0].type = 'mmdet.LoadImageFromNDArray'

@@ -43,7 +43,13 @@ def test_a_method_can_be_run(method, experiment, place):
 
 @pytest.mark.parametrize(
     'task, scope',
-    [('coco', 'mmdet'), ('ade20k', 'mmseg'), ('dota', 'mmrotate'), ('internvit', 'mmseg')],
+    [
+        ('coco', 'mmdet'),
+        ('ade20k', 'mmseg'),
+        ('classification', 'mmpretrain'),
+        ('dota', 'mmrotate'),
+        ('internvit', 'mmseg'),
+    ],
 )
 def test_every_task_can_be_run(task, scope, experiment):
     cfg = experiment.Experiment('lora', task, seed=0).cfg
@@ -59,7 +65,11 @@ def test_every_task_can_be_run(task, scope, experiment):
     [
         ('adalor', 'coco', "no method 'adalor'. Did you mean 'adalora'"),
         ('LoRA', 'coco', "Did you mean 'lora'"),
-        ('lora', 'voc', "no task 'voc'. Valid names are 'ade20k', 'coco', 'dota', 'internvit'"),
+        (
+            'lora',
+            'voc',
+            "no task 'voc'. Valid names are 'ade20k', 'classification', 'coco', 'dota'",
+        ),
     ],
 )
 def test_unknown_names_are_refused(method, task, expected, experiment):

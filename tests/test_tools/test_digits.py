@@ -1,4 +1,4 @@
-"""The demo's data, read back by the datasets of mmdet, mmseg and mmrotate."""
+"""The demo's data, read back by the datasets of mmdet, mmseg, mmrotate and mmpretrain."""
 
 import sys
 from pathlib import Path
@@ -151,6 +151,28 @@ def test_dota_boxes_are_tight_around_the_digits(data, coco, split):
             assert (depth > -0.15).all(), 'the box encloses the mask'
             assert hidden or (depth < 0.15).all(), 'every side touches it'
     assert turned
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_classification_lists_pictures_of_one_digit(data, digits, split):
+    from mmpretrain.datasets import CustomDataset
+
+    dataset = CustomDataset(
+        data_root=str(data / 'classification'),
+        ann_file=f'{split}.txt',
+        metainfo=dict(classes=DIGITS),
+    )
+    assert len(dataset) == 4 * SIZES[split]
+    rng = np.random.default_rng([3, list(SPLITS).index(split), 2])
+    for index in range(len(dataset)):
+        info, scene = dataset.get_data_info(index), _single(digits, rng, split)
+        assert (cv2.imread(info['img_path'])[..., ::-1] == scene.image).all()
+        assert [digit.label for digit in scene.digits] == [info['gt_label']]
+
+
+def _single(digits, rng, split):
+    scans = digits.load_scans()[split]
+    return digits.draw_scene(rng, *scans, size=64, count=(1, 1))
 
 
 def test_source_holds_single_digits_of_every_class(data):

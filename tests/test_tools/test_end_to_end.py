@@ -1,4 +1,4 @@
-"""From data to a deployed model, through the real tools, on each of the three formats.
+"""From data to a deployed model, through the real tools, on each of the formats.
 
 Our tools are called in this process; what runs merged models is one that never imports mmpeft.
 """
@@ -79,6 +79,7 @@ TASKS = dict(
     coco=('mmdet', ['coco/bbox_mAP', 'coco/segm_mAP'], 16),
     ade20k=('mmseg', ['mIoU'], 10),
     dota=('mmrotate', ['dota/mAP'], 16),
+    classification=('mmpretrain', ['accuracy/top1'], 16),
 )
 
 
@@ -96,6 +97,8 @@ def validate_on_train(task):
             'test_dataloader.dataset.ann_file=train/annfiles/',
             'test_dataloader.dataset.data_prefix.img_path=train/images/',
         ]
+    if task == 'classification':
+        return ['test_dataloader.dataset.ann_file=train.txt']
     return [
         'test_dataloader.dataset.data_prefix.img_path=images/training',
         'test_dataloader.dataset.data_prefix.seg_map_path=annotations/training',

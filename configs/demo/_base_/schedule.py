@@ -1,4 +1,4 @@
-# What the three tasks of the demo share: the base, the classes, the loaders and the schedule.
+# What the tasks of the demo share: the base, the classes, the loaders and the schedule.
 backbone = dict(
     name='convnextv2_atto',
     depths=(1, 1, 4, 1),

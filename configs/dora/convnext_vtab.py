@@ -1,0 +1,17 @@
+_base_ = [
+    '../_base_/models/classifier_convnextv2.py',
+    '../_base_/datasets/vtab.py',
+    '../_base_/schedules/adamw_100e.py',
+    '../_base_/runtime_cls.py',
+    '../_base_/methods/dora.py',
+]
+# LieRA's protocol: images are not normalised, only divided by 255.
+model = dict(data_preprocessor=dict(mean=[0.0] * 3, std=[255.0] * 3), head=dict(num_classes=100))
+# Convolutions are adapted, their kernels flattened as loralib does it, as the paper counts.
+default_hooks = dict(
+    peft=dict(
+        _base_.peft,
+        method=dict(_base_.peft.method, layout='loralib'),
+        targets=dict(kinds=('conv',)),
+    )
+)

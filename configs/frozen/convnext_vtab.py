@@ -1,0 +1,10 @@
+_base_ = [
+    '../_base_/models/classifier_convnextv2.py',
+    '../_base_/datasets/vtab.py',
+    '../_base_/schedules/adamw_100e.py',
+    '../_base_/runtime_cls.py',
+    '../_base_/methods/frozen.py',
+]
+# LieRA's protocol: images are not normalised, only divided by 255.
+model = dict(data_preprocessor=dict(mean=[0.0] * 3, std=[255.0] * 3), head=dict(num_classes=100))
+default_hooks = dict(peft=_base_.peft)

@@ -1,0 +1,59 @@
+"""Train and test a method on the tasks of VTAB-1k, and print the table.
+
+    python tools/vtab.py configs/liera/convnext_vtab.py --seeds 0 1 2
+    python tools/vtab.py configs/frozen/convnext_vtab.py --method dora --tasks cifar dtd \\
+        --grid optim_wrapper.optimizer.lr=3e-4,1e-3,3e-3
+
+With ``--grid`` each task takes the values that are best on val200 after training on train800.
+Then it is trained on all 1,000 images and tested once, after the last epoch. Finished runs are
+kept in WORK_DIR/runs.jsonl and not run again; calls with other tasks can run side by side.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+from rich.console import Console
+
+from mmpeft.analysis.vtab import TASKS, table
+from mmpeft.engine.config import compose, run_name
+from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.packages import import_task
+from mmpeft.engine.vtab import benchmark
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument('--tasks', nargs='+', default=list(TASKS), help='all 19 if left out')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument(
+        '--grid',
+        nargs='+',
+        action=DictAction,
+        default={},
+        help='values to choose from for each task, as key=value,value',
+    )
+    parser.add_argument('--data', help="folder of the tasks; the config's if left out")
+    parser.add_argument('--work-dir', help='where records, logs and checkpoints go')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = compose(args.config, args.method, args.cfg_options)
+    import_task(cfg)
+    name = run_name(args.config, args.method)
+    grid = {k: v if isinstance(v, list) else [v] for k, v in args.grid.items()}
+    work_dir = Path(args.work_dir or f'work_dirs/{name}')
+    work_dir.mkdir(parents=True, exist_ok=True)
+    records = benchmark(cfg, work_dir, args.tasks, args.seeds, grid, args.data)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(records, name))
+
+
+if __name__ == '__main__':
+    run(main)
