@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'projects/benchmark')]
+BENCHMARK = ROOT / 'projects/benchmark'
+if not BENCHMARK.is_dir():
+    sys.exit(f'gpu_check.py: {BENCHMARK} does not exist. Run it in a checkout of the repository.')
+sys.path[:0] = [str(ROOT), str(BENCHMARK)]
 
 from checks import main  # noqa: E402
 

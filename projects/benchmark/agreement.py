@@ -30,6 +30,8 @@ SMALL = dict(rank=4, sample=False, dropout=0.0)
 PERTURBATION = 0.02
 # Gradients that nearly cancel are measured by the largest one of the model.
 NEGLIGIBLE = 0.1
+# Of the upstream gradient, so that float16 holds what reaches the input.
+LOSS_SCALE = 64
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,8 @@ def _forward(run, model, x):
 
 
 def _gradients(y, leaves):
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    upstream = LOSS_SCALE * torch.randn(y.shape, generator=generator, dtype=torch.float64)
     gradients = [None] * len(leaves)
     if leaves and y.requires_grad:
         gradients = torch.autograd.grad(

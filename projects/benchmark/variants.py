@@ -51,9 +51,14 @@ def inject(model, rank, type, kinds=('conv', 'linear'), execution='auto', **argu
     """mmpeft's adapters."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
-        method = dict(type=type, **arguments) | ({} if rank is None else dict(rank=rank))
+        method = dict(type=type, **arguments) | (dict(rank=rank) if rank else {})
         mmpeft.inject(model, method, dict(kinds=kinds), execution=execution)
     return model
+
+
+def scale(model, rank, **arguments):
+    """Scales of channels, which have no rank."""
+    return inject(model, None, 'IA3', **arguments)
 
 
 def freeze(model, rank):
@@ -104,9 +109,11 @@ VARIANTS = {
     'lycoris_tucker': adapt(peers.locon, tucker=True),
 }
 ALL = tuple(VARIANTS)
-VARIANTS['ia3'] = ia3 = partial(inject, type='IA3')
-VARIANTS['ia3_plain'] = partial(ia3, execution='plain')
-VARIANTS['dora_plain'] = partial(VARIANTS['dora'], execution='plain')
+VARIANTS |= {
+    'ia3': scale,
+    'ia3_plain': partial(scale, execution='plain'),
+    'dora_plain': partial(VARIANTS['dora'], execution='plain'),
+}
 VARIANTS |= {
     f'{name}_{way}': partial(VARIANTS[name], execution=way)
     for name in ('flora', 'lora', 'ia3')

@@ -99,7 +99,7 @@ def test_a_record_is_of_one_machine(call, tmp_path, monkeypatch):
 
 
 def test_the_reference_by_hand():
-    """LoRA on a linear layer in numpy: y = x (W + s B A)^T + b, upstream gradient g."""
+    """LoRA on a linear layer in numpy: y = x (W + s B A)^T + b, and upstream gradient g."""
     model, found = agreement.Reference()('lora', 'linear', torch.float32)
     adapter = model[0].parametrizations.weight[0]
     a, b = (adapter.factors[name].detach().double().numpy() for name in ('lora_A', 'lora_B'))
@@ -109,7 +109,7 @@ def test_the_reference_by_hand():
     w = state['0.parametrizations.weight.original'] + scale * b @ a
     np.testing.assert_allclose(found['y'], x @ w.T + state['0.bias'], rtol=1e-12, atol=1e-12)
     seed = torch.Generator().manual_seed(2)
-    g = torch.randn(found['y'].shape, generator=seed, dtype=torch.float64).numpy()
+    g = 64 * torch.randn(found['y'].shape, generator=seed, dtype=torch.float64).numpy()
     np.testing.assert_allclose(found['x'], g @ w, rtol=1e-12, atol=1e-12)
     dense = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     by_name = {name.rpartition('.')[2]: value for name, value in found.items()}
