@@ -25,8 +25,9 @@ from mmpeft.engine.method_argument import method_files, methods_in, read_method
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapter_parameters
 
-# Small layers have small ranks; what draws random numbers draws others on another device.
-SMALL = dict(rank=4, sample=False, dropout=0.0)
+# Small layers have small ranks; what draws random numbers draws others on another device; and on
+# the two sides of a ReLU's kink gradients differ.
+ARGUMENTS = dict(rank=4, sample=False, dropout=0.0, activation='gelu')
 PERTURBATION = 0.02
 # Gradients that nearly cancel are measured by the largest one of the model.
 NEGLIGIBLE = 0.1
@@ -88,7 +89,7 @@ NETWORKS = dict(
         ),
         IMAGES,
     ),
-    # Without the kink of a ReLU, on whose two sides gradients differ; and with residual branches.
+    # Residual branches start at zero otherwise.
     resnet=Kind(
         partial(
             *(ResNet, Bottleneck, (1, 1, 1, 1), 8),
@@ -217,7 +218,7 @@ def _adapted(method, kind, dtype):
     hook = read_method(method)
     (config,) = methods_in(hook)
     known = {field.name for field in fields(mmpeft.METHODS.get(config['type']))}
-    config = config | {name: value for name, value in SMALL.items() if name in known}
+    config = config | {name: value for name, value in ARGUMENTS.items() if name in known}
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
         warnings.filterwarnings('ignore', '.*belong to no layer that is known')
