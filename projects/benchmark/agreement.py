@@ -166,7 +166,7 @@ class Reference:
         if key not in self.known:
             try:
                 model = _adapted(method, KINDS[kind], dtype)
-                self.known[key] = model, _reference(model, KINDS[kind])
+                self.known[key] = model, _reference(model, KINDS[kind].input(dtype))
             except UsageError:  # the method has no place in it
                 self.known[key] = None
         return self.known[key]
@@ -229,11 +229,10 @@ def _adapted(method, kind, dtype):
     return model
 
 
-def _reference(model, kind):
+def _reference(model, x):
     plain = copy.deepcopy(model).double()
     for module in plain.modules():
         execution.disable(module)
-    x = kind.input(next(model.parameters()).dtype)
     return _gradients(*_forward(plain, plain, x.double() if x.is_floating_point() else x))
 
 

@@ -157,7 +157,7 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     """All parts, in the order of running."""
     reference = Reference()
     agree = partial(agreement, reference, device, quick)
-    seconds = dict(float32=40, bfloat16=40, float16=40, compiled=90)
+    seconds = dict(float32=40, bfloat16=40, float16=40, compiled=60)
     parts = [Part(f'agreement-{n}', seconds.get(n, 20), partial(agree, n)) for n in SETTINGS]
     train = partial(measured, device, quick)
     names, whole, layers, few, trained, choices = SMALL if quick else LARGE
