@@ -79,7 +79,7 @@ def parse_args(arguments=None):
     args.device = args.device or ('cuda' if has_gpu else 'cpu')
     on_cpu = args.device == 'cpu'
     args.workloads = args.workloads or workloads.names(args.device, args.quick)
-    args.variants = args.variants or (variants.QUICK if args.quick else tuple(variants.VARIANTS))
+    args.variants = args.variants or (variants.QUICK if args.quick else variants.ALL)
     args.rounds = args.rounds or (4 if args.quick else 7)
     args.steps = args.steps or (1 if on_cpu else 5)
     args.amp = args.amp or ('none' if on_cpu else 'bfloat16')

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from variants import trained
 
 from mmpeft.analysis.operations import Operations
+from mmpeft.quantization import stored_parts
 
 # Steps leave the weights where they are, and so the numbers that are multiplied.
 LEARNING_RATE = 1e-9
@@ -134,7 +135,7 @@ class Step:
         state = self.optimizer.state.values() if self.optimizer else ()
         moments = [t for values in state for t in values.values() if torch.is_tensor(t)]
         resting = chain(self.model.parameters(), self.model.buffers(), moments)
-        own = {_address(t): t.untyped_storage().nbytes() for t in resting}
+        own = {k: size for t in resting for k, size in _storages(t).items()}
         return torch.cuda.max_memory_allocated() - others + sum(own.values())
 
 
@@ -149,20 +150,21 @@ def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     Yields:
         Bytes of each storage by its address; filled as forward runs.
     """
-    there = set(map(_address, chain(model.parameters(), model.buffers())))
+    there = {k for t in chain(model.parameters(), model.buffers()) for k in _storages(t)}
     held = {}
 
     def note(tensor):
-        if _address(tensor) not in there:
-            held[_address(tensor)] = tensor.untyped_storage().nbytes()
+        held.update({k: size for k, size in _storages(tensor).items() if k not in there})
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         yield held
 
 
-def _address(tensor):
-    return tensor.untyped_storage().data_ptr()
+def _storages(tensor):
+    """Bytes of what a tensor is stored in, by address."""
+    storages = (part.untyped_storage() for part in stored_parts(tensor).values())
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def _now(is_cuda):

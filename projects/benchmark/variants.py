@@ -8,6 +8,8 @@ adapt matrices alone: linear layers and 1x1 convolutions, which are the linear
 layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize.
 ``published_flora``, ``peft_*`` and ``lycoris_*`` are others' code, on matrices;
 with ``_all`` on all layers without groups, LyCORIS' on all layers.
+``*_merged`` and ``*_branch`` put updates into the weight, or beside the layer,
+and ``ia3`` scales channels: what gpu_check.py compares ``auto`` with.
 """
 
 import warnings
@@ -49,9 +51,14 @@ def inject(model, rank, type, kinds=('conv', 'linear'), execution='auto', **argu
     """mmpeft's adapters."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
-        method = dict(type=type, rank=rank, **arguments)
+        method = dict(type=type, **arguments) | (dict(rank=rank) if rank else {})
         mmpeft.inject(model, method, dict(kinds=kinds), execution=execution)
     return model
+
+
+def scale(model, rank, **arguments):
+    """Scales of channels, which have no rank."""
+    return inject(model, None, 'IA3', **arguments)
 
 
 def freeze(model, rank):
@@ -101,9 +108,20 @@ VARIANTS = {
     'lycoris_locon': adapt(peers.locon),
     'lycoris_tucker': adapt(peers.locon, tucker=True),
 }
+ALL = tuple(VARIANTS)
+VARIANTS |= {
+    'ia3': scale,
+    'ia3_plain': partial(scale, execution='plain'),
+    'dora_plain': partial(VARIANTS['dora'], execution='plain'),
+}
+VARIANTS |= {
+    f'{name}_{way}': partial(VARIANTS[name], execution=way)
+    for name in ('flora', 'lora', 'ia3')
+    for way in ('merged', 'branch')
+}
 QUICK = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera')
 QUICK += ('flora_plain', 'published_flora', 'peft_lora', 'lycoris_locon')
-WITHOUT_RANK = (FLOOR, 'frozen', 'full')
+WITHOUT_RANK = (FLOOR, 'frozen', 'full', *(name for name in VARIANTS if name.startswith('ia3')))
 
 
 def check_name(name: str) -> None:

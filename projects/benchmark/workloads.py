@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError, near
-from mmpeft.models.intern_vit import Block
+from mmpeft.models.intern_vit import Block, InternViT
 from mmpeft.models.intern_vit_arch import ARCHITECTURES, Architecture
 
 # Of a 504x504 image in patches of 14, and the class token.
@@ -41,7 +41,9 @@ class Workload:
     def build(self, device: str = 'cpu', seed: int = 0) -> nn.Module:
         """The network in training mode, everything in it frozen."""
         torch.manual_seed(seed)
-        return self.network().to(device, self.dtype).requires_grad_(False).train()
+        with torch.device(device):
+            network = self.network()
+        return network.to(device, self.dtype).requires_grad_(False).train()
 
     def batch(self, device: str = 'cpu', seed: int = 0) -> Tensor:
         """An input of normal numbers, the same for the same seed."""
@@ -67,6 +69,44 @@ def of_intern_vit(name, arch: Architecture, blocks, batch, dtype=torch.float32) 
     return Workload(name, text, network, (batch, TOKENS, arch.width), dtype, is_inner=True)
 
 
+def of_whole_intern_vit(name, arch: str | dict, side: int, frozen_dtype: str) -> Workload:
+    """InternViT on one image, its frozen weights in a dtype or format."""
+    text = f'InternViT {name}, 1 x {side}x{side}, weights in {frozen_dtype}'
+    network = partial(InternViT, arch, frozen_dtype=frozen_dtype)
+    name = f'internvit_{name}-{frozen_dtype}'
+    return Workload(name, text, network, (1, 3, side, side), torch.bfloat16)
+
+
+def of_layers(width: int, tokens: int, side: int) -> tuple[Workload, ...]:
+    """Single layers as they stand in networks: many tokens and few, wide and thin kernels."""
+    quarter = width // 4
+    layers = dict(
+        linear=(partial(nn.Linear, width, 4 * width), (8, tokens, width)),
+        linear_few=(partial(nn.Linear, width, width), (8, width)),
+        pointwise=(partial(nn.Conv2d, quarter, width, 1), (2, quarter, side, side)),
+        conv=(partial(nn.Conv2d, quarter, quarter, 3, padding=1), (2, quarter, side, side)),
+        patches=(partial(nn.Conv2d, quarter, width, 2, 2), (2, quarter, side, side)),
+        depthwise=(
+            partial(nn.Conv2d, quarter, quarter, 7, padding=3, groups=quarter),
+            (2, quarter, side, side),
+        ),
+    )
+
+    def network(layer):
+        return nn.Sequential(layer())
+
+    return tuple(
+        Workload(
+            f'{name}_{width}',
+            f'{layer.func.__name__}{layer.args}, {"x".join(map(str, size))}',
+            partial(network, layer),
+            size,
+            is_inner=True,
+        )
+        for name, (layer, size) in layers.items()
+    )
+
+
 SMALL_VIT, LARGE_VIT = ARCHITECTURES['300m'], ARCHITECTURES['6b']
 FOR_CPU = (
     of_timm('convnextv2_base-160', 'convnextv2_base', 160, 160, 2),
@@ -83,6 +123,7 @@ FOR_GPU = (
     of_timm('convnextv2_large-1024', 'convnextv2_large', 1024, 1024, 2),
     of_timm('convnextv2_large-1333', 'convnextv2_large', 800, 1344, 2),
     of_timm('resnet50-1333', 'resnet50', 800, 1344, 2),
+    of_timm('vit_large-224', 'vit_large_patch16_224', 224, 224, 32),
     of_intern_vit('internvit_1024-gpu', SMALL_VIT, blocks=4, batch=8, dtype=torch.bfloat16),
     of_intern_vit('internvit_3200', LARGE_VIT, blocks=4, batch=2, dtype=torch.bfloat16),
 )

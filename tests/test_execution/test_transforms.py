@@ -122,6 +122,18 @@ def test_networks_compiled_without_graph_breaks(kind):
     assert_compiled(network(kind, 'flora'), torch.randn(2, 3, 32, 32), 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['vit', 'convnext'])
+def test_gradients_of_a_compiled_training_step(kind):
+    model, x = network(kind, 'flora').double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = results(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend='aot_eager', fullgraph=True)
+    found = results(model, x, compiled)
+    assert len(expected) > 20 and all(value.any() for value in expected.values())
+    assert_equal(found, expected, 1e-10)
+
+
 @pytest.mark.parametrize('case, name', zip(['large_linear', 'kernel'] * 4, FORMS, strict=True))
 def test_gradients_of_compiled_layers(case, name):
     model, x = adapted(LARGE[case], METHODS[name]), LARGE[case].input()
