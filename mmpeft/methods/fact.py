@@ -67,21 +67,22 @@ class FacT(Ranked, DeltaMethod):
         r, s = min(self.rank, n), min(self.rank, m)
         shared = {'left': uniform(weight, n, r), 'right': weight.new_zeros(m, s)}
         if self.form == 'tt':
-            return shared | {'cores': uniform(weight, r, s, count, *kernel).movedim(2, 0)}
+            cores = uniform(weight, r, s, count, *kernel).movedim(2, 0)
+            return shared | {'cores': cores.flatten(2)}  # of 5 axes a model takes no memory format
         core, own = uniform(weight, r, s, self.rank), uniform(weight, count, self.rank, *kernel)
         return shared | {'core': core, 'own': own}
 
-    def cores(self, factors: Factors) -> Tensor:
+    def cores(self, factors: Factors, spec: WeightSpec) -> Tensor:
         """G of all pieces, (pieces, r, s, *kernel)."""
         if self.form == 'tt':
-            return factors['cores']
+            return factors['cores'].unflatten(2, (-1, *spec.kernel_size))
         return torch.tensordot(factors['own'], factors['core'], ([1], [2])).movedim(
             (-2, -1), (1, 2)
         )
 
     def delta(self, factors, spec):
         rows, _ = pieces(spec)
-        product = torch.tensordot(self.cores(factors), factors['left'], ([1], [1]))
+        product = torch.tensordot(self.cores(factors, spec), factors['left'], ([1], [1]))
         product = torch.tensordot(product, factors['right'], ([1], [1]))
         product = product.movedim((-2, -1), (1, 2))  # (pieces, n, m, *kernel)
         return product.flatten(0, 1) if rows > 1 else product.transpose(0, 1).flatten(1, 2)
@@ -89,7 +90,7 @@ class FacT(Ranked, DeltaMethod):
     def low_rank(self, factors, spec):
         if not spec.is_plain:
             return None
-        left, right, cores = factors['left'], factors['right'], self.cores(factors)
+        left, right, cores = factors['left'], factors['right'], self.cores(factors, spec)
         if len(cores) == 1:
             return left, cores[0], right.T
         if not spec.is_matrix:

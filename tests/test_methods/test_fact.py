@@ -28,7 +28,10 @@ def test_fact_by_its_formula(name, form):
     make, (rows, columns) = LAYERS[name]
     frozen, new, f = adapted(make(), dict(type='FacT', rank=2, form=form, scale=0.3))
     left, right = f['left'], f['right']
-    cores = f['cores'] if form == 'tt' else np.einsum('rsc,pc...->prs...', f['core'], f['own'])
+    if form == 'tt':
+        cores = f['cores'].reshape(rows * columns, 2, 2, *frozen.shape[2:])
+    else:
+        cores = np.einsum('rsc,pc...->prs...', f['core'], f['own'])
     assert len(cores) == rows * columns
     parts = [np.einsum('ir,rs...,js->ij...', left, core, right) for core in cores]
     close(new, frozen + 0.3 * np.concatenate(parts, axis=0 if rows > 1 else 1))
@@ -69,5 +72,13 @@ def test_without_pieces_it_is_lotr():
     randomize(one)
     f, g = (adapters_of(layer, 'weight')[0].factors for layer in (one, two))
     with torch.no_grad():
-        g['lotr_A'].copy_(f['left']), g['lotr_B'].copy_(f['right']), g['core'].copy_(f['cores'][0])
+        g['lotr_A'].copy_(f['left']), g['lotr_B'].copy_(f['right'])
+        g['core'].copy_(f['cores'].view_as(g['core']))
     torch.testing.assert_close(one.weight, two.weight, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_with_it_takes_a_memory_format():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3)).double()
+    mmpeft.inject(model, dict(type='FacT', rank=2))
+    x = torch.randn(1, 4, 5, 5).double()
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), model(x))
