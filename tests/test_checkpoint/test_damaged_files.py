@@ -72,7 +72,7 @@ def forged(content, tensors=None, **changes):
 
 
 def truncated(content):
-    for size in np.linspace(0, len(content) - 1, 120, dtype=int):
+    for size in np.linspace(0, len(content) - 1, 40, dtype=int):
         yield content[:size]
 
 
@@ -80,7 +80,7 @@ def flipped(content):
     random = np.random.default_rng(0)
     size = 8 + struct.unpack('<Q', content[:8])[0]
     regions = (range(8), range(8, size), range(size, len(content)))
-    for region, count in zip(regions, (32, 120, 80), strict=True):
+    for region, count in zip(regions, (16, 60, 40), strict=True):
         for place in random.choice(region, count):
             damaged = bytearray(content)
             damaged[place] ^= 1 << random.integers(8)
@@ -89,7 +89,7 @@ def flipped(content):
 
 def overwritten(content):
     random = np.random.default_rng(1)
-    for _ in range(30):
+    for _ in range(12):
         start, length = random.integers(len(content)), random.integers(1, 600)
         yield content[:start] + bytes(length) + content[start + length :] + b'\1'
         yield content[:start] + random.bytes(length) + content[start + length :]
