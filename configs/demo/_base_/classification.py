@@ -16,7 +16,8 @@ dataset = dict(
     metainfo=dict(classes=_base_.digits),
     pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
 )
-train_dataloader = dict(dataset=dict(ann_file='train.txt', **dataset))
+# As many pixels a step as the other tasks have.
+train_dataloader = dict(batch_size=32, dataset=dict(ann_file='train.txt', **dataset))
 val_dataloader = dict(dataset=dict(ann_file='val.txt', **dataset))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1,))
