@@ -113,10 +113,10 @@ def write_scenes(root, split, rng, scans, args):
 
 
 def write_singles(root, split, rng, scans, args):
-    """Write scenes of one digit, of half the side, and a list of them with their labels."""
+    """Write scenes of one digit, as large as the source's, and a list of them with their labels."""
     folder, lines = root / 'classification', []
     for index in range(4 * getattr(args, split)):
-        scene = draw_scene(rng, *scans, size=args.size // 2, count=(1, 1))
+        scene = draw_scene(rng, *scans, size=40, count=(1, 1), height=(30, 40), turn=10)
         name = f'{split}/{index:05d}.png'
         write_image(folder / name, scene.image)
         lines.append(f'{name} {scene.digits[0].label}\n')

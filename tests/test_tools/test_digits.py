@@ -172,7 +172,7 @@ def test_classification_lists_pictures_of_one_digit(data, digits, split):
 
 def _single(digits, rng, split):
     scans = digits.load_scans()[split]
-    return digits.draw_scene(rng, *scans, size=64, count=(1, 1))
+    return digits.draw_scene(rng, *scans, size=40, count=(1, 1), height=(30, 40), turn=10)
 
 
 def test_source_holds_single_digits_of_every_class(data):

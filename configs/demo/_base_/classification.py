@@ -1,4 +1,4 @@
-# A linear classifier on the demo's small ConvNeXt-V2, of single digits on 64x64 pixels.
+# A linear classifier on the demo's small ConvNeXt-V2, of single digits on 40x40 pixels.
 _base_ = [
     '../../_base_/models/classifier_convnextv2.py',
     '../../_base_/runtime_cls.py',
@@ -16,7 +16,7 @@ dataset = dict(
     metainfo=dict(classes=_base_.digits),
     pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
 )
-train_dataloader = dict(dataset=dict(ann_file='train.txt', **dataset))
+train_dataloader = dict(batch_size=32, dataset=dict(ann_file='train.txt', **dataset))
 val_dataloader = dict(dataset=dict(ann_file='val.txt', **dataset))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1,))
