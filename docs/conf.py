@@ -44,6 +44,7 @@ nitpick_ignore_regex = [('py:.*', r'(?!\.?mmpeft).*')]
 
 ROOMS = {
     'mmpeft': 'Public names',
+    'quantization': 'Weights in few bits',
     'methods': 'Methods',
     'injection': 'Injection',
     'execution': 'Execution',

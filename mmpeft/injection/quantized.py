@@ -23,7 +23,7 @@ def to_quantize(
     Args:
         model: With its weights.
         path: Of the target module.
-        dtype: See :func:`mmpeft.quantization.quantize`.
+        dtype: See :func:`~mmpeft.quantization.tensor.quantize`.
         trained: Parameters that stay as they are.
 
     Returns:

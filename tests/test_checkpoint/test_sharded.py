@@ -1,9 +1,5 @@
 """Models in DDP, FSDP and fully_shard over two gloo processes against one plain process."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +8,7 @@ from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
+from tests.processes import launch
 from tests.test_checkpoint import sharded_run
 from tests.test_checkpoint.sharded_run import METHODS, TARGETS, batch, network, train, watched
 
@@ -30,22 +27,6 @@ def other():
     return model
 
 
-def launch(script, *arguments):
-    """Run a script in two processes over gloo."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
-    done = subprocess.run(
-        [*command, f'--master_port={port}', '--nproc_per_node=2', str(script), *arguments],
-        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """The folder of the run, and what each rank found."""
@@ -56,7 +37,8 @@ def runs(tmp_path_factory):
         wrong.blocks[0].qkv.weight.add_(1)
     mmpeft.inject(wrong, METHODS['LoRA'], TARGETS)
     mmpeft.save_adapter(wrong, folder / 'wrong.safetensors')
-    launch(sharded_run.__file__, str(folder))
+    done = launch(2, sharded_run.__file__, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder, [torch.load(folder / f'rank{rank}.pth') for rank in (0, 1)]
 
 

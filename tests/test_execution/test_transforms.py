@@ -20,6 +20,7 @@ from tests.cases import (
     Attention,
     Bottleneck,
     ConvNeXtBlock,
+    Patches,
     TransformerBlock,
     randomize,
 )
@@ -40,7 +41,11 @@ NETWORKS = dict(
 FAMOUS = ('lora_channel', 'flora', 'liera', 'dora')
 # A block, the size of its input, and two of its layers.
 COMPILED = dict(
-    vit=(lambda: TransformerBlock(Attention(8), 8), (2, 6, 8), r'qkv|mlp\.0'),
+    vit=(
+        lambda: nn.Sequential(Patches(8, flat=True), TransformerBlock(Attention(8), 8)),
+        (2, 3, 4, 6),
+        r'qkv|mlp\.0',
+    ),
     convnext=(lambda: ConvNeXtBlock(6, channels_last=True), (2, 6, 4, 4), r'conv_dw|mlp\.0'),
     resnet=(lambda: Bottleneck(4, 4, 1), (2, 4, 5, 5), r'conv[12]'),
 )

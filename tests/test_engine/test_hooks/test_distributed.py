@@ -1,16 +1,13 @@
 """DDP with two gloo processes against one process with their batches together."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import launch
 from tests.test_engine.test_hooks import distributed_run
 
 SCRIPT = Path(distributed_run.__file__)
@@ -19,22 +16,6 @@ DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[3]
 
 pytestmark = pytest.mark.slow
-
-
-def launch(script, *arguments):
-    """A script in two processes over gloo."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--master_addr=127.0.0.1']
-    command += [f'--master_port={port}', '--nproc_per_node=2']
-    return subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 METHODS = [
@@ -51,7 +32,7 @@ def runs(tmp_path_factory):
     """Folders of all methods' runs, in one process and in two."""
     folder = tmp_path_factory.mktemp('runs')
     distributed_run.main(folder / 'one', 4, json.dumps(METHODS))
-    done = launch(SCRIPT, folder / 'two', 2, json.dumps(METHODS))
+    done = launch(2, SCRIPT, folder / 'two', 2, json.dumps(METHODS))
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -78,7 +59,7 @@ def test_two_processes_train_what_one_would(number, runs):
 
 def test_a_vit_detector_in_bfloat16_with_averaged_weights(tmp_path):
     """Two processes end with the same adapters; the averages are saved, and the base is not."""
-    done = launch(DETECTOR, tmp_path)
+    done = launch(2, DETECTOR, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     trained = [key for key in first if '.lora_B' in key]
@@ -94,7 +75,7 @@ def test_a_vit_detector_in_bfloat16_with_averaged_weights(tmp_path):
 def errors(tmp_path_factory):
     """Each rank's error in each run that has to stop, all in one pair of processes."""
     folder = tmp_path_factory.mktemp('disagreements')
-    done = launch(DISAGREEMENTS, folder)
+    done = launch(2, DISAGREEMENTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f'rank{rank}.json').read_text()) for rank in (0, 1)]
 
@@ -171,6 +152,6 @@ def test_an_error_on_one_rank_ends_the_others(tmp_path):
     """An infinite loss with finite gradients is known to one rank alone."""
     script = tmp_path / 'alone.py'
     script.write_text(ALONE.format(folder=str(tmp_path)))
-    done = launch(script)
+    done = launch(2, script)
     assert done.returncode != 0
     assert 'loss_far is inf, the gradients are finite' in done.stderr

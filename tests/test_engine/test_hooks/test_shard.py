@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .test_distributed import launch
+from tests.processes import launch
 
 SCRIPT = __file__.replace('test_shard.py', 'shard_run.py')
 METHODS = 'lora', 'lotr', 'adaptformer', 'full'
