@@ -112,8 +112,8 @@ class InternViT(BaseModule):
         frozen_dtype: ``'bfloat16'`` and ``'float16'`` hold the network in half
             the memory of ``'float32'``. ``'int8'``, ``'fp8'`` and ``'nf4'`` hold the weights of
             the blocks' linear layers in 8 or 4 bits, see
-            :func:`~mmpeft.quantization.tensor.quantize`, and the rest in bfloat16; each weight is rounded
-            as it is read. Adapters stay in float32. Only for weights that do not train.
+            :func:`~mmpeft.quantization.tensor.quantize`, and the rest in bfloat16; each weight is
+            rounded as it is read. Adapters stay in float32. Only for weights that do not train.
         init_cfg: As in :class:`mmengine.model.BaseModule`.
 
     Raises:

@@ -30,8 +30,8 @@ class SimpleFeaturePyramid(BaseModule):
         init_cfg: As in :class:`mmengine.model.BaseModule`.
 
     Raises:
-        UsageError: A scale is none of 4, 2, 1 and 0.5, or there are more scales
-            than levels.
+        UsageError: A scale is not 4, 2, 1 or 0.5, or there are more scales than
+            levels.
     """
 
     def __init__(

@@ -50,6 +50,26 @@ def test_a_method_gets_twelve_candidates_four_of_them_again_and_its_seeds(study,
     assert [r['trial']['seed'] for r in finals(base, method, 5, records)] == [0, 1, 2, 3, 4]
 
 
+def test_the_report_pairs_seeds_and_tests_differences(study, base):
+    from transfer_study.plan import pending
+    from transfer_study.report import tables
+
+    methods, records = ['frozen', 'lora', 'flora'], {}
+    while waiting := list(pending(base, methods, 3, records)):
+        for trial in waiting:
+            record = records[trial.id] = outcome(trial)
+            record['accuracy'] += 0.01 * trial.seed * (trial.stage == 'final')
+            if (trial.method, trial.stage) == ('flora', 'final'):
+                record['accuracy'] += 0.05 + 0.001 * trial.seed
+    text = tables(base, methods, 3, records)
+    rows = [line.split(' | ')[0] for line in text.splitlines() if line.startswith('| ')]
+    assert {'| frozen', '| lora', '| flora', '| flora - lora', '| lora - frozen'} <= {*rows}
+    (claim,) = (line for line in text.splitlines() if line.startswith('| flora - lora'))
+    gaps = 5 + 0.1 * np.arange(3)
+    half = gaps.mean() - stats.ttest_1samp(gaps, 0).confidence_interval(0.95).low
+    assert f'+{gaps.mean():.2f} ± {half:.2f}' in claim and 'higher' in claim
+
+
 def test_a_failed_trial_is_not_chosen(base):
     from transfer_study.plan import best
 

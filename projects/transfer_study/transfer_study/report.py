@@ -3,6 +3,8 @@
 import numpy as np
 from scipy import stats
 
+from mmpeft.analysis.vtab import ppt
+
 from .plan import Records, finals
 from .trial import Trial
 
@@ -33,11 +35,6 @@ def holm(p_values: list[float]) -> list[float]:
     raised = [(len(order) - i) * p_values[k] for i, k in enumerate(order)]
     adjusted = np.minimum(np.maximum.accumulate(raised), 1.0)
     return [float(adjusted[np.where(order == k)[0][0]]) for k in range(len(order))]
-
-
-def ppt(score: float, parameters: int) -> float:
-    """Performance-parameter trade-off, M * exp(-log10(P / 10 M + 1)) (V-PETL Bench)."""
-    return score * float(np.exp(-np.log10(parameters / 1e7 + 1)))
 
 
 def scores(base: Trial, methods: list[str], seeds: int, records: Records) -> dict[str, dict]:
@@ -84,7 +81,7 @@ def tables(base: Trial, methods: list[str], seeds: int, records: Records) -> str
         setting = f'{trial["rate"]:g} | {trial["scale"]:g}' if trial['epochs'] else '- | -'
         lines.append(
             f'| {method} | {count:,} | {mean:.2f} ± {half:.2f} | {len(values)} '
-            f'| {ppt(mean / 100, count):.3f} | {setting} |'
+            f'| {ppt(mean, count):.3f} | {setting} |'
         )
     head = [
         '',
