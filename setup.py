@@ -31,6 +31,14 @@ EXTRAS = {
     'rotate': [*DET, 'onedl-mmrotate>=1.2.1,<2'],
     'onnx': ONNX,
     'quantized': QUANTIZED,
+    'projects': [
+        'accelerate>=1',
+        'datasets>=4',
+        'diffusers>=0.35',
+        'scikit-learn>=1.5',
+        'sentencepiece>=0.2',
+        'transformers>=4.53,<5',  # mmpretrain does not import beside transformers 5
+    ],
     'docs': ['furo>=2024.8.6', 'myst-parser>=4', 'sphinx>=8.1'],
     'dev': [
         *ONNX,

@@ -122,7 +122,7 @@ say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on
 "${pip[@]}" install -q --no-deps -r requirements/build.txt
 "${pip[@]}" install --no-deps --only-binary :all: \
     -r requirements/runtime.txt -r requirements/dev.txt -r requirements/docs.txt \
-    -r requirements/benchmark.txt
+    -r requirements/benchmark.txt -r requirements/projects.txt
 "${pip[@]}" install --no-deps --no-build-isolation -r requirements/openmmlab.txt
 install_mmcv
 PYTHONWARNINGS=ignore "${pip[@]}" install -q --no-deps --no-build-isolation --editable .

@@ -21,7 +21,7 @@ CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').rglob('*.
 LOCK = sorted((ROOT / 'requirements').glob('*.txt'))
 
 # Named by packages of the lock and left out of it: see requirements/runtime.txt and dev.txt.
-LEFT_OUT = {'opencv-python', 'imagecorruptions-imaug', 'modelindex', 'mat4py', 'httpx'}
+LEFT_OUT = {'opencv-python', 'imagecorruptions-imaug', 'modelindex', 'mat4py'}
 
 WITHOUT_EXTRAS = """
 import sys
