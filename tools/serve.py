@@ -3,10 +3,10 @@
     python tools/serve.py --adapter coco=COCO.py:coco.safetensors \\
         --adapter digits=DIGITS.py:work_dirs/digits/epoch_12.pth --out seen IMAGES...
 
-An adapter is a whole config of mmdet, mmseg or mmrotate, heads and classes included, and what
-training with it saved: a checkpoint, or a file of ``mmpeft.save_adapter``. All models are held at
-once and share the memory of the frozen backbone. Each writes its predictions and drawn pictures
-to OUT/<name>, by its package's own inferencer.
+An adapter is a whole config of mmdet, mmseg, mmrotate or mmpretrain, heads and classes included,
+and what training with it saved: a checkpoint, or a file of ``mmpeft.save_adapter``. All models are
+held at once and share the memory of the frozen backbone. Each writes its predictions and drawn
+pictures to OUT/<name>, by its package's own inferencer.
 """
 
 import argparse

@@ -78,6 +78,17 @@ def predict(
         batch_size: Pictures at once.
         score_thr: The lowest score of boxes that are drawn.
     """
+    init_default_scope(model.cfg.default_scope)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.cfg.default_scope == 'mmpretrain':
+        _classify(model, pictures, folder, batch_size)
+    else:
+        _infer(model, pictures, folder, batch_size, score_thr)
+    classes = list(model.dataset_meta['classes'])
+    (folder / 'classes.json').write_text(json.dumps(classes, indent=1, ensure_ascii=False))
+
+
+def _infer(model, pictures, folder, batch_size, score_thr):
     scope = model.cfg.default_scope
     if scope == 'mmseg':
         from mmseg.apis import MMSegInferencer as Inferencer
@@ -87,7 +98,6 @@ def predict(
         from mmdet.apis import DetInferencer as Inferencer
 
         options = dict(pred_score_thr=score_thr, no_save_pred=False)
-    init_default_scope(scope)
 
     class Ready(Inferencer):
         def _init_model(self, *_):
@@ -96,5 +106,15 @@ def predict(
     device = str(next(model.parameters()).device)
     tool = Ready(model.cfg, device=device, scope=scope, show_progress=False)
     tool(list(pictures), batch_size=batch_size, out_dir=str(folder), **options)
-    classes = list(model.dataset_meta['classes'])
-    (folder / 'classes.json').write_text(json.dumps(classes, indent=1, ensure_ascii=False))
+
+
+def _classify(model, pictures, folder, batch_size):
+    from mmpretrain import ImageClassificationInferencer
+
+    tool = ImageClassificationInferencer(model)
+    found = tool(list(pictures), batch_size=batch_size, show_dir=str(folder / 'vis'))
+    (folder / 'preds').mkdir(exist_ok=True)
+    for picture, prediction in zip(pictures, found, strict=True):
+        prediction['pred_scores'] = prediction['pred_scores'].tolist()
+        text = json.dumps(prediction, ensure_ascii=False)
+        (folder / 'preds' / f'{Path(picture).stem}.json').write_text(text)

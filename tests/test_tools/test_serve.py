@@ -31,7 +31,13 @@ model = dict(
 )
 test_dataloader = dict(dataset=dict(metainfo=dict(_delete_=True)))
 """
-CONFIGS = dict(eighty='eighty', digits='lora_coco', roads='liera_dota', scenes='houlsby_ade20k')
+CONFIGS = dict(
+    eighty='eighty',
+    digits='lora_coco',
+    roads='liera_dota',
+    scenes='houlsby_ade20k',
+    single='dora_classification',
+)
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +50,7 @@ def folder(tmp_path_factory, compose):
     """Configs on one base, an adapter for each, and two pictures."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('serve')
-    for name in ('flora_coco', 'lora_coco', 'liera_dota', 'houlsby_ade20k'):
+    for name in ('flora_coco', *list(CONFIGS.values())[1:]):
         compose(*name.split('_'), folder)
     (folder / 'eighty.py').write_text(EIGHTY)
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +89,7 @@ def call(serve, monkeypatch, *words):
     serve.main()
 
 
-def test_four_models_on_one_backbone(serve, folder, monkeypatch):
+def test_five_models_on_one_backbone(serve, folder, monkeypatch):
     monkeypatch.chdir(folder)
     adapters = serve.adapters_of([a.split('=', 1)[1] for a in arguments(CONFIGS)])
     loaded, shared = load_on_one_base(adapters, 'cpu')
@@ -97,7 +103,7 @@ def test_four_models_on_one_backbone(serve, folder, monkeypatch):
         for key in frozen:
             assert own[key].data_ptr() == state[plain_key(key)].data_ptr(), key
         sizes += sum(own[key].nbytes for key in frozen)
-    assert shared == sizes > 3 * 7_000_000
+    assert shared == sizes > 4 * 7_000_000
     assert first.roi_head.bbox_head.num_classes == 80
     assert others[0].roi_head.bbox_head.num_classes == 10
     x = torch.randn(1, 3, 64, 64)
@@ -111,7 +117,7 @@ def test_four_models_on_one_backbone(serve, folder, monkeypatch):
 def test_predictions_and_pictures_of_each(serve, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     call(serve, monkeypatch, *arguments(CONFIGS), '--out', 'seen', '--device', 'cpu', 'pictures')
-    assert '4 models share' in capsys.readouterr().out
+    assert '5 models share' in capsys.readouterr().out
     for name in CONFIGS:
         classes = json.loads((folder / f'seen/{name}/classes.json').read_text())
         assert len(classes) == dict(eighty=80, scenes=11).get(name, 10)
@@ -121,6 +127,10 @@ def test_predictions_and_pictures_of_each(serve, folder, monkeypatch, capsys):
             continue
         for number in range(2):
             found = json.loads((folder / f'seen/{name}/preds/{number}.json').read_text())
+            if name == 'single':
+                assert found['pred_label'] == np.argmax(found['pred_scores'])
+                assert found['pred_class'] == classes[found['pred_label']]
+                continue
             assert found['scores'] and len(found['scores']) == len(found['bboxes'])
             assert max(found['labels']) < len(classes)
             assert len(found['bboxes'][0]) == (5 if name == 'roads' else 4)
