@@ -3,14 +3,15 @@
 # make docs      install, then build the documentation into docs/_build/html
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
-# Variables: METHOD (a file of configs/_base_/methods) and TASK (coco, ade20k, dota,
-# classification) choose what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest;
+# Variables: METHOD (a file of configs/_base_/methods), TASK (coco, ade20k, dota,
+# classification) and DATA (digits, photos) choose what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest;
 # PYTHON (3.10 to 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see
 # requirements/install.sh).
 
 VENV ?= .venv
 METHOD ?=
 TASK ?=
+DATA ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
@@ -22,7 +23,7 @@ STAMP := $(VENV)/installed-$(LOCK)
 .DEFAULT_GOAL := help
 
 demo: $(STAMP)
-	$(VENV)/bin/python projects/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(DEMO_ARGS)
+	$(VENV)/bin/python projects/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(if $(DATA),--data $(DATA)) $(DEMO_ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)

@@ -4,9 +4,8 @@ import contextlib
 import io
 import warnings
 
-import cv2
-import numpy as np
 import torch
+from demo_pictures import draw_sheet
 from rich.console import Console
 from rich.table import Table
 
@@ -45,10 +44,9 @@ def show_report(experiments):
     if adapted.merges:
         rows.append((adapted.merged, 'the whole model, without adapters'))
         rows.append((adapted.merged.with_suffix('.py'), 'its config'))
-    for experiment in experiments:
-        pictures, sheet = experiment.pictures(), experiment.folder / 'pictures.png'
-        write_contact_sheet(pictures, sheet)
-        rows.append((sheet, f'truth and prediction, of {len(pictures)} in {pictures[0].parent}'))
+    sheet = adapted.folder / 'pictures.png'
+    draw_sheet(experiments, sheet)
+    rows.append((sheet, f'truth, and what {" and ".join(e.method for e in experiments)} found'))
     for path, remark in rows:
         line = f'{mib(path.stat().st_size):>9}  {path}  ({remark})'
         console.print(line, highlight=False, soft_wrap=True)
@@ -77,19 +75,3 @@ def score_table(experiments):
     for method, scores in rows:
         table.add_row(method, *(f'{scores[name]:.3f}' for name in names))
     return table
-
-
-def write_contact_sheet(pictures, path, columns=4, rows=3):
-    """Lay the first pictures beside each other and write the sheet.
-
-    Args:
-        pictures (list[Path]): Of one size.
-        path (Path): Where the sheet goes.
-        columns (int): Pictures in a row.
-        rows (int): Rows at most; only full ones are drawn.
-    """
-    tiles = [cv2.imread(str(picture)) for picture in pictures[: columns * rows]]
-    tiles = [cv2.resize(tile, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC) for tile in tiles]
-    tiles = [np.pad(tile, ((4, 4), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
-    full = range(0, len(tiles) - columns + 1, columns)
-    cv2.imwrite(str(path), np.vstack([np.hstack(tiles[i : i + columns]) for i in full]))

@@ -17,16 +17,24 @@ from mmpeft.registry import METHODS
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOOLS, CONFIGS = ROOT / 'tools', ROOT / 'configs'
-DATA, WORK = Path('data/digits'), Path('work_dirs/demo')
-# Each task with the network whose base it adapts.
+WORK = Path('work_dirs/demo')
+# Each task with the network whose base it adapts, by the images that it is made of.
 TASKS = dict(
-    ade20k='convnext',
-    classification='convnext',
-    coco='convnext',
-    dota='convnext',
-    internvit='internvit',
+    digits=dict(
+        ade20k='convnext',
+        classification='convnext',
+        coco='convnext',
+        dota='convnext',
+        internvit='internvit',
+    ),
+    photos=dict(ade20k='efficientnet', coco='efficientnet', dota='efficientnet'),
 )
-BASES = dict(convnext=WORK / 'base.pth', internvit=WORK / 'base_internvit.pth')
+FOLDERS = {data: Path('data') / data for data in TASKS}
+BASES = dict(
+    convnext=WORK / 'base.pth',
+    internvit=WORK / 'base_internvit.pth',
+    efficientnet=WORK / 'efficientnet_lite0.pth',
+)
 
 
 def methods() -> list[str]:
@@ -34,27 +42,39 @@ def methods() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / '_base_/methods').glob('*.py'))
 
 
-def config_of(task: str) -> str:
+def config_of(task: str, data: str = 'digits') -> str:
     """The config of a task, without a method.
 
     Raises:
-        UsageError: There is no such task.
+        UsageError: There is no such task, or no such data.
     """
-    if task not in TASKS:
-        raise UsageError(f'There is no task {task!r}. {near(task, TASKS)}')
-    return f'mmpeft::demo/_base_/{task}.py'
+    for name, known in (data, TASKS), (task, TASKS.get(data, ())):
+        if name not in known:
+            what = 'data' if known is TASKS else f'task of {data}'
+            raise UsageError(f'There is no {what} {name!r}. {near(name, known)}')
+    folder = '' if data == 'digits' else f'{data}/'
+    return f'mmpeft::demo/_base_/{folder}{task}.py'
 
 
-def make_data_and_base(task: str) -> None:
-    """Compose the scenes and train the base of a task, unless they exist.
+def make_data_and_base(task: str, data: str = 'digits', arguments: tuple[str, ...] = ()) -> None:
+    """Compose the scenes and make the base of a task, unless they exist.
+
+    Args:
+        arguments: Further ones of ``digits.py`` or ``photos.py``.
 
     Raises:
         SystemExit: One of the tools failed.
     """
-    network = TASKS[task]
-    base = ('--network', network, '--data', DATA / 'source', '--out', BASES[network])
-    for tool in (('digits.py', '--out', DATA), ('base.py', *base)):
-        command = [sys.executable, HERE / tool[0], *tool[1:]]
+    network = TASKS[data][task]
+    base = ['--out', BASES[network]]
+    if data == 'digits':
+        base += ['--network', network, '--data', FOLDERS[data] / 'source']
+    maker = 'base.py' if data == 'digits' else 'pretrained.py'
+    for script, words in (
+        (f'{data}.py', ['--out', FOLDERS[data], *arguments]),
+        (maker, base),
+    ):
+        command = [sys.executable, HERE / script, *words]
         code = subprocess.run([str(part) for part in command]).returncode
         if code:
             raise SystemExit(code)
@@ -76,8 +96,9 @@ class Experiment:
 
     Args:
         method: Of :func:`methods`, or a dict as text.
-        task: Of ``TASKS``.
+        task: Of ``TASKS[data]``.
         seed: Of heads, adapters and batches.
+        data: ``'digits'`` or ``'photos'``.
 
     Attributes:
         cfg: The composed config.
@@ -86,16 +107,18 @@ class Experiment:
         config: The composed config as a file, once the training has begun.
 
     Raises:
-        UsageError: There is no such method or task.
+        UsageError: There is no such method, data or task.
     """
 
-    def __init__(self, method: str, task: str, seed: int):
-        self.method, self.seed = method, seed
-        self.source = config_of(task)
+    def __init__(self, method: str, task: str, seed: int, data: str = 'digits'):
+        self.method, self.task, self.seed = method, task, seed
+        self.data = FOLDERS.get(data)
+        self.source = config_of(task, data)
         self.cfg = compose(self.source, method)
         self.merges = all(METHODS.build(m).merges for m in methods_in(find_hook(self.cfg)))
         self.steps = self.cfg.train_cfg.max_iters
-        self.folder = WORK / f'{method_name(method)}_{task}_seed{seed}'
+        name = task if data == 'digits' else f'{data}_{task}'
+        self.folder = WORK / f'{method_name(method)}_{name}_seed{seed}'
         self.config = self.folder / f'{task}.py'
         self.checkpoint = self.folder / f'iter_{self.steps}.pth'
         self.merged = self.folder / 'merged.pth'
@@ -104,7 +127,7 @@ class Experiment:
         """Start anew where config, data or base are no longer what they were."""
         record = self.folder / 'made_from.txt'
         digest = hashlib.sha256(self.cfg.pretty_text.encode())
-        for path in (DATA / 'made_with.json', self.cfg.model.backbone.checkpoint):
+        for path in (self.data / 'made_with.json', self.cfg.model.backbone.checkpoint):
             digest.update(Path(path).read_bytes())
         made_from = digest.hexdigest()
         if self.folder.exists() and not (record.exists() and record.read_text() == made_from):
@@ -137,7 +160,7 @@ class Experiment:
 
         Args:
             merged: The merged checkpoint, by its own config without adapters,
-                instead of the trained one, whose predictions are drawn.
+                instead of the trained one.
         """
         folder = self._tests(merged)
         shutil.rmtree(folder, ignore_errors=True)
@@ -145,8 +168,6 @@ class Experiment:
         if merged:
             files = [self.merged.with_suffix('.py'), self.merged]
         command = [TOOLS / 'test.py', *files, '--work-dir', folder]
-        if not merged:
-            command += ['--show-dir', (folder / 'pictures').resolve()]
         return self._job(folder.name, command)
 
     def scores(self, merged: bool = False) -> dict[str, float]:
@@ -154,10 +175,6 @@ class Experiment:
         for path in sorted(self._tests(merged).glob('*/*.json')):
             return json.loads(path.read_text())
         return {}
-
-    def pictures(self) -> list[Path]:
-        """Drawn predictions, in the order of the validation set."""
-        return sorted(self._tests(False).glob('pictures/**/*.[pj][np]g'))
 
     def _tests(self, merged):
         return self.folder / ('test_merged' if merged else 'test')

@@ -1,9 +1,10 @@
-"""Adapt a frozen ConvNeXt-V2 to scenes of handwritten digits, from data to report.
+"""Adapt a frozen backbone to scenes that it has never seen, from data to report.
 
-    python projects/demo/run.py [--method flora] [--task coco] [--seed 0]
+    python projects/demo/run.py [--data digits] [--method flora] [--task coco] [--seed 0]
 
-Makes the data, trains the base on single digits, then trains two models on it
-that differ in one thing: in one the backbone is frozen, in the other it is
+Makes the scenes, of handwritten digits or of photos; trains a small ConvNeXt-V2
+on single digits, or takes a pretrained EfficientNet-Lite0; then trains two models
+on it that differ in one thing: in one the backbone is frozen, in the other it is
 adapted. What exists already is not made again, so that a second call takes
 seconds and an interrupted one goes on where it was.
 """
@@ -18,15 +19,16 @@ from experiment import TASKS, Experiment, make_data_and_base, methods
 from jobs import run_jobs
 
 from mmpeft.engine.launch import run
+from mmpeft.errors import UsageError
 
 
 def main():
     args = parse_args()
     names = dict.fromkeys(['frozen', args.method])
-    experiments = [Experiment(name, args.task, args.seed) for name in names]
+    experiments = [Experiment(name, args.task, args.seed, args.data) for name in names]
     adapted = experiments[-1]
     avoid_gpu_without_operators()
-    make_data_and_base(args.task)
+    make_data_and_base(args.task, args.data, pictures_of(args))
     for experiment in experiments:
         experiment.prepare()
     run_jobs([e.training() for e in experiments if not e.is_trained()])
@@ -41,9 +43,25 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--method', default='flora', help=', '.join(methods()))
-    parser.add_argument('--task', default='coco', help=', '.join(TASKS))
+    parser.add_argument('--data', default='digits', help=' or '.join(TASKS))
+    parser.add_argument('--task', default='coco', help=', '.join(TASKS['digits']))
     parser.add_argument('--seed', type=int, default=0, help='of heads, adapters and batches')
+    parser.add_argument('--cutouts', help='of --data photos: see photos.py')
+    parser.add_argument('--photographs', help='of --data photos: see photos.py')
     return parser.parse_args()
+
+
+def pictures_of(args):
+    """The arguments of photos.py among those of this script.
+
+    Raises:
+        UsageError: They are given for other data.
+    """
+    given = {name: getattr(args, name) for name in ('cutouts', 'photographs')}
+    given = {name: value for name, value in given.items() if value}
+    if given and args.data != 'photos':
+        raise UsageError(f'--{next(iter(given))} is for --data photos.')
+    return tuple(word for name, value in given.items() for word in (f'--{name}', value))
 
 
 def avoid_gpu_without_operators():

@@ -42,21 +42,26 @@ def test_a_method_can_be_run(method, experiment, place):
 
 
 @pytest.mark.parametrize(
-    'task, scope',
+    'data, task, scope',
     [
-        ('coco', 'mmdet'),
-        ('ade20k', 'mmseg'),
-        ('classification', 'mmpretrain'),
-        ('dota', 'mmrotate'),
-        ('internvit', 'mmseg'),
+        ('digits', 'coco', 'mmdet'),
+        ('digits', 'ade20k', 'mmseg'),
+        ('digits', 'classification', 'mmpretrain'),
+        ('digits', 'dota', 'mmrotate'),
+        ('digits', 'internvit', 'mmseg'),
+        ('photos', 'coco', 'mmdet'),
+        ('photos', 'ade20k', 'mmseg'),
+        ('photos', 'dota', 'mmrotate'),
     ],
 )
-def test_every_task_can_be_run(task, scope, experiment):
-    cfg = experiment.Experiment('lora', task, seed=0).cfg
+def test_every_task_can_be_run(data, task, scope, experiment):
+    run = experiment.Experiment('lora', task, 0, data)
+    cfg = run.cfg
+    assert cfg.test_dataloader.dataset.data_root.startswith(f'{run.data}/')
     assert cfg.default_scope == scope
     assert cfg.default_hooks.peft.method.type == 'LoRA'
     assert cfg.train_cfg.max_iters == (400 if task == 'internvit' else 600)
-    base = experiment.BASES[experiment.TASKS[task]]
+    base = experiment.BASES[experiment.TASKS[data][task]]
     assert cfg.model.backbone.checkpoint == str(base)
 
 
@@ -68,7 +73,7 @@ def test_every_task_can_be_run(task, scope, experiment):
         (
             'lora',
             'voc',
-            "no task 'voc'. Valid names are 'ade20k', 'classification', 'coco', 'dota'",
+            "no task of digits 'voc'. Valid names are 'ade20k', 'classification', 'coco', 'dota'",
         ),
     ],
 )

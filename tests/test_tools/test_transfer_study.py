@@ -197,8 +197,7 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
 
 
 def test_missing_material_names_the_command(tmp_path, script):
-    script('projects/transfer_study', 'study')
-    from transfer_study import material
+    material = script('projects/demo', 'material')
 
     with pytest.raises(SystemExit, match='apt-get install dataset-fashion-mnist'):
         material.fashion_mnist('train', tmp_path)

@@ -1,4 +1,4 @@
-# What the tasks of the demo share: the base, the classes, the loaders and the schedule.
+# What the tasks of the demo share: the bases, the classes, the loaders and the schedule.
 backbone = dict(
     name='convnextv2_atto',
     depths=(1, 1, 4, 1),
@@ -13,6 +13,19 @@ digit_palette = [
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
     (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128),
 ]  # fmt: skip
+
+# Of `make demo DATA=photos`, in place of the above (see the folder photos).
+photo_backbone = dict(
+    _delete_=True,
+    type='mmpeft.TimmBackbone',
+    name='tf_efficientnet_lite0',
+    checkpoint='work_dirs/demo/efficientnet_lite0.pth',
+    out_indices=(1, 2, 3, 4),
+)
+photo_widths = [24, 40, 112, 320]
+photo_mean, photo_std = [127.0] * 3, [128.0] * 3
+photo_classes = ('mammal', 'bird', 'fish', 'flower', 'fruit', 'vegetable', 'tool', 'instrument')
+photo_palette = digit_palette[:8]
 
 train_dataloader = dict(batch_size=8, num_workers=0, sampler=dict(type='InfiniteSampler'))
 val_dataloader = dict(

@@ -1,0 +1,6 @@
+"""What study.py plans, runs and reports."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / 'demo'))  # material.py

@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
+import material
 import numpy as np
 import timm
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.methods.ranked import Ranked
 
-from . import material
 from .methods import METHODS
 
 BATCH, EVAL_BATCH = 32, 256
@@ -67,8 +67,7 @@ class Trial:
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 with ImageNet-1k weights, without its classifier: (N, 1280)."""
     net = timm.create_model('tf_efficientnet_lite0', num_classes=1000)
-    state = torch.load(material.efficientnet_lite0(), weights_only=True)
-    net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
+    net.load_state_dict(material.efficientnet_lite0())
     net.reset_classifier(0)
     return net
 

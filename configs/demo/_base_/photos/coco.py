@@ -1,0 +1,19 @@
+# Mask R-CNN on EfficientNet-Lite0, pretrained on ImageNet-1k, and scenes of photos.
+_base_ = '../coco.py'
+
+model = dict(
+    data_preprocessor=dict(mean=_base_.photo_mean, std=_base_.photo_std),
+    backbone=_base_.photo_backbone,
+    neck=dict(in_channels=_base_.photo_widths),
+    roi_head=dict(bbox_head=dict(num_classes=8), mask_head=dict(num_classes=8)),
+)
+
+dataset = dict(
+    data_root='data/photos/coco/',
+    metainfo=dict(classes=_base_.photo_classes, palette=_base_.photo_palette),
+)
+train_dataloader = dict(dataset=dataset)
+val_dataloader = dict(dataset=dataset)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file='data/photos/coco/annotations/instances_val.json')
+test_evaluator = val_evaluator
