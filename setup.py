@@ -37,6 +37,7 @@ EXTRAS = {
         'diffusers>=0.35',
         'scikit-learn>=1.5',
         'sentencepiece>=0.2',
+        'submitit>=1.5',
         'transformers>=4.53,<5',  # mmpretrain does not import beside transformers 5
     ],
     'docs': ['furo>=2024.8.6', 'myst-parser>=4', 'sphinx>=8.1'],

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import submitit
 from transfer_study import report
 from transfer_study.methods import MAIN, METHODS
 from transfer_study.plan import pending
@@ -113,6 +114,29 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f'{sum(map(bool, statuses))} workers failed; see above.')
 
 
+def submit(args: argparse.Namespace) -> None:
+    """Hand the workers to Slurm, which runs them when this process has ended.
+
+    Raises:
+        SystemExit: This machine submits no jobs to Slurm.
+    """
+    logs = args.claims / 'slurm'
+    try:
+        executor = submitit.AutoExecutor(logs, cluster='slurm')
+        executor.update_parameters(
+            name='transfer_study',
+            slurm_partition=args.slurm,
+            timeout_min=60 * args.hours,
+            cpus_per_task=1,
+            mem_gb=4,
+        )
+        with executor.batch():
+            jobs = [executor.submit(work, args) for _ in range(args.workers)]
+    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        raise SystemExit(f'Slurm took no job for the partition {args.slurm!r}: {error}') from None
+    print(f'{len(jobs)} workers are the job {jobs[0].job_id.partition("_")[0]}, logs in {logs}.')
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('command', choices=('run', 'report', 'status'))
@@ -124,6 +148,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--workers', type=int, default=1, help='processes of one thread')
+    parser.add_argument('--slurm', metavar='PARTITION', help='submit the workers to Slurm')
+    parser.add_argument('--hours', type=int, default=24, help='longest time of a Slurm job')
     parser.add_argument('--records', type=Path, default=None, help='one JSON line a trial')
     args = parser.parse_args(arguments)
     if args.main:
@@ -151,7 +177,7 @@ def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
     if args.command == 'run':
-        run(args)
+        submit(args) if args.slurm else run(args)
         return
     records = read_records(args.records)
     if args.command == 'status':

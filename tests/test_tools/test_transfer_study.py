@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
+from submitit.core.utils import DelayedSubmission
 from torch import nn
 
 
@@ -205,3 +206,29 @@ def test_missing_material_names_the_command(tmp_path, script):
         (tmp_path / f'{name}-ubyte.gz').write_bytes(b'other')
     with pytest.raises(SystemExit, match='has SHA-256 .*Install the right one'):
         material.fashion_mnist('train', tmp_path)
+
+
+def test_workers_are_submitted_to_slurm(study, tmp_path, monkeypatch, capsys):
+    """A stand-in for sbatch takes the script; what it would run is run here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    words = ['run', '--slurm', 'cpu', '--workers', '3', '--records', str(tmp_path / 'r.jsonl')]
+    for name, answer in ('srun', ''), ('sbatch', 'cp "$1" taken.sh; echo Submitted batch job 17'):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{answer}\n')
+        (tmp_path / name).chmod(0o755)
+    args = study.parse(words)
+    study.submit(args)
+    script = (tmp_path / 'taken.sh').read_text()
+    assert '#SBATCH --partition=cpu' in script and '#SBATCH --array=0-2' in script
+    assert '3 workers are the job 17' in capsys.readouterr().out
+    pickles = sorted((tmp_path / args.claims / 'slurm').glob('*submitted.pkl'))
+    assert len(pickles) == 3
+    job = DelayedSubmission.load(pickles[0])
+    assert job.function is study.work and job.args == (args,)
+
+
+def test_slurm_that_is_not_there(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', '/nowhere')
+    with pytest.raises(SystemExit, match="no job for the partition 'cpu'"):
+        study.submit(study.parse(['run', '--slurm', 'cpu', '--workers', '2']))
