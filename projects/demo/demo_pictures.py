@@ -71,7 +71,7 @@ def draw_sheet(experiments, path, number=6):
 
 def truth_of(info, dataset):
     """The annotation of a picture, from its dataset's ``get_data_info``."""
-    if 'seg_map_path' in info:
+    if info.get('seg_map_path'):
         labels = np.asarray(Image.open(info['seg_map_path'])).astype(int)
         return Seen([], [], [], labels - dataset.reduce_zero_label)
     if 'gt_label' in info:
@@ -136,7 +136,7 @@ def draw(axis, image, seen, meta):
             axis.fill(*(corners - 0.5).T, fill=False, edgecolor=colours[label], linewidth=0.7)
         (left, _), (_, bottom) = corners.min(0), corners.max(0)
         axis.text(
-            *(left - 0.5, bottom - 0.5), name, fontsize=FONT - 1.5, color=colours[label],
+            *(left - 0.5, bottom - 0.5), name, fontsize=FONT - 1.5, color='white',
             va='top', clip_on=True,
-            bbox=dict(facecolor='black', alpha=0.6, linewidth=0, pad=0.4),
+            bbox=dict(facecolor=colours[label] / 2, alpha=0.8, linewidth=0, pad=0.4),
         )  # fmt: skip

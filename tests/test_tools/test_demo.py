@@ -1,9 +1,14 @@
 """The demo's parts: composed configs, jobs, the report."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pycocotools.mask
 import pytest
+import torch
+from PIL import Image
 
 import mmpeft
 from mmpeft.engine.config import read_config
@@ -18,6 +23,11 @@ def experiment(script):
 @pytest.fixture(scope='module')
 def jobs(script):
     return script('projects/demo', 'jobs')
+
+
+@pytest.fixture(scope='module')
+def pictures(script):
+    return script('projects/demo', 'demo_pictures')
 
 
 @pytest.fixture
@@ -174,3 +184,66 @@ def test_the_whole_model_is_counted(script, compose, tmp_path):
     cfg = read_config(compose('full', 'coco', tmp_path))
     counted = script('projects/demo', 'demo_report').summary_of(cfg)
     assert counted.unfrozen == counted.base > 2_000_000
+
+
+def test_oriented_boxes_have_the_corners_of_mmrotate(pictures):
+    from mmrotate.structures.bbox import RotatedBoxes
+
+    boxes = torch.tensor([[40.0, 30.0, 20.0, 8.0, 0.4], [60.0, 70.0, 5.0, 30.0, -1.1]])
+    for box, corners in zip(boxes, RotatedBoxes.rbox2corner(boxes).numpy(), strict=True):
+        found = pictures.corners_of(box.tolist())
+        assert abs(found[np.lexsort(found.T)] - corners[np.lexsort(corners.T)]).max() < 1e-4
+    assert pictures.corners_of([1, 2, 5, 9]).tolist() == [[1, 2], [5, 2], [5, 9], [1, 9]]
+    assert pictures.corners_of([*range(8)]).shape == (4, 2)
+
+
+def test_what_predictions_are_drawn(pictures, tmp_path):
+    """Sure ones alone, with their masks; the class of a picture; the classes of its pixels."""
+    (tmp_path / 'preds').mkdir()
+    mask = np.zeros((16, 16), np.uint8, order='F')
+    mask[2:6, 3:9] = 1
+    encoded = pycocotools.mask.encode(mask)
+    encoded['counts'] = encoded['counts'].decode()
+    found = dict(labels=[1, 0], scores=[0.9, 0.1], bboxes=[[3, 2, 9, 6]] * 2, masks=[encoded] * 2)
+    (tmp_path / 'preds/a.json').write_text(json.dumps(found))
+    (tmp_path / 'preds/b.json').write_text(json.dumps(dict(pred_label=3, pred_score=0.4)))
+    detected = pictures.found_in(tmp_path, Path('a.jpg'))
+    assert detected.labels == [1] and (detected.masks[0] == mask).all()
+    assert detected.outlines[0].tolist() == pictures.corners_of([3, 2, 9, 6]).tolist()
+    assert pictures.found_in(tmp_path, Path('b.jpg')).labels == [3]
+    (tmp_path / 'pred').mkdir()
+    Image.fromarray(mask).save(tmp_path / 'pred/c_pred.png')
+    assert (pictures.found_in(tmp_path, Path('c.jpg')).classes == mask).all()
+
+
+@pytest.mark.parametrize('kind', ['masks', 'boxes', 'classes', 'label'])
+def test_a_picture_shows_what_was_seen(kind, pictures):
+    """Drawn over a grey picture, the colour of class 1 is where it should be."""
+    from matplotlib import pyplot
+
+    mask = np.zeros((64, 64), bool)
+    mask[20:44, 12:52] = True
+    box = pictures.corners_of([12, 20, 52, 44])
+    seen = dict(
+        masks=pictures.Seen([1], [box], [mask]),
+        boxes=pictures.Seen([1], [box], []),
+        classes=pictures.Seen([], [], [], mask.astype(int)),
+        label=pictures.Seen([1], [None], []),
+    )[kind]
+    meta = dict(classes=('a', 'b'), palette=[(0, 0, 255), (255, 0, 0)])
+    figure = pyplot.figure(figsize=(2, 2), dpi=128)
+    axis = figure.add_axes([0, 0, 1, 1])
+    pictures.draw(axis, np.full((64, 64, 3), 128, np.uint8), seen, meta)
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba()).astype(int)
+    red = drawn[..., 0] - drawn[..., 2] > 60
+    inside = np.kron(mask, np.ones((4, 4), bool))
+    if kind == 'label':
+        assert axis.get_title() == 'b' and not red.any()
+    elif kind == 'classes':
+        assert (red == inside).mean() > 0.98
+    else:
+        rows, columns = np.nonzero(red[:178])  # below it stands the name
+        assert abs(rows.min() - 80) <= 3 and abs(columns.min() - 48) <= 3
+        assert abs(columns.max() - 208) <= 3 and not red[90:160, 60:190].any()
+    pyplot.close(figure)

@@ -124,6 +124,25 @@ def test_coco_boxes_enclose_their_masks(coco, split):
         assert (masks.sum(0) <= 1).all(), 'a pixel belongs to the topmost instance alone'
 
 
+def test_truth_is_read_for_the_pictures(coco, script, data, kind):
+    from mmdet.datasets import CocoDataset
+
+    dataset = CocoDataset(
+        data_root=str(data / 'coco'),
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val'),
+        metainfo=dict(classes=CLASSES[kind]),
+        test_mode=True,
+    )
+    info = dataset.get_data_info(1)
+    seen = script('projects/demo', 'demo_pictures').truth_of(info, dataset)
+    scene = coco['val'][Path(info['img_path']).stem]
+    assert seen.labels == scene['gt_bboxes_labels'].tolist()
+    assert (np.stack(seen.masks) == scene['gt_masks'].masks).all()
+    boxes = [[*corners.min(0), *corners.max(0)] for corners in seen.outlines]
+    assert boxes == scene['gt_bboxes'].tensor.tolist()
+
+
 @pytest.mark.parametrize('split', SPLITS)
 def test_ade20k_labels_are_the_masks(data, coco, kind, split):
     from mmseg.datasets import BaseSegDataset
