@@ -23,7 +23,7 @@ methods = dict(
     bitfit=dict(method='bitfit', rates=rates),
     lora=dict(method='lora', arguments=budget, rates=rates),
     dora=dict(method='dora', arguments=budget, rates=rates),
-    flora=dict(method='flora', arguments=budget, rates=rates),
+    flora=dict(method='flora', arguments=dict(budget, scale=0.4), rates=rates),
     liera=dict(method='liera', arguments=budget, rates=rates),
 )
 del rates, budget
