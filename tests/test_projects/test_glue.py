@@ -222,9 +222,11 @@ def test_the_later_settings_win(glue):
 
 
 PLAN = dict(
-    methods=dict(a=dict(method='lora', rates=(0.1, 0.2)), b=dict(method='bitfit')),
-    tuning=dict(seeds=2),
+    methods=dict(a=dict(method='lora', rates=(0.1, 0.2, 0.3)), b=dict(method='bitfit')),
+    tuning=dict(seeds=2, kept=2),
 )
+
+TUNED = {0.1: 0.0, 0.2: 0.5, 0.3: 0.6}, {0.2: 0.5, 0.3: 0.3}  # by seed and rate
 
 
 def record(trial, value):
@@ -232,10 +234,13 @@ def record(trial, value):
 
 
 def run_plan(plan, seeds=2):
-    """Records of all trials: the rate 0.2 is better in tuning, and finally a - b is 0.1 + seed."""
+    """Records of all trials: the rate 0.2 is the best over both seeds, and 0.3 with the first.
+
+    Finally a - b is 0.1 + seed / 100.
+    """
     records = {}
     for trial in plan.pending(PLAN, ['t'], ['a', 'b'], seeds, records):
-        value = trial.learning_rate or 0.1
+        value = TUNED[trial.seed % 2].get(trial.learning_rate)
         if trial.stage == 'final':
             value = 0.3 + trial.seed * (trial.method == 'a') / 100 + 0.1 * (trial.method == 'a')
         records[trial.id] = record(trial, value)
@@ -247,7 +252,9 @@ def test_a_plan_tunes_first_and_then_goes_seed_by_seed(glue):
 
     records = run_plan(plan)
     assert [*records] == [
-        *(f't a {seed} tune {rate}' for rate in (0.1, 0.2) for seed in (0, 1)),
+        *(f't a 0 tune {rate}' for rate in (0.1, 0.2, 0.3)),
+        't a 1 tune 0.3',
+        't a 1 tune 0.2',
         't a 0 final 0.2',
         't b 0 final None',
         't a 1 final 0.2',
@@ -271,6 +278,27 @@ def test_tables_have_means_spreads_and_paired_differences(glue):
     half = stats.t.ppf(0.975, 2) * gaps.std(ddof=1) / np.sqrt(3)
     p = 2 * stats.t.sf(gaps.mean() / gaps.std(ddof=1) * np.sqrt(3), 2)
     assert line == f'| t | a | +11.00 | {11 - half:+.2f} to {11 + half:+.2f} | {p:.3f} |'
+
+
+def test_movies_are_split_once_and_their_archive_is_checked(glue, script, tmp_path):
+    from glue.data import read_texts
+
+    movies = script('projects/glue', 'movies')
+    decided = [(1 + n / 4000 if n % 3 else -2.0, f'text {n}') for n in range(1200)]
+    others = [(0.5, 'undecided'), (-0.4, 'likewise'), (3.0, 'long ' * 17)]
+    for folder in 'a', 'b':
+        sizes = movies.write_sets(
+            decided[:: -1 if folder == 'b' else 1] + others, tmp_path / folder
+        )
+        assert sizes == dict(test=1000, train=200)
+    splits = read_texts(None, str(tmp_path / 'a'), ['text']).splits
+    found = [(row['text'], row['label']) for split in splits.values() for row in split]
+    assert sorted(found) == sorted((text, int(rating > 0)) for rating, text in decided)
+    for name in 'train.csv', 'test.csv':
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    (tmp_path / 'other.tar.gz').write_bytes(b'other')
+    with pytest.raises(UsageError, match='not the archive of vaderSentiment 3.3.2. Download it'):
+        movies.read_ratings(tmp_path / 'other.tar.gz')
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,7 @@ training = dict(
     use_cpu=True,
 )
 tasks = dict()
-tuning = dict(rows=400, held_out=300, seeds=1, training=dict(num_train_epochs=1))
+tuning = dict(rows=400, held_out=300, seeds=2, kept=2, training=dict(num_train_epochs=1))
 rates = (3e-4, 1e-3, 3e-3, 1e-2)
 budget = dict(budget=166_464)
 methods = dict(

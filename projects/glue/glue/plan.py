@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +33,37 @@ def result(record: Mapping) -> float:
     return next(iter(first.values()))
 
 
-def tuning_trials(config: Mapping, task: str, method: str) -> list[Trial]:
-    """A trial for each of the method's ``rates`` and each of ``tuning['seeds']``, or none."""
+def tuning_trials(config: Mapping, task: str, method: str, records: Records) -> Iterator[Trial]:
+    """What chooses among the method's ``rates``, or nothing if it has none.
+
+    All of them run with the first of ``tuning['seeds']``, and the ``tuning['kept']`` best of them
+    with the others. Each trial has its record before the next one is asked for.
+    """
     rates = config['methods'].get(method, {}).get('rates', ())
     if rates and 'tuning' not in config:
         raise UsageError(f"{method!r} has rates to be chosen from, and the config has no 'tuning'.")
-    seeds = range(config['tuning'].get('seeds', 1)) if rates else ()
-    return [Trial(task, method, seed, 'tune', rate) for rate in rates for seed in seeds]
+    first = [Trial(task, method, 0, 'tune', rate) for rate in sorted(rates)]
+    yield from first
+    if first:
+        ranked = sorted(first, key=lambda trial: -result(records[trial.id]))
+        for seed in range(1, config['tuning']['seeds']):
+            yield from (replace(trial, seed=seed) for trial in ranked[: config['tuning']['kept']])
 
 
 def final_trial(config: Mapping, task: str, method: str, seed: int, records: Records) -> Trial:
-    """A trial that is scored, at the rate of the highest mean in tuning (the lower of equals)."""
-    tuning = tuning_trials(config, task, method)
-    by_rate = {
+    """A trial that is scored, at the rate of the highest mean in tuning (the lower of equals).
+
+    Raises:
+        KeyError: The method is not tuned yet.
+    """
+    tuning = [*tuning_trials(config, task, method, records)]
+    last = max((trial.seed for trial in tuning), default=0)
+    rates = sorted(trial.learning_rate for trial in tuning if trial.seed == last)
+    means = {
         rate: np.mean([result(records[t.id]) for t in tuning if t.learning_rate == rate])
-        for rate in sorted({t.learning_rate for t in tuning})
+        for rate in rates
     }
-    return Trial(task, method, seed, learning_rate=max(by_rate, key=by_rate.get, default=None))
+    return Trial(task, method, seed, learning_rate=max(means, key=means.get, default=None))
 
 
 def pending(
@@ -61,7 +76,8 @@ def pending(
     """
     for task in tasks:
         for method in methods:
-            yield from (t for t in tuning_trials(config, task, method) if t.id not in records)
+            tuning = tuning_trials(config, task, method, records)
+            yield from (trial for trial in tuning if trial.id not in records)
     for seed in range(seeds):
         for task in tasks:
             for method in methods:
