@@ -1,0 +1,86 @@
+"""Which trials a table takes, and which are left."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mmpeft.errors import UsageError
+
+from .trial import Trial
+
+Records = dict[str, dict]
+
+
+def read_records(paths: Sequence[Path]) -> Records:
+    """The records of some files, one JSON line a trial, by the trials' ids."""
+    lines = [line for p in paths if p.is_file() for line in p.read_text().splitlines()]
+    return {record['id']: record for record in map(json.loads, lines)}
+
+
+def append_record(path: Path, record: Mapping) -> None:
+    """Add one line to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('a') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+def result(record: Mapping) -> float:
+    """What the tables print of a record: the first metric of the first split."""
+    first = next(iter(record['scores'].values()))
+    return next(iter(first.values()))
+
+
+def tuning_trials(config: Mapping, task: str, method: str, records: Records) -> Iterator[Trial]:
+    """What chooses among the method's ``rates``, or nothing if it has none.
+
+    All of them run with the first of ``tuning['seeds']``, and the ``tuning['kept']`` best of them
+    with the others. Each trial has its record before the next one is asked for.
+    """
+    rates = config['methods'].get(method, {}).get('rates', ())
+    if rates and 'tuning' not in config:
+        raise UsageError(f"{method!r} has rates to be chosen from, and the config has no 'tuning'.")
+    first = [Trial(task, method, 0, 'tune', rate) for rate in sorted(rates)]
+    yield from first
+    if first:
+        ranked = sorted(first, key=lambda trial: -result(records[trial.id]))
+        for seed in range(1, config['tuning']['seeds']):
+            yield from (replace(trial, seed=seed) for trial in ranked[: config['tuning']['kept']])
+
+
+def final_trial(config: Mapping, task: str, method: str, seed: int, records: Records) -> Trial:
+    """A trial that is scored, at the rate of the highest mean in tuning (the lower of equals).
+
+    Raises:
+        KeyError: The method is not tuned yet.
+    """
+    tuning = [*tuning_trials(config, task, method, records)]
+    last = max((trial.seed for trial in tuning), default=0)
+    rates = sorted(trial.learning_rate for trial in tuning if trial.seed == last)
+    means = {
+        rate: np.mean([result(records[t.id]) for t in tuning if t.learning_rate == rate])
+        for rate in rates
+    }
+    return Trial(task, method, seed, learning_rate=max(means, key=means.get, default=None))
+
+
+def pending(
+    config: Mapping, tasks: Sequence[str], methods: Sequence[str], seeds: int, records: Records
+) -> Iterator[Trial]:
+    """Trials without a record, as they follow each other: ``records`` grows in between.
+
+    All methods are tuned first. Then come the seeds one after another, each with all methods, so
+    that a run that is stopped has treated all alike.
+    """
+    for task in tasks:
+        for method in methods:
+            tuning = tuning_trials(config, task, method, records)
+            yield from (trial for trial in tuning if trial.id not in records)
+    for seed in range(seeds):
+        for task in tasks:
+            for method in methods:
+                trial = final_trial(config, task, method, seed, records)
+                if trial.id not in records:
+                    yield trial
