@@ -2,13 +2,15 @@
 
 import transformers as hf
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 
 
 def train_tokenizer(texts, vocabulary=700, extra=()):
-    """A tokenizer of bytes, as LLaMA 3 has one."""
+    """A tokenizer of bytes, as LLaMA 3 has one, which begins each text with ``<s>``."""
     bpe = ByteLevelBPETokenizer()
     special = ['<pad>', '<s>', '</s>', *extra]
     bpe.train_from_iterator(texts, vocabulary, show_progress=False, special_tokens=special)
+    bpe._tokenizer.post_processor = TemplateProcessing('<s> $A', special_tokens=[('<s>', 1)])
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, pad_token='<pad>', bos_token='<s>', eos_token='</s>'
     )

@@ -96,7 +96,8 @@ def test_labels_and_the_end_of_the_text(project, material):
     words = hf.AutoTokenizer.from_pretrained(material / 'llama')
     item = json.loads((material / 'train.json').read_text())[0]
     asked = project.protocol.prompt(item['instruction'])
-    before, after = words(asked)['input_ids'], words(item['output'])['input_ids']
+    before, after = words(asked)['input_ids'], words(item['output'])['input_ids'][1:]
+    assert before[0] == words.bos_token_id
     whole = [*before, *after, words.eos_token_id]
     encode = project.training.encode
     assert encode(item, words, 256, True) == dict(
@@ -130,7 +131,7 @@ def test_shares_of_the_papers_rows(project, base):
     model = llama_on_meta(base)
     whole = sum(p.numel() for p in model.parameters())
     assert whole == dict(llama_7b=6_738_415_616, llama3_8b=8_030_261_248)[base]
-    for _, _, config, rate, adapters, share, papers, _ in rows:
+    for _, config, rate, adapters, share, papers in rows:
         cfg = project.recipe.read_recipe(PROJECT / 'configs' / f'{config.strip("`")}.py')
         assert cfg.training.learning_rate == float(rate)
         small = llama_on_meta(base, layers=2)
@@ -236,11 +237,21 @@ def test_sharded_by_accelerate(project, material, tmp_path):
 def test_few_bits(project, material, tmp_path):
     given = arguments(material, 'frozen_dtype=nf4', 'training.max_steps=2')
     project.training.main([*given, '--work-dir', str(tmp_path)])
-    only = '--sets', str(material / 'sets'), '--only', 'boolq', '--no-merge'
-    few = 'generation.num_beams=1', 'generation.max_new_tokens=1'
-    project.evaluation.main([str(tmp_path), *only, '--cfg-options', *few])
-    (records,) = tmp_path.glob('answers-*/boolq.jsonl')
-    assert len(records.read_text().splitlines()) == 3
+    only = str(tmp_path), '--sets', str(material / 'sets'), '--only', 'boolq'
+    few = '--cfg-options', 'generation.num_beams=1', 'generation.max_new_tokens=1'
+    project.evaluation.main([*only, *few])
+    project.evaluation.main([*only, '--no-merge', *few])
+    merged, beside = tmp_path.glob('answers-*/boolq.jsonl')
+    assert len(merged.read_text().splitlines()) == len(beside.read_text().splitlines()) == 3
+
+
+def test_another_method(project):
+    cfg = project.recipe.read_recipe(LORA, method='flora', options={'peft.method.rank': 4})
+    summary = project.recipe.adapt(llama_on_meta('llama_7b', 1), cfg, empty=True)
+    assert {row.method for row in summary.rows} == {'FLoRA(scale=4.0, rank=4)'}
+    assert {row.name.split('.')[-2] for row in summary.rows} == {
+        f'{name}_proj' for name in ('q', 'k', 'v', 'up', 'down')
+    }
 
 
 def wrong_file(folder, content):

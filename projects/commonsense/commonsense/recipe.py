@@ -60,7 +60,7 @@ def load_base(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             cfg.model, dtype=getattr(torch, cfg.dtype)
         )
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise MissingFileError(
             f'There is no model {cfg.model!r} here, nor could it be downloaded '
             f'({str(error).splitlines()[0]}). Where there is a network, '
