@@ -1,11 +1,11 @@
-"""Adapters in the Trainer of transformers."""
+"""Adapters in the Trainer of transformers, and in its checkpoints."""
 
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from mmpeft.checkpoint.adapter_file import save_adapter
+from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
 from mmpeft.errors import MissingFileError
 from mmpeft.training.monitor import Monitor, adapted_model
 
@@ -64,6 +64,35 @@ class PEFTCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self.monitor.close()
+
+
+class PEFTTrainer(Trainer):
+    """A Trainer with a :class:`PEFTCallback`, whose checkpoints hold the adapter and no model.
+
+    They resume a run, and ``load_best_model_at_end`` takes the adapter of the best one. The base
+    may be in few bits (``frozen_dtype``), which the Trainer's own checkpoints cannot hold.
+
+    Args:
+        model: After :func:`mmpeft.inject`.
+        callback: None stands for ``PEFTCallback()``.
+        arguments: Of ``transformers.Trainer``.
+    """
+
+    def __init__(self, model, *arguments, callback: PEFTCallback | None = None, **named):
+        super().__init__(model, *arguments, **named)
+        callback = callback or PEFTCallback()
+        callback.save_adapters = False  # save_model does
+        self.add_callback(callback)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Write ``adapter.safetensors`` into a folder, ``output_dir`` of the arguments if None."""
+        save_adapter(self.model_wrapped, Path(output_dir or self.args.output_dir) / ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER)
+
+    def _load_best_model(self):
+        load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
 
 
 def _folder(args, state):

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.errors import MissingFileError, TrainingError
-from mmpeft.interop.transformers import PEFTCallback
+from mmpeft.interop.transformers import PEFTCallback, PEFTTrainer
 from tests.hf_zoo import WORDS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -25,10 +25,10 @@ class Sentences(Dataset):
         return dict(input_ids=words, labels=words)
 
 
-def trainer_of(folder, method, callback=None, **arguments):
+def trainer_of(folder, method, callback=None, trainer=hf.Trainer, frozen_dtype=None, **arguments):
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**WORDS, attention_dropout=0.1))
-    mmpeft.inject(model, method, dict(module='model'))
+    mmpeft.inject(model, method, dict(module='model'), frozen_dtype=frozen_dtype)
     arguments = hf.TrainingArguments(
         folder,
         **dict(
@@ -46,8 +46,10 @@ def trainer_of(folder, method, callback=None, **arguments):
         )
         | arguments,
     )
-    callbacks = [callback or PEFTCallback()]
-    return hf.Trainer(model, arguments, train_dataset=Sentences(), callbacks=callbacks)
+    data = dict(train_dataset=Sentences(), eval_dataset=Sentences())
+    if trainer is PEFTTrainer:
+        return PEFTTrainer(model, arguments, callback=callback, **data)
+    return trainer(model, arguments, callbacks=[callback or PEFTCallback()], **data)
 
 
 def test_a_resumed_run_equals_one_that_ran_through_bit_by_bit(tmp_path):
@@ -86,6 +88,32 @@ def test_an_adapter_file_lies_in_each_checkpoint(tmp_path):
     assert all(torch.equal(value, trained[key]) for key, value in plain.state_dict().items())
     mmpeft.save_adapter(trainer.model, tmp_path / 'adapter.safetensors')
     assert read_adapter(tmp_path / 'adapter.safetensors')[0] == read_adapter(written)[0]
+
+
+@pytest.mark.parametrize('frozen_dtype', [None, 'nf4'])
+def test_checkpoints_with_the_adapter_alone(tmp_path, frozen_dtype):
+    """They resume to the same bits, and the best one is loaded at the end."""
+    options = dict(trainer=PEFTTrainer, frozen_dtype=frozen_dtype, save_total_limit=3)
+    best = dict(eval_strategy='steps', eval_steps=2, save_steps=2, load_best_model_at_end=True)
+    options |= dict(best, learning_rate=0.5, lr_scheduler_type='constant')  # the loss rises
+    through = trainer_of(tmp_path, ADALORA, **options)
+    through.train()
+    folder = tmp_path / 'checkpoint-8'
+    assert (folder / 'mmpeft.pt').is_file() and not list(folder.glob('*model*'))
+    losses = [entry['eval_loss'] for entry in through.state.log_history if 'eval_loss' in entry]
+    chosen = tmp_path / f'checkpoint-{2 * losses.index(min(losses)) + 2}'
+    assert chosen != folder and through.state.best_model_checkpoint == str(chosen)
+    last, after = read_adapter(folder / 'adapter.safetensors')[1], through.model.state_dict()
+    kept = read_adapter(chosen / 'adapter.safetensors')[1]
+    assert all(torch.equal(after[key], value) for key, value in kept.items())
+    through.save_model()
+    assert read_adapter(tmp_path / 'adapter.safetensors')[1].keys() == kept.keys()
+
+    options['load_best_model_at_end'] = False
+    resumed = trainer_of(tmp_path, ADALORA, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-6'))
+    after = resumed.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in last.items())
 
 
 def test_the_penalty_is_added(tmp_path):

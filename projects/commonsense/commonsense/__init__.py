@@ -1,0 +1,1 @@
+"""Commonsense reasoning of LLaMA-style models by the protocol of LLM-Adapters."""

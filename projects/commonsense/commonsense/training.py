@@ -1,0 +1,130 @@
+"""Train a method on commonsense_170k, or on a file of its layout."""
+
+import argparse
+import math
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import transformers
+from mmengine.config import Config
+from transformers.trainer_utils import get_last_checkpoint
+
+from mmpeft.errors import UsageError, near
+from mmpeft.interop.transformers import PEFTTrainer
+
+from .protocol import WHERE, prompt, read_items
+from .recipe import adapt, add_arguments, load_base, read_recipe
+
+
+def encode(
+    item: dict[str, str],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    cutoff: int,
+    train_on_prompt: bool,
+) -> dict[str, list[int]]:
+    """The tokens of a question and its output, with the end of the text if it fits.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, of ``cutoff`` tokens at most. Labels of
+        the prompt are -100, which is no part of the loss, unless ``train_on_prompt``.
+    """
+    asked = prompt(item['instruction'], item['input'])
+    encoded = tokenizer(
+        asked + item['output'], truncation=True, max_length=cutoff, return_offsets_mapping=True
+    )
+    ids, ends = encoded['input_ids'], [end for _, end in encoded['offset_mapping']]
+    if len(ids) < cutoff and ids[-1] != tokenizer.eos_token_id:
+        ids, ends = [*ids, tokenizer.eos_token_id], [*ends, math.inf]
+    labels = [
+        token if train_on_prompt or end > len(asked) else -100
+        for token, end in zip(ids, ends, strict=True)
+    ]
+    return dict(input_ids=ids, attention_mask=[1] * len(ids), labels=labels)
+
+
+def training_arguments(cfg: Config, work_dir: Path) -> transformers.TrainingArguments:
+    """Those of a recipe; the gradients of as many passes are summed as make up ``batch_size``.
+
+    Raises:
+        UsageError: An argument is unknown, or the processes do not divide the batch.
+    """
+    known = [field.name for field in fields(transformers.TrainingArguments)]
+    for key in cfg.training:
+        if key not in known:
+            raise UsageError(f'training: TrainingArguments has no {key!r}. {near(key, known)}')
+    given = cfg.training.to_dict()
+    if not cfg.held_out:
+        given |= dict(eval_strategy='no', load_best_model_at_end=False)
+    arguments = transformers.TrainingArguments(str(work_dir), **given)
+    at_once = arguments.train_batch_size * arguments.world_size
+    if cfg.batch_size % at_once:
+        raise UsageError(
+            f'batch_size={cfg.batch_size} is no multiple of the {at_once} examples that '
+            f'{arguments.world_size} processes take at once. Set training.'
+            'per_device_train_batch_size to another divisor.'
+        )
+    arguments.gradient_accumulation_steps = cfg.batch_size // at_once
+    return arguments
+
+
+def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
+    """Train by a recipe; writes ``adapter.safetensors`` and ``recipe.py`` into ``work_dir``.
+
+    Args:
+        cfg: See :func:`~.recipe.read_recipe`.
+        work_dir: For checkpoints too.
+        resume: Go on from its last checkpoint, if there is one.
+
+    Raises:
+        UsageError: Model, data or an argument does not exist or fit.
+        TrainingError: The run went wrong.
+    """
+    items = read_items(
+        cfg.data,
+        f'commonsense_170k.json is in the folder `ft-training_set` of {WHERE}; --data names '
+        'where it is, or a file of your own of its layout.',
+    )
+    if not 0 <= cfg.held_out < len(items):
+        raise UsageError(
+            f'held_out={cfg.held_out} of the {len(items)} examples in {cfg.data!r} leave none to '
+            'train on. Take fewer, or 0.'
+        )
+    arguments = training_arguments(cfg, work_dir)
+    tokenizer, model = load_base(cfg)
+    encoded = [encode(item, tokenizer, cfg.cutoff, cfg.train_on_prompt) for item in items]
+    cut = sum(len(example['input_ids']) == cfg.cutoff for example in encoded)
+    if cut and arguments.process_index == 0:
+        print(f'{cut} of {len(encoded)} examples reach the cutoff of {cfg.cutoff} tokens.')
+    random.Random(arguments.seed).shuffle(encoded)
+    transformers.set_seed(arguments.seed)  # of the adapters
+    summary = adapt(model.to(arguments.device), cfg)
+    if arguments.process_index == 0:
+        print(summary)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        cfg.dump(work_dir / 'recipe.py')
+    trainer = PEFTTrainer(
+        model,
+        arguments,
+        train_dataset=encoded[cfg.held_out :],
+        eval_dataset=encoded[: cfg.held_out] or None,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+    )
+    checkpoint = get_last_checkpoint(work_dir) if resume and work_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of train.py; ``arguments`` in place of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='a file of projects/commonsense/configs')
+    parser.add_argument('--method', help='a file of configs/_base_/methods, or a dict')
+    add_arguments(parser)
+    parser.add_argument('--data', help='the training file')
+    parser.add_argument('--work-dir', type=Path, help='work_dirs/commonsense/<config> by default')
+    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
+    args = parser.parse_args(arguments)
+    cfg = read_recipe(args.config, args.method, args.cfg_options, model=args.model, data=args.data)
+    train(cfg, args.work_dir or Path('work_dirs/commonsense', Path(args.config).stem), args.resume)

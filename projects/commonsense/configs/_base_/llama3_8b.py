@@ -1,0 +1,2 @@
+_base_ = 'commonsense.py'
+model = 'meta-llama/Meta-Llama-3-8B'

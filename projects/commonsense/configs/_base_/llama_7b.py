@@ -1,0 +1,2 @@
+_base_ = 'commonsense.py'
+model = 'huggyllama/llama-7b'

@@ -1,0 +1,11 @@
+"""Train a method on commonsense_170k.
+
+python projects/commonsense/train.py projects/commonsense/configs/liera_r16_llama_7b.py
+"""
+
+from commonsense.training import main
+
+from mmpeft.engine.launch import run
+
+if __name__ == '__main__':
+    run(main)
