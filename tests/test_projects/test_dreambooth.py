@@ -67,14 +67,14 @@ def adapted(cfg):
     pipeline = load_pipeline(cfg)
     parts = inject(pipeline, cfg)
     for part in parts.values():
-        randomize(part, 0.05)
+        randomize(part, 0.02)
     return pipeline, parts
 
 
 @torch.no_grad()
 def latents_of(pipeline):
     noise = torch.Generator().manual_seed(3)
-    given = dict(num_inference_steps=3, height=32, width=32, output_type='latent')
+    given = dict(num_inference_steps=2, height=32, width=32, output_type='latent')
     return pipeline('a picture of a sks cat', generator=noise, **given).images
 
 
@@ -85,7 +85,8 @@ def plain(cfg):
 
 
 def assert_close(one, other):
-    assert (one - other).abs().max() < 1e-5 * other.abs().max()
+    error = (one - other).abs().max() / other.abs().max()
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -328,12 +329,12 @@ def test_from_images_to_files(material, tmp_path, monkeypatch, capsys):
     assert len(listed) == 8 and listed[1] == dict(
         file='00_7.png', prompt='a cat in the jungle', seed=7
     )
-    before, after = (np.array(Image.open(images / x / '00_7.png')) for x in ('before', 'after'))
-    assert before.shape == (32, 32, 3) and not np.array_equal(before, after)
-    page = np.array(Image.open(images / 'sheet.png'))
-    assert page.shape[0] == 24 + 4 * (24 + 2 * 256) and page.shape[1] >= 90 + 2 * 256
-    corner = page[48 + 256 : 48 + 512, 90 + 256 : 90 + 512]
-    assert np.abs(corner[::8, ::8].astype(int) - after).mean() < 12
+    before, after = (Image.open(images / x / '00_7.png') for x in ('before', 'after'))
+    assert before.size == (32, 32) and before.tobytes() != after.tobytes()
+    page = Image.open(images / 'sheet.png')
+    assert page.height == 24 + 4 * (24 + 2 * 256) and page.width >= 90 + 2 * 256
+    tile = page.crop((90 + 256, 48 + 256, 90 + 512, 48 + 512))  # the second seed, after
+    assert tile.tobytes() == after.resize((256, 256)).tobytes()
 
     clip, dino = clip_folder(tmp_path / 'clip'), dino_folder(tmp_path / 'dino')
     capsys.readouterr()

@@ -35,7 +35,9 @@ def train(cfg: Config, work_dir: str | Path, resume: bool = False) -> None:
         TrainingError: See :func:`mmpeft.monitor`.
     """
     work_dir = Path(work_dir)
-    accelerator = Accelerator(gradient_accumulation_steps=cfg.accumulation)
+    # Without cpu=True accelerate takes several processes on CPUs for so many runs of one.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=cfg.accumulation)
     prompts_of(cfg, subject_name(cfg))
     read_images(cfg.subject.images)  # missing ones are found before anything is made
     check_folder(work_dir, cfg, resume)
