@@ -32,13 +32,18 @@ class Latents:
     sizes: Tensor
 
 
+def image_files(folder: str | Path) -> list[Path]:
+    """The images of a folder, in the order of their names."""
+    return sorted(p for p in Path(folder).glob('*') if p.suffix.lower() in ENDINGS)
+
+
 def read_images(folder: str | Path) -> list[Image]:
     """All images of a folder in RGB, upright, in the order of their names.
 
     Raises:
         MissingFileError: There is none.
     """
-    files = sorted(p for p in Path(folder).glob('*') if p.suffix.lower() in ENDINGS)
+    files = image_files(folder)
     if not files:
         raise MissingFileError(
             f'There are no images in {str(folder)!r}. Name a folder with a few images of your '

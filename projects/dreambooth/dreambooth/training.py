@@ -16,7 +16,7 @@ import mmpeft
 from mmpeft.checkpoint.atomic import replacing
 from mmpeft.errors import UsageError
 
-from .data import Latents, encode_images, prompts_of, read_images, subject_name
+from .data import Latents, encode_images, image_files, prompts_of, read_images, subject_name
 from .denoising import Denoising
 from .models import Pipeline, inject, load_adapters, load_pipeline, save_adapters
 from .pictures import generate
@@ -106,7 +106,7 @@ def material(
 def make_class_images(cfg: Config, pipeline: Pipeline, prompt: str, folder: Path) -> None:
     """Fill a folder up to the number of images that prior preservation wants."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(len([*folder.glob('*')]), cfg.prior.number):
+    for seed in range(len(image_files(folder)), cfg.prior.number):
         (image,) = generate(pipeline, [prompt], [seed], cfg.resolution, **cfg.sampler)
         with replacing(folder / f'{seed:04}.png') as temporary:
             image.save(temporary, 'PNG')
