@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from mmpeft.engine.config import compose
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 from tests.pipelines import clip_folder, dino_folder, pipeline_folder
-from tests.processes import launch
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -34,6 +34,11 @@ CROPS = (100, 20, 340, 260), (130, 40, 330, 240), (80, 10, 360, 290)
 @pytest.fixture(scope='module', autouse=True)
 def project(script):
     return script('projects/dreambooth', 'dreambooth')
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope='module')
@@ -162,15 +167,14 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(material, tmp_path, m
         training.train(cfg, tmp_path / 'parts', resume=True)
 
 
-@pytest.mark.parametrize('precision', ['no', 'bf16'])
-def test_the_loss_falls(precision, material, tmp_path, monkeypatch):
+@pytest.mark.parametrize('precision, dtype', [('no', 'float32'), ('bf16', 'bfloat16')])
+def test_the_loss_falls(precision, dtype, material, tmp_path, monkeypatch):
     """On SDXL with both text encoders; each adapter moves, the frozen base does not."""
     from dreambooth import training
 
-    AcceleratorState._reset_state(True)
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
-    training.train(config(material, 'sdxl_lora', text_encoders=True, steps=10), tmp_path)
-    AcceleratorState._reset_state(True)
+    cfg = config(material, 'sdxl_lora', text_encoders=True, steps=10, dtype=dtype)
+    training.train(cfg, tmp_path)
     log = (tmp_path / 'log.jsonl').read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in log]
     assert len(losses) == 10 and sum(losses[-2:]) < 0.7 * sum(losses[:2])
@@ -296,26 +300,24 @@ def test_measures(tmp_path):
     assert agreement(own, prompts) == pytest.approx(expected, rel=1e-5)
 
 
-def call(monkeypatch, name, *arguments):
+def call(name, *arguments):
     """Run a script of the project in this process."""
-    monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-    runpy.run_path(str(PROJECT / f'{name}.py'), run_name='__main__')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        runpy.run_path(str(PROJECT / f'{name}.py'), run_name='__main__')
 
 
 @pytest.mark.slow
-def test_from_images_to_files(material, tmp_path, monkeypatch, capsys):
+def test_from_images_to_files(material, tmp_path, capsys):
     """Trained in two processes, as two accumulated batches train it in one, then used here."""
     from dreambooth import training
     from dreambooth.models import load_adapters
 
     more = options(material, 'sd15_flora') | {'prior.number': 2}
-    arguments = [f'{key}={value}' for key, value in more.items()]
-    run = tmp_path / 'run'
-    config_file = CONFIGS / 'sd15_flora.py'
-    done = launch(
-        2, PROJECT / 'train.py', config_file, '--work-dir', run, '--cfg-options', *arguments
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = [f'{key}={value}' for key, value in more.items()]
+    run, config_file = tmp_path / 'run', CONFIGS / 'sd15_flora.py'
+    arguments = 'train', config_file, '--work-dir', run, '--cfg-options', *changes
+    accelerate.debug_launcher(call, arguments)
     twin = compose(config_file, None, more | dict(accumulation=2))
     twin.prior.images = str(run / 'class')
     training.train(twin, tmp_path / 'twin')
@@ -323,7 +325,7 @@ def test_from_images_to_files(material, tmp_path, monkeypatch, capsys):
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-4, rtol=1e-3)
 
-    call(monkeypatch, 'generate', run, '--seeds', 0, 7)
+    call('generate', run, '--seeds', 0, 7)
     images = run / 'images'
     listed = json.loads((images / 'images.json').read_text())
     assert len(listed) == 8 and listed[1] == dict(
@@ -338,7 +340,7 @@ def test_from_images_to_files(material, tmp_path, monkeypatch, capsys):
 
     clip, dino = clip_folder(tmp_path / 'clip'), dino_folder(tmp_path / 'dino')
     capsys.readouterr()
-    call(monkeypatch, 'evaluate', run, '--clip', clip, '--dino', dino)
+    call('evaluate', run, '--clip', clip, '--dino', dino)
     table = json.loads((images / 'fidelity.json').read_text())
     assert table['before'].keys() == table['after'].keys() == {'CLIP-I', 'DINO', 'CLIP-T'}
     assert f'| after | {table["after"]["CLIP-I"]:.3f} |' in capsys.readouterr().out
@@ -346,8 +348,8 @@ def test_from_images_to_files(material, tmp_path, monkeypatch, capsys):
     pipeline = plain(twin)
     load_adapters(dict(unet=pipeline.unet), run)
     expected = latents_of(pipeline)
-    call(monkeypatch, 'export', run, '--merged', tmp_path / 'merged')
-    call(monkeypatch, 'export', run, '--lora', tmp_path / 'lora')
+    call('export', run, '--merged', tmp_path / 'merged')
+    call('export', run, '--lora', tmp_path / 'lora')
     merged, with_lora = plain(twin), plain(twin)
     merged.unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / 'merged/unet')
     with_lora.load_lora_weights(tmp_path / 'lora', weight_name='pytorch_lora_weights.safetensors')
