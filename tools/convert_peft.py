@@ -44,6 +44,12 @@ def parse_args():
         one.add_argument(
             '--inference', action='store_true', help='drop what matters in training only: dropout'
         )
+        if way == 'to':
+            one.add_argument(
+                '--as-lora',
+                action='store_true',
+                help='write thin additive updates of other methods (FLoRA, PiSSA) as LoRA',
+            )
         one.add_argument('--overwrite', action='store_true', help='replace files that exist')
     return parser.parse_args()
 
@@ -52,7 +58,7 @@ def convert_to(args, cfg):
     """Write the adapters of a checkpoint as a folder of peft."""
     model = init_model(cfg, args.source)
     names = base_names(model, args.module, args.timm)
-    save_peft(model, args.out, names, args.inference, args.overwrite)
+    save_peft(model, args.out, names, args.inference, args.overwrite, args.as_lora)
     outside = [k for k in mmpeft.adapter_state_dict(model) if not k.startswith(names.module)]
     print(
         f'{args.out}, for {names.module or "the model"}; {len(outside)} trained tensors are '

@@ -3,22 +3,26 @@
 import re
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
 from mmpeft.checkpoint.keys import adapter_keys, adapter_state_dict
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import Site, attached
 from mmpeft.injection.weights import layers
+from mmpeft.methods import Method
 from mmpeft.methods.adapter import turned
+from mmpeft.methods.delta import DeltaMethod
 from mmpeft.methods.dora import DoRA, output_norm
 from mmpeft.methods.lora import LoRA
-from mmpeft.methods.matrix import matrix_shape
+from mmpeft.methods.matrix import MatrixMethod, matrix_shape
+from mmpeft.methods.normal_form import NormalForm
 
 from .peft_names import PREFIX, SUFFIXES, Names, check_layer, peft_shapes
 
 
 def to_peft(
-    model: nn.Module, names: Names | None = None, inference: bool = False
+    model: nn.Module, names: Names | None = None, inference: bool = False, as_lora: bool = False
 ) -> tuple[dict, dict[str, Tensor]]:
     """What ``adapter_config.json`` and ``adapter_model.safetensors`` hold for a model's adapters.
 
@@ -27,6 +31,9 @@ def to_peft(
         names: How peft's base calls the modules. What trains outside
             ``names.module`` is left out.
         inference: Drop settings that matter in training only: dropout, MPC.
+        as_lora: Write other additive updates that are products of thin factors (FLoRA, PiSSA,
+            kernels in loralib's layout) as the LoRA that computes the same. It serves inference:
+            trained further, its factors would be others.
 
     Raises:
         UsageError: peft has no equivalent; the message names the first such layer.
@@ -45,8 +52,8 @@ def to_peft(
                 f'{site.name} has several adapters, one on the other, and a folder of peft holds '
                 'one. Merge the first into the base (mmpeft.merge).'
             )
-        factors = _converted(model, site, inference)
-        methods[path] = site.method
+        check_layer(model, site.path, site.tensor, site.spec)
+        methods[path], factors = _converted(site, inference, as_lora)
         turns |= site.spec.fan_in_fan_out
         state |= {f'{PREFIX}{path}.{SUFFIXES[k]}': value for k, value in factors.items()}
     if not methods:
@@ -65,12 +72,15 @@ def to_peft(
     return config, {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
 
 
-def _converted(model, site: Site, inference):
-    """The factors of an adapter in peft's shapes."""
+def _converted(site: Site, inference, as_lora) -> tuple[Method, dict[str, Tensor]]:
+    """An adapter as peft has it: a method, and its factors in peft's shapes."""
     method, factors = site.method, site.adapter.factors
-    if reason := _without_equal(site):
+    reason = _without_equal(site)
+    if reason and as_lora and (product := thin_product(site)):
+        up, down = product
+        method, factors = LoRA(rank=len(down)), dict(lora_A=down, lora_B=up)
+    elif reason:
         raise UsageError(f'{site.name} {reason}. Merge it into the weights (mmpeft.merge).')
-    check_layer(model, site.path, site.tensor, site.spec)
     training = [f'{k}={getattr(method, k)!r}' for k in ('dropout', 'mpc') if getattr(method, k)]
     if training and not inference:
         raise UsageError(
@@ -79,7 +89,33 @@ def _converted(model, site: Site, inference):
             'equal.'
         )
     shapes = peft_shapes(site.spec, method.rank)
-    return {name: value.view(shapes[name]) for name, value in factors.items()}
+    return method, {name: value.reshape(shapes[name]) for name, value in factors.items()}
+
+
+def thin_product(site: Site) -> tuple[Tensor, Tensor] | None:
+    """U (out, r) and V (r, in * kernel) with phi(W) = W + U V, unfolded; None if there are none.
+
+    A kernel in loralib's layout of rank r has them with r * k * k, k of each axis: the k rows of
+    B that one output owns are blocks of U's row, over copies of A.
+    """
+    method, spec, factors = site.method, site.spec, site.adapter.factors
+    form = method.normal_form(factors, spec)
+    if form is not None:
+        is_sum = isinstance(form, NormalForm) and form.update == 'additive'
+        if not is_sum or form.magnitude is not None:
+            return None
+        form = form.with_core(spec.kernel_size)
+        down = form.core
+        if form.down is not None:
+            down = torch.tensordot(down, form.down, ([1], [0])).movedim(-1, 1)
+        return form.up * form.scale, down.flatten(1)
+    if type(method).apply is DeltaMethod.apply and isinstance(method, MatrixMethod):
+        if method.update == 'additive' and spec.is_plain:
+            up, down = method.matrices(factors)
+            copies = len(up) // spec.out_features
+            up = up.reshape(spec.out_features, -1) * method.scaling
+            return up, torch.block_diag(*[down] * copies)
+    return None
 
 
 def _without_equal(site):

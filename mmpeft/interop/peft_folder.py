@@ -21,6 +21,7 @@ def save_peft(
     names: Names | None = None,
     inference: bool = False,
     overwrite: bool = False,
+    as_lora: bool = False,
 ) -> Path:
     """Write the adapters of a model as a folder that peft loads; see :func:`to_peft`.
 
@@ -34,7 +35,7 @@ def save_peft(
     taken = [str(folder / name) for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if taken and not overwrite:
         raise UsageError(f'{" and ".join(taken)} exist already. Name another folder.')
-    config, state = to_peft(model, names, inference)
+    config, state = to_peft(model, names, inference, as_lora)
     with replacing(folder / WEIGHTS) as temporary:
         write_tensors(temporary, state, dict(format='pt'))
     with replacing(folder / CONFIG) as temporary:

@@ -130,6 +130,40 @@ def test_peft_computes_what_we_do(name, dtype, base, tmp_path):
     check_equal(base, model, save_peft(model, tmp_path), EXACT if dtype.itemsize > 4 else SINGLE)
 
 
+@pytest.mark.parametrize(
+    'method',
+    [
+        dict(type='FLoRA', rank=2),
+        dict(type='PiSSA', rank=2, alpha=3),
+        dict(type='LoRA', rank=2, alpha=3, layout='loralib'),
+        dict(type='DoRA', rank=2),
+    ],
+    ids=lambda method: method['type'],
+)
+def test_thin_updates_of_other_methods_as_lora(method, tmp_path):
+    base = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(36, 5))
+    base, x = base.double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model = adapted(base, method, dict(module=''))
+    theirs, ours, before = outputs(
+        x, in_peft(base, save_peft(model, tmp_path, as_lora=True)), model, base
+    )
+    assert_close(theirs, ours)
+    assert (ours - before).abs().max() > 1e-2
+    config = json.loads((tmp_path / 'adapter_config.json').read_text())
+    assert config['use_dora'] == (method['type'] == 'DoRA')
+    if method.get('layout') == 'loralib':
+        assert set(config['rank_pattern'].values()) | {config['r']} == {2 * 9, 2}
+
+
+@pytest.mark.parametrize(
+    'name, rank', [('LieRA', dict(rank=2)), ('SSB', {}), ('LoHa', dict(rank=2))]
+)
+def test_what_is_no_sum_with_thin_factors_is_no_lora(name, rank, base):
+    model = adapted(base, dict(type=name, **rank))
+    with pytest.raises(UsageError, match=f'adapted by {name}.* Merge it'):
+        to_peft(model, as_lora=True)
+
+
 def test_conv1d_and_conv3d(tmp_path):
     base = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Unflatten(1, (2, 2, 1)), nn.Conv3d(2, 3, (2, 1, 3)))
     base = base.double()

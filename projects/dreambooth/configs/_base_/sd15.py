@@ -1,0 +1,3 @@
+_base_ = 'dreambooth.py'
+model = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+resolution = 512
