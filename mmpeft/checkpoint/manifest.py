@@ -24,6 +24,7 @@ from mmpeft.injection.site import Site, adapter_parameters, attached, sites_at
 from mmpeft.injection.targets import target_module
 from mmpeft.injection.weights import is_below, join
 from mmpeft.methods import ActivationMethod
+from mmpeft.methods.delta import AUTO
 from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.version import __version__
 
@@ -146,6 +147,8 @@ def check_manifest(manifest: Mapping) -> None:
     methods = [checked_method(method, version) for method in manifest['methods']]
     if any(getattr(method, 'budget', None) is not None for method in methods):
         raise UsageError('A method of the manifest has a budget in place of a rank.')
+    if any(getattr(method, 'scale', None) == AUTO for method in methods):
+        raise UsageError("A method of the manifest has scale='auto' in place of a number.")
     asked = [checked_method(injection['method'], version) for injection in injections]
     places = set()
     for entry in manifest['adapters']:

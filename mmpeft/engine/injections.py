@@ -12,6 +12,7 @@ from mmpeft.injection.inject import inject
 from mmpeft.injection.summary import Summary
 from mmpeft.injection.targets import Targets
 from mmpeft.methods import Method
+from mmpeft.methods.delta import AUTO
 from mmpeft.registry import METHODS
 
 Methods = Method | Mapping | Sequence[Method | Mapping]
@@ -84,6 +85,7 @@ def _followed(method, theirs):
     """A method whose open arguments are those of a checkpoint, whatever the present defaults."""
     if type(theirs).__name__ != method['type']:
         return method
+    method = {name: value for name, value in method.items() if value != AUTO}  # theirs is a number
     given = {getattr(theirs, 'renamed', {}).get(name, name) for name in method}
     if 'budget' in given:
         given.add('rank')

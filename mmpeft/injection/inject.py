@@ -138,7 +138,7 @@ def _resolved(method, sites):
     for site in (site for site in sites if site.tensor):
         # Earlier adapters may be NaN still, to be loaded.
         adapted = adapters_of(site.layer, site.tensor)
-        weights[site.tie_key] = site.original if adapted else site.weight
+        weights[site.tie_key] = (site.original if adapted else site.weight), site.spec
     methods = {method, *(site.method for site in sites)}
     resolved = {each: each.resolve(weights.values()) for each in methods}
     for site in sites:

@@ -1,6 +1,5 @@
 """Merge adapters into the weights, and bring the base back."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
 from .guards import guard, unguard
-from .site import Site
+from .site import Site, chains_by_weight
 from .ties import TIE, holders, tying_configs
 from .weights import join
 from .wrappers import on_inner
@@ -90,7 +89,7 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
             'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to have the first '
             'base back.'
         )
-    weights = _chains_by_weight(sites)
+    weights = chains_by_weight(sites)
     untied = _configs_to_untie(model, weights)
     for chain, *_ in weights:
         _merged(chain)
@@ -151,16 +150,6 @@ def unmerge(model: nn.Module) -> nn.Module:
     del model.__dict__[MERGED]
     guard(model)
     return model
-
-
-def _chains_by_weight(sites) -> list[list[list[Site]]]:
-    """For each merged weight the layers that read it, each as the chain of its sites."""
-    chains, weights = defaultdict(list), defaultdict(list)
-    for site in sites:
-        chains[site.layer, site.tensor].append(site)
-    for chain in chains.values():
-        weights[(chain[0].tie_key, *(id(site.adapter) for site in chain))].append(chain)
-    return list(weights.values())
 
 
 def _configs_to_untie(model, weights) -> list[Any]:

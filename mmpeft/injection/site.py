@@ -1,5 +1,6 @@
 """Where an adapter is: a weight or a module of a model, and what is attached to it."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -74,6 +75,19 @@ def attached(model: nn.Module) -> list[Site]:
                 spec, method = adapter.spec, adapter.method
                 found.append(Site(path, layer, tensor, spec, method, adapter, way))
     return sorted(found, key=_index)
+
+
+def chains_by_weight(sites: Iterable[Site]) -> list[list[list[Site]]]:
+    """For each adapted weight the layers that read it, each as the chain of its sites.
+
+    Layers that hold one tied weight with other adapters are weights of their own.
+    """
+    chains, weights = defaultdict(list), defaultdict(list)
+    for site in sites:
+        chains[site.layer, site.tensor].append(site)
+    for chain in chains.values():
+        weights[(chain[0].tie_key, *(id(site.adapter) for site in chain))].append(chain)
+    return list(weights.values())
 
 
 def sites_at(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from mmpeft.methods.spec import KINDS, WeightSpec
+from mmpeft.methods.spec import KINDS, InsertionPoint, WeightSpec
 from mmpeft.quantization import Quantized, stored_in
 
 from .site import Site, adapters_of, attached, own_parameters
@@ -151,7 +151,7 @@ def summary_rows(sites: Iterable[Site]) -> list[SummaryRow]:
         if id(site.adapter) not in counted:
             own = {id(p): p.numel() for p in site.adapter.parameters() if id(p) not in counted}
             counted.update(own, [id(site.adapter)])
-            kind, shape = _kind(site.spec), tuple(site.spec.shape)
+            kind, shape = kind_of(site.spec), tuple(site.spec.shape)
             size = sum(own.values())
             row = SummaryRow(site.name, kind, shape, str(site.method), site.spec.numel, size)
             rows.append(row)
@@ -162,7 +162,7 @@ def _skipped(root) -> Counter:
     adapted = [path for path, layer in layers(root) if adapters_of(layer, '')]
     adapted += newly_initialized(root)
     return Counter(
-        _kind(spec)
+        kind_of(spec)
         for path, layer in layers(root)
         if not is_below(path, adapted)
         for tensor, spec in weights_of(layer)
@@ -170,7 +170,8 @@ def _skipped(root) -> Counter:
     )
 
 
-def _kind(spec):
+def kind_of(spec: WeightSpec | InsertionPoint) -> str:
+    """The kind of a layer in one word; those of an insertion point joined by slashes."""
     if not isinstance(spec, WeightSpec):
         return '/'.join(sorted(spec.kinds))
     kinds = [kind for kind in ('depthwise', *KINDS) if kind in spec.kinds] or ['other']

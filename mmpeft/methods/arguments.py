@@ -62,7 +62,13 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def _rule(hint):
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if any(get_origin(kind) is Literal for kind in kinds):
+    if all(get_origin(kind) is Literal or kind is NoneType for kind in kinds):
         choices = [c for kind in kinds for c in get_args(kind) or (None,)]
         return f'is unknown. Write one of {", ".join(map(repr, choices))}.'
-    return f'must be {" or ".join(NAMES.get(kind, str(kind)) for kind in kinds)}.'
+    return f'must be {" or ".join(map(_name, kinds))}.'
+
+
+def _name(kind):
+    if get_origin(kind) is Literal:
+        return ' or '.join(map(repr, get_args(kind)))
+    return NAMES.get(kind, str(kind))

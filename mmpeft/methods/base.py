@@ -82,7 +82,7 @@ class Method:
         """Whether the method is defined on a parameter of this role."""
         return not spec.is_bias and len(spec.shape) > 1
 
-    def resolve(self, weights: Iterable[Tensor]) -> 'Method':
+    def resolve(self, weights: Iterable[tuple[Tensor, WeightSpec]]) -> 'Method':
         """The method with the arguments filled in that follow from all weights of an injection."""
         return self
 

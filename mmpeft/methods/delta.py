@@ -1,11 +1,14 @@
-"""Methods that give an update dW, applied to the weight by :mod:`.updates`."""
+"""Methods that give an update dW, applied to the weight by :mod:`mmpeft.methods.updates`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from math import inf, isnan, sqrt
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from mmpeft.errors import UsageError
 
 from .arguments import require
 from .base import Factors, Method
@@ -14,23 +17,22 @@ from .normal_form import NormalForm
 from .spec import WeightSpec
 from .updates import UPDATES, Update
 
+AUTO = 'auto'
 
-def root_mean_square(weights: Iterable[Tensor]) -> float:
-    """Of all elements of some weights together; 0 if there are none, NaN on the meta device."""
-    total = count = 0
-    for weight in weights:
-        if weight.is_meta:
-            return float('nan')
-        total += torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item() ** 2
-        count += weight.numel()
-    return (total / max(count, 1)) ** 0.5
+
+def root_mean_square(weight: Tensor) -> float:
+    """Of the elements of a weight; NaN on the meta device."""
+    if weight.is_meta:
+        return float('nan')
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    return norm / sqrt(max(weight.numel(), 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaMethod(Method):
     """A method that gives an update dW of the weight's shape.
 
-    phi(W) = update(W, scale * dW), with ``update`` of :mod:`.updates`.
+    phi(W) = update(W, scale * dW), with ``update`` of :mod:`mmpeft.methods.updates`.
 
     A Lie update multiplies dW by the weights, so that an optimizer step would
     move W less than the additive update does, by a factor of their size. Its
@@ -38,6 +40,11 @@ class DeltaMethod(Method):
     by the root mean square of all weights that an injection adapts, rounded
     to two digits. On the meta device, where weights have no values, it is the
     scale of the additive update.
+
+    With ``scale='auto'`` the first step of Adam changes all adapted weights together as much, in
+    Frobenius norm, as if they trained themselves at the same rate: s^2 sum(n c^2 w^2) = sum(n) over
+    weights of n elements, with c of :meth:`first_step`, and w the root mean square of the weight in
+    a Lie update, else 1. It is rounded to two digits too (docs/scale.md).
 
     Attributes:
         scale: dW is multiplied by it; the default described above if None.
@@ -52,36 +59,69 @@ class DeltaMethod(Method):
     scale_power: ClassVar[float] = 1.0
 
     update: Update = 'additive'
-    scale: float | None = None
+    scale: float | Literal['auto'] | None = None
     dropout: float = 0.0
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if 'delta' in cls.__dict__ and 'low_rank' not in cls.__dict__:
             cls.low_rank = DeltaMethod.low_rank  # the inherited one is of another dW
+        if {'init', 'apply'} & cls.__dict__.keys() and 'first_step' not in cls.__dict__:
+            cls.first_step = DeltaMethod.first_step  # likewise
 
     def __post_init__(self):
         super().__post_init__()
         require(self, 'dropout', 0 <= self.dropout < 1, 'is no probability below 1.')
+        if self.scale == AUTO and type(self).first_step is DeltaMethod.first_step:
+            raise UsageError(
+                f"{type(self).__name__}: scale='auto' is derived for LoRA, LieRA and FLoRA alone. "
+                'Write a number, or leave scale out.'
+            )
 
     @property
     def scaling(self) -> float:
-        """The factor before dW."""
-        return self.default_scale if self.scale is None else self.scale
+        """The factor before dW; the default where the scale is not resolved yet."""
+        return self.default_scale if self.scale in (None, AUTO) else self.scale
 
     @property
     def scale_is_open(self) -> bool:
         """Whether the arguments leave the scale to its default."""
         return self.scale is None
 
-    def resolve(self, weights: Iterable[Tensor]) -> 'DeltaMethod':
-        """The method with the default scale of a Lie update; see :class:`DeltaMethod`."""
-        if self.update == 'additive' or not self.scale_is_open:
+    def resolve(self, weights: Iterable[tuple[Tensor, WeightSpec]]) -> 'DeltaMethod':
+        """The method with a number for ``'auto'`` and for the default of a Lie update.
+
+        See :class:`DeltaMethod`.
+
+        Raises:
+            UsageError: ``'auto'`` finds weights that are zero or infinite.
+        """
+        is_auto, is_lie = self.scale == AUTO, self.update != 'additive'
+        if not (is_auto or is_lie and self.scale_is_open):
             return self
-        size = root_mean_square(weights)
-        if not 0 < size < float('inf'):
+        square = count = 0
+        for weight, spec in weights:
+            move = self.first_step(spec) if is_auto else 1.0
+            move *= root_mean_square(weight) if is_lie else 1.0
+            square += weight.numel() * move**2
+            count += weight.numel()
+        size = sqrt(square / max(count, 1))
+        if not 0 < size < inf:
+            if is_auto and not isnan(size):
+                raise UsageError(
+                    f"{type(self).__name__}: scale='auto' follows from the weights that are "
+                    'adapted, and they are zero or infinite. Load them first, or write a number.'
+                )
             return self
-        return replace(self, scale=float(f'{self.scaling / size ** (1 / self.scale_power):.1e}'))
+        scale = (1.0 if is_auto else self.scaling) / size ** (1 / self.scale_power)
+        return replace(self, scale=float(f'{scale:.1e}'))
+
+    def first_step(self, spec: WeightSpec) -> float:
+        """c: by how much the first Adam step moves an entry of dW, for a rate and scale of 1.
+
+        The root mean square over factors as they start and gradients of independent signs.
+        """
+        raise NotImplementedError
 
     def delta(self, factors: Factors, spec: WeightSpec) -> Tensor:
         """dW before scaling, of the weight's shape."""

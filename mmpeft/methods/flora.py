@@ -9,6 +9,8 @@ step on the core moves W by about ``scale`` times the learning rate whatever
 the rank. The factor of a mode of size 1 starts at 1.
 """
 
+from math import prod, sqrt
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,12 @@ class FLoRA(Ranked, DeltaMethod):
         for mode, (size, rank) in enumerate(zip(spec.shape, ranks, strict=True)):
             factors[f'factor{mode}'] = mode_factor(weight, size, rank, self.init_std)
         return factors
+
+    def first_step(self, spec):
+        """An entry sums products of the factors' entries over the core, with signs."""
+        pairs = zip(spec.shape, self.ranks(spec), strict=True)
+        stds = [(self.init_std or rank**-0.5) * sqrt(rank) for size, rank in pairs if size > 1]
+        return prod(stds)
 
     def delta(self, factors, spec):
         return tucker(factors['core'], [factors[f'factor{n}'] for n in range(len(spec.shape))])

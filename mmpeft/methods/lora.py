@@ -8,6 +8,7 @@ is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
 (r, in/groups k k) and B (out, r).
 """
 
+from math import sqrt
 from typing import Literal
 
 from .base import Card, Factors, register, uniform
@@ -39,6 +40,11 @@ class LoRA(ScaledRankMethod, MatrixMethod):
             'lora_A': uniform(weight, inner, columns),
             'lora_B': weight.new_zeros(rows, inner),
         }
+
+    def first_step(self, spec):
+        """An entry sums ``inner`` entries of A with signs, each of variance 1 / (3 columns)."""
+        _, inner, columns = self.matrix_shape(spec)
+        return sqrt(inner / (3 * columns))
 
     def matrices(self, factors):
         return factors['lora_B'], factors['lora_A']

@@ -6,7 +6,7 @@ from mmpeft.errors import UsageError
 
 from .arguments import require
 from .base import Method
-from .delta import DeltaMethod
+from .delta import AUTO, DeltaMethod
 from .spec import WeightSpec
 
 
@@ -54,7 +54,7 @@ class ScaledRankMethod(Ranked, DeltaMethod):
         if self.alpha is not None:
             return self.alpha / self.rank
         # Not super().scaling, which torch.compile does not follow.
-        return self.default_scale if self.scale is None else self.scale
+        return self.default_scale if self.scale in (None, AUTO) else self.scale
 
     @property
     def scale_is_open(self):

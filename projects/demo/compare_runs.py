@@ -80,7 +80,7 @@ def _logged(folder):
     """Scores of the last evaluation, and the median seconds of a step."""
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    evaluations = [line for line in lines if 'loss' not in line]
+    evaluations = [line for line in lines if not {'loss', 'update/norm'} & line.keys()]
     if not evaluations:
         raise MissingFileError(f'{str(folder)!r} holds no evaluation; the training has not ended.')
     known = {name: evaluations[-1][name] for name in SCORES if name in evaluations[-1]}

@@ -94,15 +94,16 @@ def test_two_tasks_from_command_to_table(tool, tmp_path):
     assert cfg.train_dataloader.dataset.ann_file == 'train800val200.txt'
     root = Path(cfg.test_dataloader.dataset.data_root)
     right = [classifies(model, root, line) for line in (root / 'test.txt').read_text().splitlines()]
-    assert records[-1]['accuracy'] == pytest.approx(100 * np.mean(right), abs=1e-4)
-    means = [np.mean([r['accuracy'] for r in records if r['seed'] == seed]) for seed in (0, 1)]
+    accuracy = [record['scores']['accuracy/top1'] for record in records]
+    assert accuracy[-1] == pytest.approx(100 * np.mean(right), abs=1e-4)
+    means = np.mean(accuracy[::2]), np.mean(accuracy[1::2])
     line = next(line for line in printed.splitlines() if 'mean of 2 tasks' in line)
     assert f'{np.mean(means):.2f}' in line and f'{np.std(means, ddof=1):.2f}' in line
 
     journal = tmp_path / 'work/runs.jsonl'
-    journal.write_text(journal.read_text().replace('"accuracy": ', '"accuracy": 1'))
+    journal.write_text(journal.read_text().replace('"accuracy/top1": ', '"accuracy/top1": 1'))
     again, printed = tool('--seeds', 0, 1)  # reads the records, and runs nothing
-    assert len(again) == 4 and min(r['accuracy'] for r in again) >= 10
+    assert len(again) == 4 and min(r['scores']['accuracy/top1'] for r in again) >= 10
 
 
 def classifies(model, root, line):
@@ -137,8 +138,8 @@ def test_a_rate_that_diverges_loses(data, tmp_path):
     grid = {RATE: [1e30, 1e-3]}
     (record,) = benchmark(cfg, tmp_path, ['patch_camelyon'], grid=grid, root=data)
     trials = [json.loads(line) for line in (tmp_path / 'runs.jsonl').read_text().splitlines()]
-    assert [trial['accuracy'] is None for trial in trials] == [True, False, False]
-    assert trials[0]['error'] and record == trials[2]
+    assert [trial['scores'] is None for trial in trials] == [True, False, False]
+    assert trials[0]['error'] and record == trials[2] | dict(accuracy=record['accuracy'])
     (config,) = Path(record['work_dir']).glob('*.py')
     assert compose(config).optim_wrapper.optimizer.lr == 1e-3
 

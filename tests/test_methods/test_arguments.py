@@ -23,7 +23,15 @@ REFUSED = [
     (dict(type='LoRA', rank=None), 'LoRA: rank=None must be one integer.'),
     (dict(type='LoRA', budget=[3]), 'LoRA: budget=(3,) must be one integer or a finite number or'),
     (dict(type='LoRA', alpha='16'), "LoRA: alpha='16' must be a finite number or None."),
-    (dict(type='LoRA', scale=float('nan')), 'LoRA: scale=nan must be a finite number or None.'),
+    (
+        dict(type='LoRA', scale=float('nan')),
+        "LoRA: scale=nan must be a finite number or 'auto' or None.",
+    ),
+    (dict(type='LoRA', scale='Auto'), "scale='Auto' must be a finite number or 'auto' or None."),
+    (dict(type='VeRA', scale='auto'), "VeRA: scale='auto' is derived for LoRA, LieRA and FLoRA"),
+    (dict(type='PiSSA', scale='auto'), "PiSSA: scale='auto' is derived for LoRA, LieRA and"),
+    (dict(type='DoRA', scale='auto'), "DoRA: scale='auto' is derived for LoRA, LieRA and"),
+    (dict(type='LoRA', scale='auto', alpha=2), 'alpha=2 and scale=auto say the same thing'),
     (dict(type='LoRA', dropout=1.0), 'LoRA: dropout=1.0 is no probability below 1.'),
     (dict(type='LoRA', alpha=4, scale=2), 'LoRA: alpha=4 and scale=2 say the same thing'),
     (

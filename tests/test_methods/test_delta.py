@@ -146,13 +146,15 @@ def test_additive_updates_and_given_scales_stay(config, scaling):
 
 @pytest.mark.parametrize('config', [case[0] for case in LIE[:5]], ids=str)
 def test_resolving_is_idempotent_and_open_without_values(config):
-    method, weights = mmpeft.METHODS.build(config), [p.detach() for p in small_network()[0].weight]
-    resolved = method.resolve(iter(weights))
-    assert resolved != method and resolved.resolve([3 * weights[0]]) is resolved
-    assert method.resolve([*weights, weights[0].to('meta')]) is method
-    assert method.resolve([]) is method and method.resolve([0 * weights[0]]) is method
-    assert method.resolve([weights[0] / 0]) is method
-    half = method.resolve([w.to(torch.bfloat16).to(torch.float32) for w in weights])
+    method, layer = mmpeft.METHODS.build(config), small_network()[0]
+    pairs = [(w.detach(), spec_of(layer)) for w in layer.weight]
+    weight, spec = pairs[0]
+    resolved = method.resolve(iter(pairs))
+    assert resolved != method and resolved.resolve([(3 * weight, spec)]) is resolved
+    assert method.resolve([*pairs, (weight.to('meta'), spec)]) is method
+    assert method.resolve([]) is method and method.resolve([(0 * weight, spec)]) is method
+    assert method.resolve([(weight / 0, spec)]) is method
+    half = method.resolve([(w.to(torch.bfloat16).to(torch.float32), spec) for w, _ in pairs])
     assert abs(half.scale / resolved.scale - 1) < 0.11
 
 

@@ -2,5 +2,6 @@
 
 from .peft_hook import PEFTHook
 from .seed_hook import SeedHook
+from .update_hook import UpdateHook
 
-__all__ = ['PEFTHook', 'SeedHook']
+__all__ = ['PEFTHook', 'SeedHook', 'UpdateHook']

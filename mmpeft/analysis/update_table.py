@@ -1,0 +1,62 @@
+"""Tables of the figures of updates."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from .updates import UpdateFigures, means
+
+
+def update_table(
+    rows: Sequence[UpdateFigures], cosines: Mapping[str, float] | None = None, title: str = ''
+) -> Table:
+    """One line a weight, and their means.
+
+    Args:
+        rows: Of one model.
+        cosines: To the updates of another, of :func:`~mmpeft.analysis.updates.cosines`.
+        title: Of the table.
+    """
+    (first, *others), last = _lines(rows, cosines), dict(name='mean', **means(rows))
+    last |= dict(cosine=cosines['all']) if cosines else {}
+    table = Table(Column('weight', overflow='fold'), title=title)
+    for name in list(first)[1:]:
+        table.add_column(name.replace('_', ' '), justify='left' if name == 'kind' else 'right')
+    for line in (first, *others):
+        table.add_row(*map(_cell, line.values()))
+    table.add_section()
+    table.add_row(*(_cell(last.get(name, '')) for name in first))
+    return table
+
+
+def write_updates(
+    path: Path, rows: Sequence[UpdateFigures], cosines: Mapping[str, float] | None = None
+) -> None:
+    """Write one line a weight into a file of :data:`~mmpeft.analysis.parameters.FORMATS`."""
+    lines = _lines(rows, cosines)
+    if path.suffix == '.json':
+        path.write_text(json.dumps(lines, indent=2))
+    elif path.suffix == '.csv':
+        with path.open('w', newline='') as file:
+            writer = csv.DictWriter(file, lines[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(lines)
+    else:
+        cells = [list(lines[0]), ['---'] * len(lines[0])]
+        cells += [map(_cell, line.values()) for line in lines]
+        path.write_text('\n'.join(f'| {" | ".join(line)} |' for line in cells) + '\n')
+
+
+def _lines(rows, cosines):
+    lines = [asdict(row) | dict(shape='x'.join(map(str, row.shape))) for row in rows]
+    if cosines is not None:
+        lines = [line | dict(cosine=cosines.get(line['name'], '')) for line in lines]
+    return lines
+
+
+def _cell(value):
+    return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -1,0 +1,84 @@
+"""How a method changed the weights: norms, amplification, ranks, and pictures of kernels.
+
+    python tools/analysis_tools/updates.py configs/flora/convnext_coco.py CHECKPOINT
+    python tools/analysis_tools/updates.py configs/frozen/convnext_coco.py CHECKPOINT \\
+        --method lora --against OTHER --against-method flora --out updates.csv
+    python tools/analysis_tools/updates.py configs/flora/convnext_coco.py CHECKPOINT \\
+        --kernels 'stages_0.*conv_dw' --pictures pictures/
+
+CHECKPOINT is one of training or an adapter file. docs/updates.md says what the columns are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import mmpeft
+from mmpeft.analysis.kernels import check_kernel, draw_kernels
+from mmpeft.analysis.parameters import check_format
+from mmpeft.analysis.update_table import update_table, write_updates
+from mmpeft.analysis.updates import (
+    adapted_weights,
+    cosines,
+    figures,
+    select,
+    update_of,
+    updates,
+    without_updates,
+)
+from mmpeft.engine.launch import add_config_arguments, run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint with adapters, or adapter file')
+    parser.add_argument(
+        '--against', metavar='OTHER', help='another one, for the cosines between the updates'
+    )
+    parser.add_argument('--against-method', help='the method of OTHER, as --method; else the same')
+    parser.add_argument('--out', type=Path, help='write the table to a .csv, .json or .md file')
+    parser.add_argument(
+        '--kernels', nargs='+', default=(), help='patterns of convolutions that are drawn'
+    )
+    parser.add_argument('--count', type=int, default=8, help='kernels in a picture at most')
+    parser.add_argument('--pictures', type=Path, default=Path(), help='where pictures go')
+    parser.add_argument('--device', default='cpu', help='where it is computed')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.out:
+        check_format(args.out)
+    options = dict(device=args.device, options=args.cfg_options)
+    model = mmpeft.init_model(args.config, args.checkpoint, method=args.method, **options)
+    found, angles = adapted_weights(model), None
+    drawn = select(found, args.kernels)
+    for name in drawn:
+        check_kernel(name, found[name][0].spec)
+    if args.against:
+        method = args.against_method or args.method
+        other = mmpeft.init_model(args.config, args.against, method=method, **options)
+        angles = cosines(model, other)
+    rows = figures(updates(model))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(update_table(rows, angles, args.checkpoint))
+    for method, number in without_updates(model).items():
+        print(f'left out: {number} adapters of {method}, which changes activations')
+    if args.out:
+        write_updates(args.out, rows, angles)
+        print(f'written: {args.out}')
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    for name in drawn:
+        path = args.pictures / f'{name}.png'
+        draw_kernels(update_of(found[name]), args.count).savefig(path)
+        print(f'written: {path}')
+
+
+if __name__ == '__main__':
+    run(main)
