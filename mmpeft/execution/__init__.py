@@ -2,4 +2,4 @@
 
 from .layers import disable, enable, enable_frozen, execution_of, is_enabled
 from .memory import BALANCED, MEMORY, SMALL, SPEED, keep_less
-from .select import AUTO, BRANCH, CHOICES, MERGED, PLAIN
+from .select import AUTO, BRANCH, CHOICES, COMPOSED, MERGED, PLAIN

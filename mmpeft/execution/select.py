@@ -26,7 +26,7 @@ from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
 from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
 from .scaled import ScaledLayer
 
-AUTO, PLAIN, MERGED, BRANCH = CHOICES = 'auto', 'plain', 'merged', 'branch'
+AUTO, PLAIN, MERGED, BRANCH, COMPOSED = CHOICES = 'auto', 'plain', 'merged', 'branch', 'composed'
 WHERE = 'in the weight', 'as a branch'
 KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
@@ -76,11 +76,11 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     positions = x.numel() // x.shape[-1 if geometry is None else 1]
     if geometry is not None:
         positions //= prod(geometry.stride)
-    branch = layer.execution == BRANCH
+    branch = layer.execution in (BRANCH, COMPOSED)
     if layer.execution == AUTO:
         passes = 2 if trains else 1
         branch = transformed or branch_pays(positions, passes, out, features, *kernel_size)
-    if transformed:
+    if transformed or layer.execution == COMPOSED:
         run = partial(_run_composed, layer, form)
         return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
     exact = not (trains or _is_rounded(x, original))
@@ -146,6 +146,8 @@ def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) ->
 def _run_composed(layer, form, x):
     """The layer with an additive update beside it, by torch's operations alone."""
     chain, geometry = layer.parametrizations.weight, layer.geometry
+    if layer.execution == COMPOSED and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all products
     with outside_autocast(x.device.type):
         form = form.dropped(chain[0].spec)
         if geometry is None:

@@ -60,8 +60,10 @@ def inject(
             of the model that it came from.
         execution: ``'auto'`` takes for each layer the fastest kernel that
             computes the same; ``'merged'`` and ``'branch'`` put thin updates
-            into the weight, or beside the layer; ``'plain'`` builds weights
-            as torch's parametrize does and leaves frozen layers unchanged.
+            into the weight, or beside the layer; ``'composed'`` beside it by
+            torch's layers alone, which takes least of the host and keeps each
+            layer's input; ``'plain'`` builds weights as torch's parametrize
+            does and leaves frozen layers unchanged.
         memory: What the target module keeps for backward. ``'speed'``: what it needs, each map
             once; ``'balanced'``: that without the inputs of GELU and SiLU, so that the products
             before them are done again in backward; ``'small'``: the inputs of blocks, which run

@@ -23,7 +23,7 @@ from mmpeft.checkpoint.atomic import replacing
 from mmpeft.errors import UsageError
 
 CHOICE = 'flora', 'lora', 'liera', 'dora', 'ia3'
-WAYS = 'plain', 'merged', 'branch'
+WAYS = 'plain', 'merged', 'branch', 'composed'
 CHOICES = tuple(
     name
     for method in CHOICE
@@ -31,7 +31,14 @@ CHOICES = tuple(
     if name in variants.VARIANTS
 )
 TRAINED = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera', 'flora_plain', 'lora_plain')
-TRAINED += ('liera_plain', 'published_flora', 'peft_lora', 'peft_dora')
+TRAINED += (
+    'liera_plain',
+    'flora_composed',
+    'lora_composed',
+    'published_flora',
+    'peft_lora',
+    'peft_dora',
+)
 NETWORKS = 'convnextv2_large-1024', 'internvit_3200', 'vit_large-224', 'resnet50-1333'
 TINY = dict(depth=2, width=64, heads=2, hidden=128, image_size=28)
 # Networks, a whole InternViT, single layers, and the variants of the three.

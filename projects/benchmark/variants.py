@@ -5,7 +5,8 @@ runs it, ``full`` trains everything. ``flora``, ``lora``, ``dora`` and
 ``liera`` are mmpeft's, on all convolutions and linear layers; those of LoRA's
 kin lay kernels out as loralib does, but for ``lora_channel``. ``*_linear``
 adapt matrices alone: linear layers and 1x1 convolutions, which are the linear
-layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize.
+layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize,
+``*_composed`` beside the layers by torch's own.
 ``published_flora``, ``peft_*`` and ``lycoris_*`` are others' code, on matrices;
 with ``_all`` on all layers without groups, LyCORIS' on all layers.
 ``*_merged`` and ``*_branch`` put updates into the weight, or beside the layer,
@@ -99,6 +100,8 @@ VARIANTS = {
     'flora_plain': partial(flora, execution='plain'),
     'lora_plain': partial(lora, execution='plain'),
     'liera_plain': partial(liera, execution='plain'),
+    'flora_composed': partial(flora, execution='composed'),
+    'lora_composed': partial(lora, execution='composed'),
     'published_flora': adapt(peers.published_flora, matrices),
     'published_flora_all': adapt(peers.published_flora, ungrouped),
     'peft_lora': adapt(peers.of_peft, matrices),

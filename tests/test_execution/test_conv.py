@@ -18,7 +18,7 @@ from tests.test_execution.tables import LARGE, adapted
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 
 
-@pytest.mark.parametrize('way', [execution.MERGED, execution.BRANCH])
+@pytest.mark.parametrize('way', [execution.MERGED, execution.BRANCH, execution.COMPOSED])
 @pytest.mark.parametrize('name', ['lora_channel', 'flora'])
 @pytest.mark.parametrize('case', ['kernel', 'same', 'patches', 'sequence', 'volume'])
 def test_second_derivatives(case, name, way):

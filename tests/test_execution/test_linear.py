@@ -34,7 +34,7 @@ SIZES = dict(
     few_positions=Layer(lambda: nn.Conv2d(128, 160, 3, padding=1), (2, 128, 4, 5)),
     depthwise=Layer(lambda: nn.Conv2d(64, 64, 7, padding=3, groups=64), (2, 64, 20, 18)),
 )
-WAYS = [execution.AUTO, execution.MERGED, execution.BRANCH]
+WAYS = [execution.AUTO, execution.MERGED, execution.BRANCH, execution.COMPOSED]
 OF_A_LINEAR_LAYER = ['lora', 'flora', 'liera', 'liera_exact', 'dora', 'dora_detached']
 CONFIGS = METHODS | dict(dora_detached=dict(type='DoRA', rank=2, detach_norm=True))
 
@@ -86,8 +86,12 @@ SMALL_UPDATES = dict(
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('amp', [False, True])
-@pytest.mark.parametrize('name', SMALL_UPDATES)
-def test_small_updates_show_in_low_precision(name, amp, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    'name, way',
+    [(name, execution.AUTO) for name in SMALL_UPDATES]
+    + [(name, execution.COMPOSED) for name in ('lora', 'flora')],
+)
+def test_small_updates_show_in_low_precision(name, way, amp, dtype, monkeypatch):
     """An update of 1e-5, far below the weights' rounding, moves the outputs by its own amount."""
     monkeypatch.setattr(matmul, 'AMX', amp)  # two products in low precision, or one in float32
     torch.manual_seed(0)
@@ -98,7 +102,7 @@ def test_small_updates_show_in_low_precision(name, amp, dtype, monkeypatch):
     layer = copy.deepcopy(base)
     if not amp:
         layer = layer.to(dtype)
-    mmpeft.inject(layer, SMALL_UPDATES[name])
+    mmpeft.inject(layer, SMALL_UPDATES[name], execution=way)
     adapter = layer.parametrizations.weight[0]
     spec = adapter.spec
     with torch.no_grad():

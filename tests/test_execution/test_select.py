@@ -44,7 +44,7 @@ def test_depthwise_kernels_of_all_methods(case, name):
     assert_as_plain(adapted(TABLE[case], METHODS[name]), TABLE[case].input())
 
 
-@pytest.mark.parametrize('way', [execution.MERGED, execution.BRANCH])
+@pytest.mark.parametrize('way', [execution.MERGED, execution.BRANCH, execution.COMPOSED])
 @pytest.mark.parametrize('name', ['lora', 'lora_channel', 'flora', 'lotr'])
 @pytest.mark.parametrize('case', LARGE)
 def test_every_execution_computes_the_same(case, name, way):
@@ -57,7 +57,7 @@ def test_evaluation_computes_the_same(name):
     for case, layer in TABLE.items():
         if (METHODS[name]['type'], case) in NO_PLACE:
             continue
-        for way in (execution.AUTO, execution.MERGED, execution.BRANCH):
+        for way in set(execution.CHOICES) - {execution.PLAIN}:
             model, x = adapted(layer, METHODS[name], way=way).eval(), layer.input()
             found = model(x)
             with plain(model):

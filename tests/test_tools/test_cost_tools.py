@@ -76,7 +76,7 @@ def test_explanations():
     assert not any(module._forward_hooks for module in model)
 
 
-@pytest.mark.parametrize('way', ['merged', 'branch'])
+@pytest.mark.parametrize('way', ['merged', 'branch', 'composed'])
 @pytest.mark.parametrize('method', ['LoRA', 'FLoRA'])
 @pytest.mark.parametrize('layer', [nn.Linear(96, 64), nn.Conv2d(48, 64, 3, padding=1)])
 def test_explained_operations_are_those_counted(layer, method, way, script):
