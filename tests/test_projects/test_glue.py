@@ -301,6 +301,17 @@ def test_movies_are_split_once_and_their_archive_is_checked(glue, script, tmp_pa
         movies.read_ratings(tmp_path / 'other.tar.gz')
 
 
+def test_the_readme_prints_the_records_of_what_was_measured(glue):
+    from glue.plan import read_records
+    from glue.report import differences, table
+
+    config = config_of('minilm_movies')
+    records = read_records([PROJECT / 'records/minilm_movies.jsonl'])
+    given = config, ['movies'], [*config['methods']], 5, records
+    page = (PROJECT / 'README.md').read_text()
+    assert table(*given) in page and differences(*given, 'lora') in page
+
+
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
     """A small DeBERTa of the real one's kind with random weights, and a tokenizer trained here."""
