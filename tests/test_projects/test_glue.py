@@ -160,6 +160,14 @@ def test_fractions_are_regressed_and_a_folder_of_glue_has_its_columns(glue, tmp_
     texts = read_texts('stsb', str(tmp_path))
     assert texts.classes is None and texts.task == TASKS['stsb']
     assert texts.splits['validation']['label'] == [1.5, 5.0]
+    for name in ('train', 'validation_matched', 'validation_mismatched'):  # as on the hub
+        rows = [('a', name, 2), ('c', 'd', 0), ('e', 'f', 1)]
+        columns = ('premise', 'hypothesis', 'label')
+        write_rows(tmp_path / 'mnli', f'{name}-00000-of-00001', 'parquet', rows, columns)
+    splits = read_texts('mnli', str(tmp_path)).splits
+    assert {name: split[0]['hypothesis'] for name, split in splits.items()} == {
+        name: name for name in ('train', 'validation_matched', 'validation_mismatched')
+    }
     texts = read_texts(None, str(tmp_path / 'stsb'), ['sentence1'])
     assert [m.__name__ for m in texts.task.metrics] == ['correlation', 'pearson', 'spearman']
 
