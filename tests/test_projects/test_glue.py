@@ -160,6 +160,14 @@ def test_fractions_are_regressed_and_a_folder_of_glue_has_its_columns(glue, tmp_
     texts = read_texts('stsb', str(tmp_path))
     assert texts.classes is None and texts.task == TASKS['stsb']
     assert texts.splits['validation']['label'] == [1.5, 5.0]
+    for name in ('train', 'validation_matched', 'validation_mismatched'):  # as on the hub
+        rows = [('a', name, 2), ('c', 'd', 0), ('e', 'f', 1)]
+        columns = ('premise', 'hypothesis', 'label')
+        write_rows(tmp_path / 'mnli', f'{name}-00000-of-00001', 'parquet', rows, columns)
+    splits = read_texts('mnli', str(tmp_path)).splits
+    assert {name: split[0]['hypothesis'] for name, split in splits.items()} == {
+        name: name for name in ('train', 'validation_matched', 'validation_mismatched')
+    }
     texts = read_texts(None, str(tmp_path / 'stsb'), ['sentence1'])
     assert [m.__name__ for m in texts.task.metrics] == ['correlation', 'pearson', 'spearman']
 
@@ -299,6 +307,17 @@ def test_movies_are_split_once_and_their_archive_is_checked(glue, script, tmp_pa
     (tmp_path / 'other.tar.gz').write_bytes(b'other')
     with pytest.raises(UsageError, match='not the archive of vaderSentiment 3.3.2. Download it'):
         movies.read_ratings(tmp_path / 'other.tar.gz')
+
+
+def test_the_readme_prints_the_records_of_what_was_measured(glue):
+    from glue.plan import read_records
+    from glue.report import differences, table
+
+    config = config_of('minilm_movies')
+    records = read_records([PROJECT / 'records/minilm_movies.jsonl'])
+    given = config, ['movies'], [*config['methods']], 5, records
+    page = (PROJECT / 'README.md').read_text()
+    assert table(*given) in page and differences(*given, 'lora') in page
 
 
 @pytest.fixture(scope='module')

@@ -49,7 +49,7 @@ def read_texts(
         UsageError: There is no such data set, or it lacks a split, a column or a label.
     """
     found = find_task(task) if task else Task(tuple(sentences), label=label)
-    splits = _load(data, task)
+    splits = _load(data, task, ('train', *found.splits))
     if not task:
         scored = [name for name in ('validation', 'test') if name in splits][:1]
         found = replace(found, splits=tuple(scored) or ('validation',))
@@ -71,25 +71,26 @@ def read_texts(
     return _with_labels(found, splits, data)
 
 
-def _load(data, task):
+def _load(data, task, names):
     path = Path(data)
     folder = path / task if task and (path / task).is_dir() else path
     if path.is_file():
         raise UsageError(f'{data!r} is a file. Name a folder with one for each split.')
     try:
-        if folder.is_dir():
-            return datasets.load_dataset(str(folder))
+        if folder.is_dir():  # the splits of one's own are found by their names
+            files = {name: f'{name}[-.]*' for name in names} if task else None
+            return datasets.load_dataset(str(folder), data_files=files)
         return datasets.load_dataset(data, *(task,) * (data == GLUE))
     except Exception as error:  # its type depends on the network, and on the file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        command = f'hf download {data} --repo-type dataset --local-dir data/{path.name}'
+        download = (
+            f'Where there is a network, "hf download {data} --repo-type dataset --local-dir '
+            f'data/{path.name}" downloads one; then name the folder with --data. '
+        )
         raise UsageError(
-            f'The data set {data!r} cannot be read: {reason}. Where there is a network, '
-            f'"{command}" downloads one; then name the folder with --data, or any that has '
-            "'train.csv' and 'validation.csv' (tsv, json, jsonl and parquet also)."
-            if not folder.is_dir()
-            else f'The data set in {str(folder)!r} cannot be read: {reason}. It takes a csv, tsv, '
-            "json, jsonl or parquet file for each split, named by it, such as 'train.csv'."
+            f'The data set {str(folder)!r} cannot be read: {reason.rstrip(".")}. '
+            f'{"" if folder.is_dir() else download}A folder of your own has a csv, tsv, json, '
+            "jsonl or parquet file for each split, such as 'train.csv' and 'validation.csv'."
         ) from error
 
 

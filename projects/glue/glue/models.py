@@ -18,7 +18,7 @@ def _found(name):
     except Exception as error:  # its type depends on the network, and on the folder
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UsageError(
-            f'The model {name!r} cannot be read: {reason}. Where there is a network, '
+            f'The model {name!r} cannot be read: {reason.rstrip(".")}. Where there is a network, '
             f'"hf download {name} --local-dir models/{name.rsplit("/")[-1]}" downloads one; then '
             'name the folder with --model, or any with a config, weights and a tokenizer of '
             'transformers.'
