@@ -296,6 +296,8 @@ def test_what_is_missing_is_named(project, material, tmp_path, monkeypatch):
         MissingFileError, match=r'no model .*hf download huggyllama/llama-7b --local'
     ):
         project.training.main(given)
+    with pytest.raises(MissingFileError, match='no model .*--model FOLDER'):
+        project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
     with pytest.raises(UsageError, match="no set 'bolq'.*Did you mean 'boolq'"):
         project.evaluation.main([str(tmp_path), '--only', 'bolq'])
     with pytest.raises(MissingFileError, match='no work directory of train.py'):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from mmengine.config import Config, ConfigDict, DictAction
 
 import mmpeft
@@ -60,7 +61,7 @@ def load_base(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             cfg.model, dtype=getattr(torch, cfg.dtype)
         )
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise MissingFileError(
             f'There is no model {cfg.model!r} here, nor could it be downloaded '
             f'({str(error).splitlines()[0]}). Where there is a network, '

@@ -1,0 +1,1 @@
+"""Visual instruction tuning of LLaVA with adapters."""
