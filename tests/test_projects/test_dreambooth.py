@@ -131,6 +131,7 @@ def test_a_method_without_a_lora_is_sent_to_the_merged_model(material, tmp_path)
     assert_close(latents_of(other), latents_of(pipeline))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(material, tmp_path, monkeypatch):
     """With a text encoder, and a method that has an allocator, a penalty and dropout."""
     from dreambooth import training
@@ -173,11 +174,11 @@ def test_the_loss_falls(precision, dtype, material, tmp_path, monkeypatch):
     from dreambooth import training
 
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
-    cfg = config(material, 'sdxl_lora', text_encoders=True, steps=10, dtype=dtype)
+    cfg = config(material, 'sdxl_lora', text_encoders=True, steps=6, dtype=dtype)
     training.train(cfg, tmp_path)
     log = (tmp_path / 'log.jsonl').read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in log]
-    assert len(losses) == 10 and sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    assert len(losses) == 6 and sum(losses[-2:]) < 0.8 * sum(losses[:2])
     for name in ('unet', 'text_encoder', 'text_encoder_2'):
         state = load_file(tmp_path / f'{name}.safetensors')
         assert all(value.any() for value in state.values()), name
