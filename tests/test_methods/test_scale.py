@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -163,6 +164,18 @@ def test_the_number():
         parameter.detach().zero_()
     with pytest.raises(UsageError, match='they are zero or infinite'):
         mmpeft.inject(model, METHODS['liera'] | dict(scale='auto'))
+
+
+@pytest.mark.parametrize(
+    'name, lora, loralib', [('convnextv2_base', 12, 13), ('vit_base_patch16_224', 14, 7.6)]
+)
+def test_the_table_of_docs_scale(name, lora, loralib):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    for layout, expected in dict(channel=lora, loralib=loralib).items():
+        mmpeft.inject(model, dict(type='LoRA', rank=16, layout=layout, scale='auto'))
+        assert model.peft[0].method.scale == expected
+        mmpeft.remove(model)
 
 
 def test_files_and_the_summary_have_the_number(tmp_path):
