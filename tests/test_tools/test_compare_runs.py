@@ -26,6 +26,7 @@ def trained(tmp_path):
         compose('mmpeft::demo/_base_/coco.py', method).dump(folder / 'coco.py')
         lines = [{'loss': 2.0, 'time': 0.5}, {'loss': 1.0, 'time': 0.7}]
         lines += [{'coco/bbox_mAP': s, 'coco/segm_mAP': 0.5, 'time': 9, 'step': 9} for s in scores]
+        lines.append({'update/norm': 3.0, 'step': 9})  # of UpdateHook, which is no evaluation
         (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
         return folder
 
