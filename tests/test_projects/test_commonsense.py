@@ -198,14 +198,26 @@ def test_from_training_to_the_table(project, material, tmp_path, capsys):
     row = ' | '.join(f'{score:.1f}' for score in [*scores, sum(scores) / 8])
     assert done.stdout.splitlines()[-1].endswith(f' | {row} |')
 
-    project.evaluation.main([str(run), *sets, '--no-merge', *decode])
+    only = '--only', 'boolq', 'ARC-Easy'
+    project.evaluation.main([str(run), *sets, *only, '--no-merge', *decode])
     (beside,) = set(run.glob('answers-*')) - {answers}
-    assert all((beside / p.name).read_text() == p.read_text() for p in answers.iterdir())
+    asked = [*beside.iterdir()]
+    assert len(asked) == 2
+    assert all((answers / path.name).read_text() == path.read_text() for path in asked)
+    cfg = project.recipe.read_recipe(run / 'recipe.py')
+    words, model = project.recipe.load_base(cfg)
+    project.recipe.adapt(model.eval(), cfg, empty=True)
+    mmpeft.load_adapter(model, run / 'adapter.safetensors')
+    ids = words('How many samples has iris?', return_tensors='pt')['input_ids']
+    with torch.no_grad():
+        before = model(ids).logits
+        merged_too = mmpeft.merge(model)(ids).logits
+    torch.testing.assert_close(merged_too, before, atol=1e-4, rtol=1e-4)
     # A killed evaluation goes on behind its last whole line, and asks nothing else again.
     path = beside / 'boolq.jsonl'
     path.write_text(path.read_text()[:-30])
     capsys.readouterr()
-    project.evaluation.main([str(run), *sets, '--no-merge', *decode])
+    project.evaluation.main([str(run), *sets, *only, '--no-merge', *decode])
     assert capsys.readouterr().out.count(' of 3') == 1
     assert path.read_text() == (answers / 'boolq.jsonl').read_text()
 

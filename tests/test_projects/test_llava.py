@@ -13,6 +13,7 @@ import transformers as hf
 from PIL import Image
 from skimage import data
 
+import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.errors import MissingFileError, UsageError
 from tests.test_projects.language import small_llama_config, train_tokenizer
@@ -93,6 +94,10 @@ def material(project, tmp_path_factory):
     return folder
 
 
+def items(material):
+    return json.loads((material / 'train.json').read_text())
+
+
 def arguments(material, *options):
     given = '--model', material / 'llava', '--data', material / 'train.json'
     given += '--images', material / 'images'
@@ -100,7 +105,7 @@ def arguments(material, *options):
 
 
 def test_conversations_as_text(project):
-    turns = conversation('a.png', '<image>\nWhat?', 'A cat.', 'Which colour?', 'Red.')
+    turns = conversation('a.png', 'What?\n<image>', 'A cat.', 'Which colour?', 'Red.')
     text, answers = project.conversations.render(turns['conversations'], '</s>')
     assert text == (
         'A chat between a curious user and an artificial intelligence assistant. The assistant '
@@ -110,6 +115,14 @@ def test_conversations_as_text(project):
     assert [text[slice(*answer)] for answer in answers] == [' A cat.</s>', ' Red.</s>']
     asked, none = project.conversations.render(turns['conversations'][:1], '</s>')
     assert text.startswith(asked) and asked.endswith('ASSISTANT:') and not none
+
+
+def test_a_first_turn_that_is_no_question_is_left_out(project, material, tmp_path):
+    late = item()
+    late['conversations'] = [{'from': 'gpt', 'value': 'Hello.'}, *late['conversations']]
+    (tmp_path / 'late.json').write_text(json.dumps([late]))
+    read = project.conversations.read_conversations(tmp_path / 'late.json', material / 'images')
+    assert read == [item()]
 
 
 def test_labels_are_the_answers_alone(project, material):
@@ -211,6 +224,17 @@ def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
     project.evaluation.main([str(run), '--no-merge', *decode])
     (beside,) = set(run.glob('train-*.jsonl')) - {merged}
     assert beside.read_text() == merged.read_text()
+    cfg = project.recipe.read_recipe(run / 'recipe.py')
+    processor, model = project.recipe.load_base(cfg)
+    project.recipe.adapt(model.eval(), cfg, empty=True)
+    mmpeft.load_adapter(model, run / 'adapter.safetensors')
+    rows = project.conversations.Conversations(items(material), cfg.images, processor, 512)
+    batch = project.conversations.Collator(processor.tokenizer)([*rows])
+    with torch.no_grad():
+        before = model(**batch).logits
+        torch.testing.assert_close(
+            mmpeft.merge(model)(**batch).logits, before, atol=1e-4, rtol=1e-4
+        )
     # A killed evaluation goes on behind its last whole line.
     beside.write_text(beside.read_text()[:-30])
     project.evaluation.main([str(run), '--no-merge', *decode])
@@ -298,7 +322,7 @@ def item(**changed):
         ({}, 'has to hold a list'),
         ([dict(id=1)], "Conversation 0 .* has no 'conversations'"),
         ([item(conversations=item()['conversations'][:1])], "has no 'conversations'"),
-        ([item(conversations=item()['conversations'][::-1])], "where 'human' is to speak"),
+        ([item(conversations=item()['conversations'][:1] * 2)], "where 'gpt' is to speak"),
         ([conversation(None, ASKED, 'a horse')], 'has 1 <image> in its texts'),
         ([item(image='none.png')], 'no image .*none.png.*--images'),
     ],

@@ -21,6 +21,8 @@ ROLES = 'human', 'gpt'
 def read_conversations(path: str | Path, images: str | Path) -> list[dict]:
     """The list of a JSON file: dicts with ``conversations`` and, of an image, its path ``image``.
 
+    A first turn that is no question is left out, as LLaVA's code does.
+
     Raises:
         MissingFileError: The file is missing, or the first image is.
         UsageError: A conversation is not in LLaVA's layout.
@@ -51,8 +53,13 @@ def read_conversations(path: str | Path, images: str | Path) -> list[dict]:
 
 def _check(item, name):
     turns = item.get('conversations') if isinstance(item, dict) else None
-    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        raise UsageError(f"{name} has no 'conversations': questions and answers in turns.")
+    turns = turns if isinstance(turns, list) and all(isinstance(t, dict) for t in turns) else []
+    if turns and turns[0].get('from') == 'gpt':
+        item['conversations'] = turns = turns[1:]
+    if not turns or len(turns) % 2:
+        raise UsageError(
+            f"{name} has no 'conversations' that are a list of as many questions as answers."
+        )
     for turn, role in zip(turns, ROLES * (len(turns) // 2), strict=True):
         if turn.get('from') != role or not isinstance(turn.get('value'), str):
             raise UsageError(
@@ -70,6 +77,8 @@ def _check(item, name):
 def render(turns: list[dict], end: str) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as a text, and where its answers and their ends are, in characters.
 
+    The mark of an image is put first, as LLaVA's code does.
+
     Args:
         turns: Questions and answers; the last may be a question, behind which an answer is to be.
         end: The mark at the end of an answer, a token.
@@ -77,7 +86,10 @@ def render(turns: list[dict], end: str) -> tuple[str, list[tuple[int, int]]]:
     text, answers = SYSTEM, []
     for turn in turns:
         if turn['from'] == 'human':
-            text += f'{"" if text.endswith(end) else " "}USER: {turn["value"].strip()} ASSISTANT:'
+            asked = turn['value'].replace(IMAGE, '').strip()
+            if IMAGE in turn['value']:
+                asked = f'{IMAGE}\n{asked}'
+            text += f'{"" if text.endswith(end) else " "}USER: {asked} ASSISTANT:'
             continue
         start = len(text)
         text += f' {turn["value"].strip()}{end}'
