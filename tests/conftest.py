@@ -20,9 +20,17 @@ ROOT = Path(__file__).parents[1]
 def _one_process():
     torch.default_generator.manual_seed(0)  # torch.manual_seed notes the stack for each accelerator
     torch.set_num_threads(1)
+    _forget_accelerate()
     yield
+    _forget_accelerate()
     left = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} & {*os.environ}
     assert not left, f'{left} would make the next test one process of several'
+
+
+def _forget_accelerate():
+    """Drop what a Trainer leaves for its process: another one, or a child, would train so too."""
+    for name in [name for name in os.environ if name.startswith('ACCELERATE_')]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope='session', autouse=True)

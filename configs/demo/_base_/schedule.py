@@ -16,8 +16,6 @@ digit_palette = [
 
 # Of `make demo DATA=photos`, in place of the above (see the folder photos).
 photo_backbone = dict(
-    _delete_=True,
-    type='mmpeft.TimmBackbone',
     name='tf_efficientnet_lite0',
     checkpoint='work_dirs/demo/efficientnet_lite0.pth',
     out_indices=(1, 2, 3, 4),

@@ -3,7 +3,7 @@ _base_ = '../ade20k.py'
 
 model = dict(
     data_preprocessor=dict(mean=_base_.photo_mean, std=_base_.photo_std),
-    backbone=_base_.photo_backbone,
+    backbone=dict(_delete_=True, type='mmpeft.TimmBackbone', **_base_.photo_backbone),
     decode_head=dict(
         in_channels=_base_.photo_widths,
         num_classes=9,

@@ -3,7 +3,7 @@ _base_ = '../dota.py'
 
 model = dict(
     data_preprocessor=dict(mean=_base_.photo_mean, std=_base_.photo_std),
-    backbone=_base_.photo_backbone,
+    backbone=dict(_delete_=True, type='mmpeft.TimmBackbone', **_base_.photo_backbone),
     neck=dict(in_channels=_base_.photo_widths),
     roi_head=dict(bbox_head=dict(num_classes=8)),
 )
