@@ -14,7 +14,7 @@ training = dict(
     use_cpu=True,
 )
 tasks = dict()
-tuning = dict(rows=400, held_out=300, seeds=2, kept=2, training=dict(num_train_epochs=1))
+tuning = dict(rows=700, held_out=300, seeds=2, kept=2)
 rates = (3e-4, 1e-3, 3e-3, 1e-2)
 budget = dict(budget=166_464)
 methods = dict(
@@ -23,7 +23,7 @@ methods = dict(
     bitfit=dict(method='bitfit', rates=rates),
     lora=dict(method='lora', arguments=budget, rates=rates),
     dora=dict(method='dora', arguments=budget, rates=rates),
-    flora=dict(method='flora', arguments=dict(budget, scale=0.4), rates=rates),
+    flora=dict(method='flora', arguments=dict(budget, scale='auto'), rates=rates),
     liera=dict(method='liera', arguments=budget, rates=rates),
 )
 del rates, budget
