@@ -1,12 +1,14 @@
 """Adapters in the Trainer of transformers, and in its checkpoints."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
-from mmpeft.errors import MissingFileError
+from mmpeft.errors import MissingFileError, UsageError, near
 from mmpeft.training.monitor import Monitor, adapted_model
 
 ADAPTER, STATE = 'adapter.safetensors', 'mmpeft.pt'
@@ -93,6 +95,35 @@ class PEFTTrainer(Trainer):
 
     def _load_best_model(self):
         load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
+
+
+def training_arguments(folder: str | Path, given: Mapping, batch_size: int) -> TrainingArguments:
+    """The Trainer's arguments for batches of one size, however many processes share them.
+
+    The gradients of as many passes are summed as make up a batch.
+
+    Args:
+        folder: Where checkpoints go.
+        given: Arguments of ``transformers.TrainingArguments``.
+        batch_size: Examples of an optimizer step in all processes together.
+
+    Raises:
+        UsageError: An argument is unknown, or the processes do not divide the batch.
+    """
+    known = [field.name for field in fields(TrainingArguments)]
+    for key in given:
+        if key not in known:
+            raise UsageError(f'training: TrainingArguments has no {key!r}. {near(key, known)}')
+    arguments = TrainingArguments(str(folder), **given)
+    at_once = arguments.train_batch_size * arguments.world_size
+    if batch_size % at_once:
+        raise UsageError(
+            f'batch_size={batch_size} is no multiple of the {at_once} examples that '
+            f'{arguments.world_size} processes take at once. Set training.'
+            'per_device_train_batch_size to another divisor.'
+        )
+    arguments.gradient_accumulation_steps = batch_size // at_once
+    return arguments
 
 
 def _folder(args, state):

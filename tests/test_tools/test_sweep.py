@@ -104,7 +104,7 @@ def record(scale, rank, score, seed=0):
 
 
 def test_curves_over_the_first_key():
-    """A line a rank, the mean over seeds; a run that failed is none of it."""
+    """A line a rank, the mean over seeds; a run that failed does not count."""
     scores = {(4.0, 8): (0.3, 0.5), (0.4, 8): (0.2, 0.4), (0.4, 16): (0.6, None)}
     records = [record(*key, s, seed) for key, pair in scores.items() for seed, s in enumerate(pair)]
     assert score_name(records) == 'mIoU' and score_name(records, 'aAcc') == 'aAcc'

@@ -81,7 +81,7 @@ def read_set(folder: str | Path, name: str) -> list[dict[str, str]]:
     """The questions of a test set, ``<folder>/<name>/test.json``.
 
     Raises:
-        UsageError: See :func:`read_items`; or an answer is none of the set's.
+        UsageError: See :func:`read_items`; or an answer is not among the set's.
     """
     path, answers = Path(folder, name, 'test.json'), SETS[name][1]
     items = read_items(

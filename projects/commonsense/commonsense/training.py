@@ -3,15 +3,14 @@
 import argparse
 import math
 import random
-from dataclasses import fields
 from pathlib import Path
 
 import transformers
 from mmengine.config import Config
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmpeft.errors import UsageError, near
-from mmpeft.interop.transformers import PEFTTrainer
+from mmpeft.errors import UsageError
+from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
 from .protocol import WHERE, prompt, read_items
 from .recipe import adapt, add_arguments, load_base, read_recipe
@@ -43,31 +42,6 @@ def encode(
     return dict(input_ids=ids, attention_mask=[1] * len(ids), labels=labels)
 
 
-def training_arguments(cfg: Config, work_dir: Path) -> transformers.TrainingArguments:
-    """Those of a recipe; the gradients of as many passes are summed as make up ``batch_size``.
-
-    Raises:
-        UsageError: An argument is unknown, or the processes do not divide the batch.
-    """
-    known = [field.name for field in fields(transformers.TrainingArguments)]
-    for key in cfg.training:
-        if key not in known:
-            raise UsageError(f'training: TrainingArguments has no {key!r}. {near(key, known)}')
-    given = cfg.training.to_dict()
-    if not cfg.held_out:
-        given |= dict(eval_strategy='no', load_best_model_at_end=False)
-    arguments = transformers.TrainingArguments(str(work_dir), **given)
-    at_once = arguments.train_batch_size * arguments.world_size
-    if cfg.batch_size % at_once:
-        raise UsageError(
-            f'batch_size={cfg.batch_size} is no multiple of the {at_once} examples that '
-            f'{arguments.world_size} processes take at once. Set training.'
-            'per_device_train_batch_size to another divisor.'
-        )
-    arguments.gradient_accumulation_steps = cfg.batch_size // at_once
-    return arguments
-
-
 def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     """Train by a recipe; writes ``adapter.safetensors`` and ``recipe.py`` into ``work_dir``.
 
@@ -90,7 +64,10 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
             f'held_out={cfg.held_out} of the {len(items)} examples in {cfg.data!r} leave none to '
             'train on. Take fewer, or 0.'
         )
-    arguments = training_arguments(cfg, work_dir)
+    given = cfg.training.to_dict()
+    if not cfg.held_out:
+        given |= dict(eval_strategy='no', load_best_model_at_end=False)
+    arguments = training_arguments(work_dir, given, cfg.batch_size)
     tokenizer, model = load_base(cfg)
     encoded = [encode(item, tokenizer, cfg.cutoff, cfg.train_on_prompt) for item in items]
     cut = sum(len(example['input_ids']) == cfg.cutoff for example in encoded)

@@ -1,7 +1,6 @@
 """Tune LLaVA on conversations on images, with adapters in its language model."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -9,35 +8,10 @@ import transformers
 from mmengine.config import Config
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmpeft.errors import UsageError, near
-from mmpeft.interop.transformers import PEFTTrainer
+from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
 from .conversations import Collator, Conversations, read_conversations
 from .recipe import adapt, add_arguments, load_base, read_recipe
-
-
-def training_arguments(cfg: Config, work_dir: Path) -> transformers.TrainingArguments:
-    """Those of a recipe; the gradients of as many passes are summed as make up ``batch_size``.
-
-    Raises:
-        UsageError: An argument is unknown, or the processes do not divide the batch.
-    """
-    known = [field.name for field in fields(transformers.TrainingArguments)]
-    for key in cfg.training:
-        if key not in known:
-            raise UsageError(f'training: TrainingArguments has no {key!r}. {near(key, known)}')
-    # The Trainer would take the pixels for an argument that a text has no use for.
-    given = cfg.training.to_dict() | dict(remove_unused_columns=False)
-    arguments = transformers.TrainingArguments(str(work_dir), **given)
-    at_once = arguments.train_batch_size * arguments.world_size
-    if cfg.batch_size % at_once:
-        raise UsageError(
-            f'batch_size={cfg.batch_size} is no multiple of the {at_once} conversations that '
-            f'{arguments.world_size} processes take at once. Set training.'
-            'per_device_train_batch_size to another divisor.'
-        )
-    arguments.gradient_accumulation_steps = cfg.batch_size // at_once
-    return arguments
 
 
 def build_optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -66,7 +40,9 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
         TrainingError: The run went wrong.
     """
     items = read_conversations(cfg.data, cfg.images)
-    arguments = training_arguments(cfg, work_dir)
+    # The Trainer would take the pixels for an argument that a text has no use for.
+    given = cfg.training.to_dict() | dict(remove_unused_columns=False)
+    arguments = training_arguments(work_dir, given, cfg.batch_size)
     processor, model = load_base(cfg)
     transformers.set_seed(arguments.seed)  # of the adapters
     summary = adapt(model.to(arguments.device), cfg)

@@ -35,7 +35,7 @@ class Trial:
     Attributes:
         task, backbone: Names of :data:`TASKS` and :data:`BACKBONES`.
         size: Side of the square images, pixels.
-        method: A name of :data:`design.METHODS`.
+        method: A name of :data:`.methods.METHODS`.
         budget: Parameters of the adapters, at most; 0 if the method has no rank.
         rate: Learning rate of the adapters (AdamW, cosine).
         scale: Factor on the method's default scale.
