@@ -1,8 +1,8 @@
 """Backbones of docs/backbones.md under the heads of the recipes, small, with random weights.
 
-Each trains two steps, is saved, loaded and merged. Backbones and methods take turns, so that every
-head has FLoRA and LoRA on both kinds of backbones; MMPEFT_EVERY_PAIR=1 takes all backbones under all
-heads with both.
+Each trains two steps, is saved, loaded and merged. Backbones and methods take turns, so that
+every head has FLoRA and LoRA on both kinds of backbones; MMPEFT_EVERY_PAIR=1 takes all backbones
+under all heads with both.
 """
 
 import copy
