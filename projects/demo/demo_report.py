@@ -45,11 +45,20 @@ def show_report(experiments):
         rows.append((adapted.merged, 'the whole model, without adapters'))
         rows.append((adapted.merged.with_suffix('.py'), 'its config'))
     sheet = adapted.folder / 'pictures.png'
-    draw_sheet(experiments, sheet)
+    with quiet():
+        draw_sheet(experiments, sheet)
     rows.append((sheet, f'truth, and what {" and ".join(e.method for e in experiments)} found'))
     for path, remark in rows:
         line = f'{mib(path.stat().st_size):>9}  {path}  ({remark})'
         console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what libraries print, and without warnings, which the logs of the runs have."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 def mib(size):
@@ -59,8 +68,7 @@ def mib(size):
 
 def summary_of(cfg):
     """Count a config's parameters, on a model without weights."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with quiet():
         return adapt(build_model(cfg, meta=True), cfg)
 
 
