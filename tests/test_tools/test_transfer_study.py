@@ -13,7 +13,7 @@ from submitit.core.utils import DelayedSubmission
 from torch import nn
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='module', autouse=True)
 def study(script):
     return script('projects/transfer_study', 'study')
 
