@@ -69,7 +69,7 @@ def efficientnet_lite0() -> nn.Module:
     net = timm.create_model('tf_efficientnet_lite0', num_classes=1000)
     net.load_state_dict(material.efficientnet_lite0())
     net.reset_classifier(0)
-    return net
+    return net.to(memory_format=torch.channels_last)
 
 
 BACKBONES = dict(efficientnet_lite0=(efficientnet_lite0, 127.0, 128.0))
@@ -90,11 +90,12 @@ TASKS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10))
 
 
 def prepare(images: Tensor, trial: Trial) -> Tensor:
-    """(N, 28, 28) uint8 to the network's input, (N, 3, size, size)."""
+    """(N, 28, 28) uint8 to the network's input, (N, 3, size, size), channels last."""
     _, mean, std = BACKBONES[trial.backbone]
     maps = ((images.float() - mean) / std)[:, None]
     size = (trial.size, trial.size)
-    return F.interpolate(maps, size, mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
+    maps = F.interpolate(maps, size, mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
+    return maps.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
