@@ -24,9 +24,11 @@ from pathlib import Path
 
 import submitit
 from transfer_study import report
+from transfer_study.backbones import BACKBONES
 from transfer_study.methods import MAIN, METHODS
 from transfer_study.plan import pending
-from transfer_study.trial import BACKBONES, TASKS, Trial, run_trial
+from transfer_study.tasks import TASKS, run_trial
+from transfer_study.trial import Trial
 
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')

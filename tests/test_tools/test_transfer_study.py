@@ -131,7 +131,7 @@ def test_holm_and_intervals():
 
 
 def test_the_head_is_the_regularized_logistic_regression():
-    from transfer_study.trial import converge_head
+    from transfer_study.classification import converge_head
 
     torch.manual_seed(0)
     x, y, ridge = torch.randn(90, 5), torch.randint(3, (90,)), 0.05
@@ -144,7 +144,7 @@ def test_the_head_is_the_regularized_logistic_regression():
 
 
 def test_augmentation_mirrors_and_shifts_by_two_pixels():
-    from transfer_study.trial import augment
+    from transfer_study.classification import augment
 
     image = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6) + 1
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))[0]
@@ -156,7 +156,8 @@ def test_augmentation_mirrors_and_shifts_by_two_pixels():
 
 def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
     """Each method adapts a toy network, all at one budget, and repeats its record."""
-    from transfer_study import trial as module
+    from transfer_study import classification as module
+    from transfer_study.backbones import Backbone
     from transfer_study.methods import METHODS
     from transfer_study.plan import size_of
 
@@ -173,8 +174,8 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
         maps[torch.arange(96), :, labels * 9] = 255
         return (maps[:64], labels[:64]), (maps[64:], labels[64:])
 
-    monkeypatch.setitem(module.BACKBONES, 'toy', (toy, 127.0, 128.0))
-    monkeypatch.setitem(module.TASKS, 'toy', (images, 3))
+    monkeypatch.setitem(module.BACKBONES, 'toy', Backbone(toy, 127.0, 128.0))
+    monkeypatch.setitem(module.SETS, 'toy', (images, 3))
     start = replace(base, task='toy', backbone='toy', size=28, ridge=0.01, rate=1e-2)
     records = {}
     for method in METHODS.keys() - {'houlsby'}:  # which finds no block in a chain of layers
@@ -187,13 +188,13 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
             budget=budget if has_budget else 0,
             scale=4.0 if has_scale else 1.0,
         )
-        record = records[method] = module.run_trial(trial)
+        record = records[method] = module.classify(trial)
         assert record['failed'] is None, method
         assert not has_budget or 0 < record['parameters'] <= budget, method
         assert not has_scale or 'scale=None' not in record['method'], method
     for method in METHODS.keys() - {'houlsby', 'frozen'}:
         assert records[method]['held_loss'] != records['frozen']['held_loss'], method
-    again = module.run_trial(trial)
+    again = module.classify(trial)
     assert again | dict(seconds=0) == record | dict(seconds=0)
 
 

@@ -1,31 +1,8 @@
-"""One trial: a pretrained network, a method, a rate and a scale, trained and scored.
+"""What a run depends on."""
 
-The head is converged on the frozen features first, then head and adapters train together.
-BatchNorm keeps its pretrained statistics in every method, full fine-tuning included.
-"""
-
-import copy
 import hashlib
 import json
-import math
-import time
 from dataclasses import asdict, dataclass
-
-import material
-import numpy as np
-import timm
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-import mmpeft
-from mmpeft.methods.ranked import Ranked
-
-from .methods import METHODS
-
-BATCH, EVAL_BATCH = 32, 256
-HEAD_RATE = 1e-3
-TRAIN, VAL = 800, 200
 
 
 @dataclass(frozen=True)
@@ -33,7 +10,7 @@ class Trial:
     """What a run depends on, and nothing else: the same trial gives the same record.
 
     Attributes:
-        task, backbone: Names of :data:`TASKS` and :data:`BACKBONES`.
+        task, backbone: Names of :data:`.tasks.TASKS` and :data:`.backbones.BACKBONES`.
         size: Side of the square images, pixels.
         method: A name of :data:`.methods.METHODS`.
         budget: Parameters of the adapters, at most; 0 if the method has no rank.
@@ -62,158 +39,3 @@ class Trial:
     def id(self) -> str:
         """Twelve hexadecimal digits that name the trial."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet-1k weights, without its classifier: (N, 1280)."""
-    net = timm.create_model('tf_efficientnet_lite0', num_classes=1000)
-    net.load_state_dict(material.efficientnet_lite0())
-    net.reset_classifier(0)
-    return net.to(memory_format=torch.channels_last)
-
-
-BACKBONES = dict(efficientnet_lite0=(efficientnet_lite0, 127.0, 128.0))
-
-
-def fashion_mnist_1k(trial: Trial) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images (N, 28, 28) uint8 and labels (N,) to train on, and those to score."""
-    images, labels = material.fashion_mnist('train')
-    chosen = np.random.default_rng(trial.seed).permutation(len(images))[: TRAIN + VAL]
-    train, held = chosen, material.fashion_mnist('t10k')
-    if trial.stage == 'tune':
-        train, held = chosen[:TRAIN], (images[chosen[TRAIN:]], labels[chosen[TRAIN:]])
-    pairs = (images[train], labels[train]), held
-    return tuple((torch.tensor(x), torch.tensor(y, dtype=torch.long)) for x, y in pairs)
-
-
-TASKS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10))
-
-
-def prepare(images: Tensor, trial: Trial) -> Tensor:
-    """(N, 28, 28) uint8 to the network's input, (N, 3, size, size), channels last."""
-    _, mean, std = BACKBONES[trial.backbone]
-    maps = ((images.float() - mean) / std)[:, None]
-    size = (trial.size, trial.size)
-    maps = F.interpolate(maps, size, mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
-    return maps.contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def outputs(net: nn.Module, images: Tensor, trial: Trial) -> Tensor:
-    """The network's outputs for all images, in evaluation mode."""
-    return torch.cat([net(prepare(part, trial)) for part in images.split(EVAL_BATCH)])
-
-
-def converge_head(features: Tensor, labels: Tensor, classes: int, ridge: float) -> nn.Linear:
-    """The linear head of least cross-entropy + ridge / 2 * ||W||^2, by L-BFGS."""
-    head = nn.Linear(features.shape[1], classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(
-        head.parameters(), max_iter=500, tolerance_change=1e-9, line_search_fn='strong_wolfe'
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(features), labels) + ridge / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return head
-
-
-def sized(hook: dict, trial: Trial, net: nn.Module) -> tuple[dict, dict]:
-    """The method of a method file at the trial's budget and scale, and its targets."""
-    method, targets = dict(hook['method']), dict(hook.get('targets') or {}, module='features')
-    kind = mmpeft.METHODS.get(method['type'])
-    if trial.budget and issubclass(kind, Ranked):
-        method = {k: v for k, v in method.items() if k != 'rank'} | dict(budget=trial.budget)
-    if trial.scale != 1:
-        probe = copy.deepcopy(net)
-        mmpeft.inject(probe, method, targets)
-        method['scale'] = probe.peft[0].method.scaling * trial.scale
-    return method, targets
-
-
-def augment(images: Tensor) -> Tensor:
-    """Mirrored at random and shifted by up to two pixels, (N, 28, 28) uint8."""
-    n, height, width = images.shape
-    padded = F.pad(images, (2, 2, 2, 2))
-    rows = torch.randint(5, (n, 1, 1)) + torch.arange(height)[:, None]
-    columns = torch.arange(width).expand(n, 1, width)
-    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(2), columns)
-    columns = columns + torch.randint(5, (n, 1, 1))
-    return padded[torch.arange(n)[:, None, None], rows, columns]
-
-
-def train(net: nn.Module, images: Tensor, labels: Tensor, trial: Trial, score) -> list[dict]:
-    """Train head and adapters; returns loss and ``score()`` of each epoch."""
-    trained = [p for p in net.features.parameters() if p.requires_grad]
-    groups = [dict(params=trained, lr=trial.rate)] if trained else []
-    groups += [dict(params=net.head.parameters(), lr=HEAD_RATE)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    steps = trial.epochs * math.ceil(len(images) / BATCH)
-    warm_up = max(steps // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * i / steps)),
-    )
-    history = []
-    with mmpeft.monitor(net, optimizer, steps, add_penalty=True):
-        for _ in range(trial.epochs):
-            losses = []
-            for chosen in torch.randperm(len(images)).split(BATCH):
-                logits = net(prepare(augment(images[chosen]), trial))
-                loss = F.cross_entropy(logits, labels[chosen])
-                loss = loss + trial.ridge / 2 * net.head.weight.square().sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-            history.append(dict(loss=float(np.mean(losses)), **score()))
-    return history
-
-
-def run_trial(trial: Trial) -> dict:
-    """Run a trial on one thread.
-
-    Returns:
-        ``accuracy`` and ``loss`` on the images held out, after the last epoch; ``history``;
-        ``parameters`` of the adapters, ``seconds`` of one core; or ``failed``, with the reason.
-    """
-    torch.manual_seed(trial.seed)
-    torch.set_num_threads(1)
-    start = time.process_time()
-    make, *_ = BACKBONES[trial.backbone]
-    read, classes = TASKS[trial.task]
-    (images, labels), (held_images, held_labels) = read(trial)
-    features = make().eval()
-    head = converge_head(outputs(features, images, trial), labels, classes, trial.ridge)
-    net = nn.Sequential()
-    net.add_module('features', features)
-    net.add_module('head', head)
-    record = dict(parameters=0, failed=None, history=[])
-
-    def score():
-        logits = outputs(net, held_images, trial)
-        return dict(
-            accuracy=(logits.argmax(1) == held_labels).float().mean().item(),
-            held_loss=F.cross_entropy(logits, held_labels).item(),
-        )
-
-    if trial.epochs:
-        method, targets = sized(METHODS[trial.method], trial, net)
-        mmpeft.inject(net, method, targets)
-        trained = [p.numel() for p in net.features.parameters() if p.requires_grad]
-        record |= dict(parameters=sum(trained), method=repr(net.peft[0].method))
-        net.eval()  # BatchNorm's statistics are the pretrained ones
-        each = score if trial.stage == 'tune' else dict
-        try:
-            record['history'] = train(net, images, labels, trial, each)
-        except mmpeft.errors.TrainingError as error:
-            record['failed'] = str(error)
-    record |= score()
-    record['seconds'] = round(time.process_time() - start, 1)
-    return record
