@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -107,27 +106,6 @@ def test_a_trial_is_run_by_one_worker(study, base, tmp_path):
         assert (first, second) == (True, False)
     with study.claimed(tmp_path, base) as again:
         assert again
-
-
-def test_holm_and_intervals():
-    from transfer_study.report import holm, interval
-
-    rng = np.random.default_rng(0)
-    p_values = list(rng.uniform(0, 0.2, 6))
-    adjusted = holm(p_values)
-    smallest = sorted(p_values)
-    assert min(adjusted) == pytest.approx(6 * smallest[0])
-    by_p = [a for _, a in sorted(zip(p_values, adjusted, strict=True))]
-    assert all(a <= b for a, b in pairwise(by_p)) and max(adjusted) <= 1
-    # Rejects exactly what Holm's step-down procedure rejects.
-    rejected = 0
-    while rejected < 6 and smallest[rejected] <= 0.05 / (6 - rejected):
-        rejected += 1
-    assert sum(p <= 0.05 for p in adjusted) == rejected
-    values = rng.normal(size=5)
-    mean, half = interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose((mean - half, mean + half), expected)
 
 
 def test_the_head_is_the_regularized_logistic_regression():
