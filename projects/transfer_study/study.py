@@ -2,6 +2,7 @@
 
     python projects/transfer_study/study.py run --workers 2
     python projects/transfer_study/study.py report
+    python projects/transfer_study/study.py again --count 3
 
 A run can be stopped and started again: each trial appends one line to the records when it ends,
 and what has a line is not run again. Several workers, also on several machines with one file
@@ -13,6 +14,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -139,9 +141,21 @@ def submit(args: argparse.Namespace) -> None:
     print(f'{len(jobs)} workers are the job {jobs[0].job_id.partition("_")[0]}, logs in {logs}.')
 
 
+def again(args: argparse.Namespace) -> None:
+    """Run some trials that have records again, and print both scores."""
+    records = read_records(args.records)
+    known = [record for _, record in sorted(records.items()) if not record['failed']]
+    for record in random.Random(args.draw).sample(known, min(args.count, len(known))):
+        trial = Trial(**record['trial'])
+        new = run_trial(trial)
+        change = 100 * (new['accuracy'] - record['accuracy'])
+        both = f'{record["accuracy"]:.4f}, now {new["accuracy"]:.4f} ({change:+.2f} points)'
+        print(f'{trial.id} {describe(trial)}: {both}', flush=True)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('command', choices=('run', 'report', 'status'))
+    parser.add_argument('command', choices=('run', 'report', 'status', 'again'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
     parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
     parser.add_argument('--size', type=int, default=64, help='side of the images, pixels')
@@ -153,6 +167,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--slurm', metavar='PARTITION', help='submit the workers to Slurm')
     parser.add_argument('--hours', type=int, default=24, help='longest time of a Slurm job')
     parser.add_argument('--records', type=Path, default=None, help='one JSON line a trial')
+    parser.add_argument('--count', type=int, default=3, help='trials that are run again')
+    parser.add_argument('--draw', type=int, default=0, help='seed that chooses them')
     args = parser.parse_args(arguments)
     if args.main:
         args.methods = list(MAIN)
@@ -180,6 +196,9 @@ def main() -> None:
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
     if args.command == 'run':
         submit(args) if args.slurm else run(args)
+        return
+    if args.command == 'again':
+        again(args)
         return
     records = read_records(args.records)
     if args.command == 'status':

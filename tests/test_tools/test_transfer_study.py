@@ -101,6 +101,25 @@ def test_what_has_a_record_is_not_run_again(study, base, tmp_path, monkeypatch, 
     assert len(lines) == 21 and all({'versions', 'date'} <= json.loads(x).keys() for x in lines)
 
 
+def test_records_are_made_again(study, base, tmp_path, monkeypatch, capsys):
+    trials = [replace(base, method='lora', seed=seed) for seed in range(5)]
+    lines = [outcome(trial) for trial in trials]
+    lines[3]['failed'] = 'NaN'
+    path = tmp_path / 'records.jsonl'
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    monkeypatch.setattr(
+        study, 'run_trial', lambda t: outcome(t) | dict(accuracy=0.5 + 0.1 * t.seed)
+    )
+    study.again(study.parse(['again', '--count', '9', '--records', str(path)]))
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in shown) == sorted(t.id for t in trials if t.seed != 3)
+    old = lines[2]['accuracy']
+    (line,) = (line for line in shown if line.startswith(trials[2].id))
+    assert f'{old:.4f}, now 0.7000 ({100 * (0.7 - old):+.2f} points)' in line
+    study.again(study.parse(['again', '--count', '2', '--draw', '1', '--records', str(path)]))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_a_trial_is_run_by_one_worker(study, base, tmp_path):
     with study.claimed(tmp_path, base) as first, study.claimed(tmp_path, base) as second:
         assert (first, second) == (True, False)
