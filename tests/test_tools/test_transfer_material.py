@@ -1,9 +1,11 @@
 """The study's backbones and images: what is read from packages, and what is made of it."""
 
 import hashlib
+from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -148,8 +150,6 @@ def test_a_transformers_images_are_whole_patches(study, capsys):
 
 
 def test_gray_and_coloured_images_are_prepared_alike(study):
-    from dataclasses import replace
-
     from transfer_study.classification import augment, prepare
 
     base = study.parse(['run', '--backbone', 'mobilenetv2', '--size', '56']).base
@@ -167,3 +167,83 @@ def test_gray_and_coloured_images_are_prepared_alike(study):
         torch.manual_seed(0)
         augmented.append(augment(images))
     assert torch.equal(augmented[0][:, None].expand(-1, 3, -1, -1), augmented[1])
+
+
+def coloured(path, red, seed, length=40):
+    """An oval cut-out of one value of red, with grain in blue."""
+    picture = np.random.default_rng(seed).integers(0, 256, (length, length, 4), dtype=np.uint8)
+    picture[..., 1], picture[..., 2], picture[..., 3] = 0, red, 0
+    alpha = cv2.circle(picture[..., 3].copy(), (length // 2,) * 2, length // 2 - 2, 255, -1)
+    picture[..., 3] = alpha
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), picture)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory, study):
+    """Eight cut-outs of each class, each of its own red, on photographs of bright green."""
+    from photo_scenes import CLASSES
+
+    root = tmp_path_factory.mktemp('stamps')
+    names = 'cow', 'cow_white', 'Cow3', 'emu', 'goat', 'horse', 'horse_mirror', 'ox', 'yak'
+    for label, folder in enumerate(CLASSES):
+        for index, name in enumerate(names):
+            coloured(root / 'cutouts' / folder / f'{name}.png', 30 * label + 3 * index, label)
+    for index in range(4):
+        photograph = np.full((300 + 90 * index, 400, 3), (0, 255, 0), np.uint8)
+        (root / 'photographs').mkdir(exist_ok=True)
+        cv2.imwrite(str(root / 'photographs' / f'{index}.png'), photograph)
+    return dict(cutouts=root / 'cutouts', photographs=root / 'photographs')
+
+
+def shown(images, labels):
+    """The reds of the cut-outs that images show, by their labels."""
+    reds = set()
+    for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+        red, green, _ = image
+        reds.add((label, int(np.median(red[green == 0]))))
+    return reds
+
+
+def test_no_stamp_is_in_train_and_test(study, folders):
+    from transfer_study.stamps import VIEWS, stamps
+
+    base = study.parse(['run', '--task', 'stamps', '--size', '48']).base
+    tests = []
+    for seed in range(4):
+        trial = replace(base, seed=seed, stage='final')
+        (train, test), (more, held) = (
+            [shown(*pair) for pair in stamps(replace(trial, stage=stage), **folders)]
+            for stage in ('final', 'tune')
+        )
+        # All but the mirrored one; the three cows of a class are in one part.
+        everything = {(i, 30 * i + 3 * j) for i in range(8) for j in range(9) if j != 6}
+        assert train | test == everything and not train & test
+        assert more | held == train and not more & held
+        for parts in (train, test), (more, held):
+            for label in range(8):
+                cows = {(label, 30 * label + 3 * j) for j in range(3)}
+                assert sum(bool(cows & part) for part in parts) < 2
+        assert all({label for label, _ in part} == {*range(8)} for part in (train, test))
+        tests.append(frozenset(test))
+    assert len({*tests}) == 4
+    (images, labels), _ = stamps(trial, **folders)
+    assert images.shape == (VIEWS * len(train), 3, 48, 48) and images.dtype == torch.uint8
+    assert torch.equal(images, stamps(trial, **folders)[0][0])
+    assert len(images.unique(dim=0)) == len(images) == len(labels)
+
+
+def test_a_share_of_cutouts_is_as_near_as_subjects_allow(study):
+    from transfer_study.stamps import split
+
+    words = 'ant bee cat dog eel fox gnu hen'.split()
+    names = [f'{word}_{i}' for word in words for i in range(3)]
+    classes = dict(animal=dict.fromkeys(names), plant={f'fern{i}': None for i in range(3)})
+    classes['plant'] |= {'oak': None}
+    for share in 1 / 2, 2 / 3:
+        for seed in range(5):
+            first, second = split(classes, np.random.default_rng(seed), share)
+            assert abs(len(first['animal']) - share * 24) <= 1.5
+            assert {len(first['plant']), len(second['plant'])} == {1, 3}
+            kept = [{name.split('_')[0] for name in part['animal']} for part in (first, second)]
+            assert not kept[0] & kept[1] and kept[0] | kept[1] == {*words}

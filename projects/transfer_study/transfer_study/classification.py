@@ -19,6 +19,7 @@ from mmpeft.methods.ranked import Ranked
 
 from .backbones import BACKBONES
 from .methods import METHODS
+from .stamps import stamps
 from .trial import Trial
 
 BATCH, EVAL_BATCH = 32, 256
@@ -37,7 +38,7 @@ def fashion_mnist_1k(trial: Trial) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
     return tuple((torch.tensor(x), torch.tensor(y, dtype=torch.long)) for x, y in pairs)
 
 
-SETS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10))
+SETS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10), stamps=(stamps, 8))
 
 
 def prepare(images: Tensor, trial: Trial) -> Tensor:
