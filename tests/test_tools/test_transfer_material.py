@@ -208,9 +208,9 @@ def shown(images, labels):
 def test_no_stamp_is_in_train_and_test(study, folders):
     from transfer_study.stamps import VIEWS, stamps
 
-    base = study.parse(['run', '--task', 'stamps', '--size', '48']).base
+    base = study.parse(['run', '--task', 'stamps', '--size', '32']).base
     tests = []
-    for seed in range(4):
+    for seed in range(2):
         trial = replace(base, seed=seed, stage='final')
         (train, test), (more, held) = (
             [shown(*pair) for pair in stamps(replace(trial, stage=stage), **folders)]
@@ -226,9 +226,9 @@ def test_no_stamp_is_in_train_and_test(study, folders):
                 assert sum(bool(cows & part) for part in parts) < 2
         assert all({label for label, _ in part} == {*range(8)} for part in (train, test))
         tests.append(frozenset(test))
-    assert len({*tests}) == 4
+    assert len({*tests}) == 2
     (images, labels), _ = stamps(trial, **folders)
-    assert images.shape == (VIEWS * len(train), 3, 48, 48) and images.dtype == torch.uint8
+    assert images.shape == (VIEWS * len(train), 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images, stamps(trial, **folders)[0][0])
     assert len(images.unique(dim=0)) == len(images) == len(labels)
 
