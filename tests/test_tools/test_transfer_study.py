@@ -161,7 +161,7 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
     from transfer_study.methods import METHODS
     from transfer_study.plan import size_of
 
-    def toy():
+    def toy(task):
         torch.manual_seed(3)
         layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
         more = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1), nn.ReLU()

@@ -153,7 +153,7 @@ def classify(trial: Trial) -> dict:
     start = time.process_time()
     read, classes = SETS[trial.task]
     (images, labels), (held_images, held_labels) = read(trial)
-    features = BACKBONES[trial.backbone].make().eval()
+    features = BACKBONES[trial.backbone].make(trial.task).eval()
     head = converge_head(outputs(features, images, trial), labels, classes, trial.ridge)
     net = nn.Sequential()
     net.add_module('features', features)

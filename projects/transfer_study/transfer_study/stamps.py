@@ -22,9 +22,14 @@ read_classes = cache(read_classes)
 
 @cache
 def backgrounds(folder: Path) -> list[np.ndarray]:
-    """Photographs of a folder, uint8 (H, W, 3), whose shorter side is at most 256 pixels."""
-    zooms = [(scene, min(256 / min(scene.shape[:2]), 1)) for scene in read_photographs(folder)]
-    return [cv2.resize(x, None, fx=z, fy=z, interpolation=cv2.INTER_AREA) for x, z in zooms]
+    """The photographs of a folder, shrunk."""
+    return [shrunk(photograph) for photograph in read_photographs(folder)]
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 (H, W, 3) whose shorter side is at most 256 pixels."""
+    zoom = min(256 / min(picture.shape[:2]), 1)
+    return cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
 
 
 def stamps(
