@@ -9,6 +9,7 @@ system, divide the trials among themselves.
 """
 
 import argparse
+import copy
 import fcntl
 import importlib.metadata
 import json
@@ -19,17 +20,24 @@ import sys
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import submitit
+import torch
+from torch import nn
 from transfer_study import report
 from transfer_study.backbones import BACKBONES
+from transfer_study.classification import sized
 from transfer_study.methods import MAIN, METHODS
-from transfer_study.plan import pending
+from transfer_study.plan import pending, size_of
 from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
+
+import mmpeft
+from mmpeft.errors import UsageError
 
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')
@@ -146,6 +154,23 @@ def amount(text: str) -> int | float:
     return float(text[:-1]) / 100 if text.endswith('%') else int(text)
 
 
+def fitting(base: Trial, methods: list[str]) -> list[str]:
+    """The methods that the budget allows; prints which ones it does not, and why."""
+    with torch.device('meta'):
+        net = nn.Sequential(OrderedDict(features=BACKBONES[base.backbone].make(None)))
+    fit = []
+    for method in methods:
+        probe, trial = copy.deepcopy(net), replace(base, method=method)
+        try:
+            if size_of(method)[0]:
+                mmpeft.inject(probe, *sized(METHODS[method], trial, probe))
+        except UsageError as error:
+            print(f'{method} is left out: {error}', flush=True)
+        else:
+            fit.append(method)
+    return fit
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('command', choices=('run', 'report', 'status'))
@@ -193,6 +218,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
+    if args.command != 'report':
+        args.methods = fitting(args.base, args.methods)
     if args.command == 'run':
         submit(args) if args.slurm else run(args)
         return

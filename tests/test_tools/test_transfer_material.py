@@ -144,6 +144,15 @@ def test_budgets_are_shares_of_the_backbone(study, capsys):
     assert "invalid amount value: 'two'" in capsys.readouterr().err
 
 
+def test_methods_that_a_budget_does_not_allow_are_left_out(study, capsys):
+    names = ['frozen', 'bitfit', 'lora', 'trilora']
+    for share, fit in ('0.5%', names[:2]), ('2%', names):
+        words = ['run', '--backbone', 'mobilenetv2', '--budget', share]
+        assert study.fitting(study.parse(words).base, names) == fit
+        said = capsys.readouterr().out
+        assert said.count('\n') == said.count('parameters at rank 1') == len(names) - len(fit)
+
+
 def test_a_transformers_images_are_whole_patches(study, capsys):
     words = ['run', '--backbone', 'vit_small_14']
     assert study.parse(words).base.size == 70
@@ -324,19 +333,37 @@ def test_a_streams_images_depend_on_their_numbers_alone(study):
     assert one.shape == (3, 6, 6) and ((0.59 < tint) & (tint < 1.41)).all() and tint.std() > 0.01
 
 
-def test_a_backbone_to_pretrain_has_not_seen_its_task(study, tmp_path, monkeypatch, script):
+def test_pretraining_leaves_the_target_out(study, tmp_path, monkeypatch, script):
+    """What the study reads for a task comes from the other sources; a missing file says how."""
     from transfer_study import backbones
     from transfer_study.classification import SETS
 
+    def teacher(task):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def draw(rng, size):
+        return rng.uniform(0, 1, (size, size, 3))
+
     pretrain = script('projects/transfer_study', 'pretrain')
-    monkeypatch.setattr(backbones, 'WORK', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    toy = backbones.Backbone(teacher, 127.0, 128.0)
+    monkeypatch.setitem(backbones.BACKBONES, 'efficientnet_lite0', toy)
     make = backbones.BACKBONES['convnextv2_atto'].make
-    torch.manual_seed(1)
-    net = make(None)
+    opened = []
+
+    def source(name):
+        return lambda: opened.append(name) or draw
+
+    for name in pretrain.SOURCES:
+        monkeypatch.setitem(pretrain.SOURCES, name, source(name))
     for task in SETS:
-        source = backbones.SOURCE[task]
-        assert source in pretrain.SOURCES
-        with pytest.raises(SystemExit, match=f'pretrain.py --without {source}'):
+        opened.clear()
+        left_out = backbones.SOURCE[task]
+        with pytest.raises(SystemExit, match=f'pretrain.py --without {left_out}'):
             make(task)
-        torch.save(net.state_dict(), backbones.pretrained_path(source))
-        assert all(map(torch.equal, make(task).parameters(), net.parameters()))
+        words = f'pretrain.py --without {left_out} --steps 1 --batch 2 --size 32 --threads 1'
+        monkeypatch.setattr('sys.argv', words.split())
+        pretrain.main()
+        assert {*opened} == pretrain.SOURCES.keys() - {left_out} and left_out in pretrain.SOURCES
+        written = torch.load(backbones.pretrained_path(left_out))
+        assert all(map(torch.equal, make(task).state_dict().values(), written.values()))
