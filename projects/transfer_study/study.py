@@ -10,9 +10,11 @@ system, divide the trials among themselves.
 """
 
 import argparse
+import copy
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import random
 import subprocess
@@ -20,20 +22,28 @@ import sys
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import submitit
+import torch
+from torch import nn
 from transfer_study import report
 from transfer_study.backbones import BACKBONES
+from transfer_study.classification import sized
 from transfer_study.methods import MAIN, METHODS
-from transfer_study.plan import pending
+from transfer_study.plan import pending, size_of
 from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
 
+import mmpeft
+from mmpeft.errors import UsageError
+
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')
+SIDE = 64  # of the images, pixels, where a backbone takes it
 
 
 def read_records(path: Path) -> dict[str, dict]:
@@ -153,13 +163,37 @@ def again(args: argparse.Namespace) -> None:
         print(f'{trial.id} {describe(trial)}: {both}', flush=True)
 
 
+def amount(text: str) -> int | float:
+    """A number of parameters, or the share that a percentage stands for."""
+    return float(text[:-1]) / 100 if text.endswith('%') else int(text)
+
+
+def fitting(base: Trial, methods: list[str]) -> list[str]:
+    """The methods that the budget allows; prints which ones it does not, and why."""
+    with torch.device('meta'):
+        net = nn.Sequential(OrderedDict(features=BACKBONES[base.backbone].make(None)))
+    fit = []
+    for method in methods:
+        probe, trial = copy.deepcopy(net), replace(base, method=method)
+        try:
+            if size_of(method)[0]:
+                mmpeft.inject(probe, *sized(METHODS[method], trial, probe))
+        except UsageError as error:
+            print(f'{method} is left out: {error}', flush=True)
+        else:
+            fit.append(method)
+    return fit
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('command', choices=('run', 'report', 'status', 'again'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
     parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
-    parser.add_argument('--size', type=int, default=64, help='side of the images, pixels')
-    parser.add_argument('--budget', type=int, default=67_000, help='parameters of the adapters')
+    parser.add_argument('--size', type=int, default=None, help='side of the images, pixels')
+    parser.add_argument(
+        '--budget', type=amount, default='2%', help="parameters of the adapters, or '2%%' of all"
+    )
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
     parser.add_argument('--seeds', type=int, default=5)
@@ -175,6 +209,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     name = f'{args.task}_{args.backbone}'
     args.records = args.records or FOLDER / 'records' / f'{name}.jsonl'
     args.claims = Path('work_dirs/transfer_study') / name
+    backbone = BACKBONES[args.backbone]
+    args.size = args.size or math.ceil(SIDE / backbone.patch) * backbone.patch
+    if args.size % backbone.patch:
+        parser.error(f'the sides of images for {args.backbone} are multiples of {backbone.patch}')
+    if isinstance(args.budget, float):
+        args.budget = int(float(f'{args.budget * backbone.parameters():.2g}'))
     args.base = Trial(
         task=args.task,
         backbone=args.backbone,
@@ -194,6 +234,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
+    if args.command != 'report':
+        args.methods = fitting(args.base, args.methods)
     if args.command == 'run':
         submit(args) if args.slurm else run(args)
         return

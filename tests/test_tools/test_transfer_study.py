@@ -143,11 +143,11 @@ def test_the_head_is_the_regularized_logistic_regression():
 def test_augmentation_mirrors_and_shifts_by_two_pixels():
     from transfer_study.classification import augment
 
-    image = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6) + 1
+    image = torch.randint(1, 256, (1, 28, 28), dtype=torch.uint8)
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))[0]
-    crops = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
+    crops = [padded[i : i + 28, j : j + 28] for i in range(5) for j in range(5)]
     allowed = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(1))}
-    made = {tuple(out.flatten().tolist()) for out in augment(image.expand(2000, 6, 6))}
+    made = {tuple(out.flatten().tolist()) for out in augment(image.expand(2000, 28, 28))}
     assert made == allowed
 
 
@@ -158,7 +158,7 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
     from transfer_study.methods import METHODS
     from transfer_study.plan import size_of
 
-    def toy():
+    def toy(task):
         torch.manual_seed(3)
         layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
         more = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1), nn.ReLU()
