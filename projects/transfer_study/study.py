@@ -85,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
                 record = dict(id=trial.id, trial=asdict(trial), versions=stamp)
                 record |= run_trial(trial) | dict(date=time.strftime('%Y-%m-%d'))
                 append_record(args.records, record)
-                score = record['failed'] or f'{record["accuracy"]:.4f}'
+                score = record['failed'] or f'{record[TASKS[trial.task].metric]:.4f}'
                 print(f'{len(records) + 1:>5} {describe(trial)}: {score}', flush=True)
                 break
         else:
@@ -94,8 +94,9 @@ def work(args: argparse.Namespace) -> None:
 
 def describe(trial: Trial) -> str:
     """A trial in one line."""
-    setting = f'rate {trial.rate:g}, scale {trial.scale:g}' if trial.epochs else f'{trial.ridge:g}'
-    return f'{trial.method:<14} {trial.stage:<5} {trial.epochs:>2} epochs, {setting}, {trial.seed}'
+    heads = trial.ridge if trial.head_rate is None else trial.head_rate
+    setting = f'rate {trial.rate:g}, scale {trial.scale:g}, heads {heads:g}, seed {trial.seed}'
+    return f'{trial.method:<14} {trial.stage:<5} {trial.epochs:>2} epochs, {setting}'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -144,7 +145,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('command', choices=('run', 'report', 'status'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
     parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
-    parser.add_argument('--size', type=int, default=64, help='side of the images, pixels')
+    parser.add_argument('--size', type=int, help="side of the images, pixels; the task's own")
     parser.add_argument('--budget', type=int, default=67_000, help='parameters of the adapters')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
@@ -162,7 +163,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.base = Trial(
         task=args.task,
         backbone=args.backbone,
-        size=args.size,
+        size=args.size or TASKS[args.task].size,
         method='frozen',
         budget=args.budget,
         rate=0.0,

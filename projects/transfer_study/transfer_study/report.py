@@ -1,4 +1,4 @@
-"""Tables from the records: accuracy with its interval, and paired differences with a test."""
+"""Tables from the records: scores with their intervals, and paired differences with a test."""
 
 import numpy as np
 from scipy import stats
@@ -6,6 +6,7 @@ from scipy import stats
 from mmpeft.analysis.vtab import ppt
 
 from .plan import Records, finals
+from .tasks import TASKS
 from .trial import Trial
 
 # The orderings of the papers: (better, worse, where it is claimed).
@@ -38,13 +39,17 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def scores(base: Trial, methods: list[str], seeds: int, records: Records) -> dict[str, dict]:
-    """Test accuracies in percent by seed, of each method that has final runs."""
-    found = {m: finals(base, m, seeds, records) for m in methods}
-    return {
-        m: {r['trial']['seed']: 100 * r['accuracy'] for r in runs}
-        for m, runs in found.items()
-        if runs
+    """Test scores in percent by seed, of each method that has final runs with a score."""
+    metric = TASKS[base.task].metric
+    found = {
+        method: {
+            run['trial']['seed']: 100 * run[metric]
+            for run in finals(base, method, seeds, records)
+            if metric in run
+        }
+        for method in methods
     }
+    return {method: by_seed for method, by_seed in found.items() if by_seed}
 
 
 def paired(a: dict, b: dict) -> np.ndarray:
@@ -71,7 +76,7 @@ def tables(base: Trial, methods: list[str], seeds: int, records: Records) -> str
     lines = [
         f'{base.task}, {base.backbone}, {base.size} px, budget {base.budget:,}',
         '',
-        '| method | parameters | test accuracy | seeds | PPT | rate | scale |',
+        f'| method | parameters | test {TASKS[base.task].metric} | seeds | PPT | rate | scale |',
         '| --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for method, values in by_seed.items():
