@@ -1,13 +1,15 @@
 """The study's detection and segmentation, on tiny scenes of cut-outs made here."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import timm
 import torch
+
+from mmpeft.methods.ends import Frozen, Full
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -44,24 +46,64 @@ def dense(study, tmp_path, monkeypatch, scope):
     return module
 
 
+def base_of(study, task):
+    return replace(study.parse(['run', '--task', task, '--size', '64']).base, head_rate=1e-3)
+
+
 @pytest.mark.parametrize('task', ['photos_coco', 'photos_ade20k', 'photos_dota'])
-def test_methods_start_from_the_same_heads_and_train_on(task, study, dense):
+def test_a_trial_trains_and_is_scored(task, study, dense):
     from transfer_study.tasks import TASKS
 
-    base = replace(study.parse(['run', '--task', task, '--size', '64']).base, head_rate=1e-3)
-    trials = dict(
-        frozen=replace(base, epochs=1),
-        lora=replace(base, method='lora', budget=40_000, rate=1e-2, scale=2.0, epochs=1),
-    )
-    records = {method: study.run_trial(trial) for method, trial in trials.items()}
-    for record in records.values():
-        assert record['failed'] is None and np.isfinite(record['loss'])
-        assert 0 <= record[TASKS[task].metric] <= 1
-        assert len(record['history']) == 1 and json.dumps(record)
-    assert records['frozen']['parameters'] == 0
-    assert 20_000 < records['lora']['parameters'] <= 40_000
+    setting = dict(method='lora', budget=40_000, rate=1e-2, scale=2.0, epochs=1)
+    record = study.run_trial(replace(base_of(study, task), **setting))
+    assert record['failed'] is None and np.isfinite(record['loss'])
+    assert 0 <= record[TASKS[task].metric] <= 1
+    assert len(record['history']) == 1 and json.dumps(record)
+    assert 20_000 < record['parameters'] <= 40_000 and 'scale=None' not in record['method']
+
+
+def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense, monkeypatch):
+    models = {}
+
+    def results(runner):
+        models[type(runner.model.peft[0].method)] = runner.model
+        return {}
+
+    monkeypatch.setattr(dense, 'results', results)
+    base = base_of(study, 'photos_coco')
+    dense.run_dense(replace(base, epochs=1))
     (heads,) = (dense.FOLDER / 'heads').glob('*.pth')
+    written = heads.stat().st_mtime_ns
+    dense.run_dense(replace(base, method='full', rate=1e-3, epochs=1))
+    assert heads.stat().st_mtime_ns == written, 'a draw has one detector'
     start = torch.load(heads, weights_only=True)['state_dict']
     pretrained = dense.BACKBONES['efficientnet_lite0'].make().state_dict()
-    own = {k.removeprefix('backbone.model.'): v for k, v in start.items() if '.model.' in k}
-    assert own and all(torch.equal(value, pretrained[name]) for name, value in own.items())
+    frozen, full = (models[name].state_dict() for name in (Frozen, Full))
+    for name, value in start.items():
+        if name.startswith('backbone.model.'):
+            assert torch.equal(value, pretrained[name.removeprefix('backbone.model.')])
+            assert torch.equal(value, frozen[name])
+            kept = name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+            assert torch.equal(value, full[name]) == kept
+
+
+def test_a_training_that_fails_is_a_record(study, dense, monkeypatch):
+    monkeypatch.setattr(dense, 'TRAIN', 8)
+    trial = replace(base_of(study, 'photos_coco'), method='full', rate=1e20, epochs=1)
+    record = dense.run_dense(trial)
+    assert record['failed'] and 'segm_mAP' not in record
+
+
+def test_scenes_to_tune_and_to_test_share_no_picture(dense, study):
+    """Cut-outs are told apart by their pixels' sum; a draw's held scenes are those of another."""
+    import photo_scenes
+
+    def pictures(photos):
+        cutouts = {picture.tobytes() for group in photos.cutouts for picture in group}
+        return cutouts | {photograph.tobytes() for photograph in photos.photographs}
+
+    parts = photo_scenes.load_photos()
+    tuned = parts['train'].split()
+    sets = [pictures(p) for p in (tuned['train'], tuned['val'], parts['val'])]
+    assert all(sets) and len(set.union(*sets)) == sum(map(len, sets))
+    assert sets[0] | sets[1] == pictures(parts['train'])
