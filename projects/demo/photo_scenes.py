@@ -83,9 +83,7 @@ class Photos:
         Every fourth cut-out of a class and every fourth photograph are for validation.
         """
         return {
-            split: Photos(
-                [_part(c, split) for c in self.cutouts], _part(self.photographs, split)
-            )
+            split: Photos([_part(c, split) for c in self.cutouts], _part(self.photographs, split))
             for split in ('train', 'val')
         }
 

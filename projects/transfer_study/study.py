@@ -155,6 +155,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--hours', type=int, default=24, help='longest time of a Slurm job')
     parser.add_argument('--records', type=Path, default=None, help='one JSON line a trial')
     args = parser.parse_args(arguments)
+    if args.backbone not in TASKS[args.task].backbones:
+        known = ', '.join(TASKS[args.task].backbones)
+        parser.error(f'--task {args.task} runs with --backbone {known}, not {args.backbone}.')
     if args.main:
         args.methods = list(MAIN)
     name = f'{args.task}_{args.backbone}'

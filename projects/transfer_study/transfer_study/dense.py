@@ -1,16 +1,17 @@
 """One trial of detection or segmentation: a config of the demo's photos, trained by a Runner.
 
-A detector on the frozen backbone is trained first, once for each draw of scenes. Every method starts
-from it and trains its heads on for the same number of steps, the frozen backbone too. BatchNorm
-keeps its pretrained statistics in every method, full fine-tuning included.
+A detector on the frozen backbone is trained first, once for each draw of scenes. Every method
+starts from it and trains its heads on for the same number of steps, the frozen backbone too.
+BatchNorm keeps its pretrained statistics in every method, full fine-tuning included.
 """
 
 import fcntl
+import io
 import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from .classification import sized
 from .methods import METHODS
 from .trial import Trial
 
+BACKBONE = 'efficientnet_lite0'  # of the demo's configs
 FOLDER = Path('work_dirs/transfer_study')
 BATCH = 8
 TRAIN, HELD = 400, dict(tune=120, final=300)  # scenes
@@ -199,10 +201,10 @@ def run_dense(trial: Trial) -> dict:
     torch.set_num_threads(1)
     start = time.process_time()
     record = dict(failed=None, history=[])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         runner = build_runner(adapted(trial, Path(folder)))
         try:
-            model = runner.train()
+            runner.train()
             record |= results(runner)
         except mmpeft.errors.TrainingError as error:
             record['failed'] = str(error)

@@ -1,12 +1,13 @@
 """The tasks of the study: what runs a trial of each, and what the plan needs to know of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 
+from .backbones import BACKBONES
 from .classification import SETS, classify
-from .dense import CONFIGS, run_dense
+from .dense import BACKBONE, CONFIGS, run_dense
 from .trial import Trial
 
 
@@ -23,6 +24,7 @@ class Task:
         run: Runs a trial; returns its scores and costs, or ``failed`` with the reason.
         metric, loss: What records call the score, from 0 to 1, and the loss.
         heads: The settings that are tried with the frozen backbone. All methods take over the best.
+        backbones: Names of those that the task can be run with.
         size: Side of the images, pixels, unless another one is asked for.
         short, long, final: Passes over the training images at the three stages.
         trains_frozen: The frozen backbone's heads train for as many passes; else they converge.
@@ -32,6 +34,7 @@ class Task:
     metric: str
     loss: str
     heads: list[dict]
+    backbones: Collection[str]
     size: int
     short: int
     long: int
@@ -44,6 +47,7 @@ CLASSIFICATION = Task(
     metric='accuracy',
     loss='held_loss',
     heads=spread('ridge', 1e-5, 1),
+    backbones=BACKBONES,
     size=64,
     short=4,
     long=8,
@@ -56,6 +60,7 @@ TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
         metric=metric,
         loss='loss',
         heads=spread('head_rate', 1e-5, 1e-2),
+        backbones=(BACKBONE,),
         size=128,
         short=2,
         long=4,
