@@ -1,4 +1,4 @@
-"""The study's detection and segmentation, on tiny scenes of cut-outs made here."""
+"""The study's detection and segmentation, on tiny scenes of pictures made here."""
 
 import json
 from dataclasses import replace
@@ -19,8 +19,9 @@ def study(script):
 
 @pytest.fixture
 def dense(study, tmp_path, monkeypatch, scope):
-    """Scenes of four cut-outs a class, and a network with random weights."""
+    """Scenes of four cut-outs a class, photographs of trees, a network with random weights."""
     import photo_scenes
+    from transfer_study import aerial
     from transfer_study import dense as module
     from transfer_study.backbones import Backbone
 
@@ -34,6 +35,9 @@ def dense(study, tmp_path, monkeypatch, scope):
     photographs = [rng.integers(0, 256, (90, 90, 3), dtype=np.uint8) for _ in range(4)]
     photos = photo_scenes.Photos(cutouts, photographs).split()
     monkeypatch.setattr(photo_scenes, 'load_photos', lambda: photos)
+
+    trees = np.array([[5.0, 8, 30, 40], [60, 50, 80, 75]])
+    monkeypatch.setattr(aerial, 'tree_crowns', lambda name: (photographs[len(name) % 4], trees))
 
     def network():
         torch.manual_seed(3)
@@ -50,7 +54,7 @@ def base_of(study, task):
     return replace(study.parse(['run', '--task', task, '--size', '64']).base, head_rate=1e-3)
 
 
-@pytest.mark.parametrize('task', ['photos_coco', 'photos_ade20k', 'photos_dota'])
+@pytest.mark.parametrize('task', ['photos_coco', 'photos_ade20k', 'photos_dota', 'aerial'])
 def test_a_trial_trains_and_is_scored(task, study, dense):
     from transfer_study.tasks import TASKS
 
@@ -94,8 +98,7 @@ def test_a_training_that_fails_is_a_record(study, dense, monkeypatch):
     assert record['failed'] and 'segm_mAP' not in record
 
 
-def test_scenes_to_tune_and_to_test_share_no_picture(dense, study):
-    """Cut-outs are told apart by their pixels' sum; a draw's held scenes are those of another."""
+def test_scenes_to_tune_and_to_test_share_no_picture(dense):
     import photo_scenes
 
     def pictures(photos):
@@ -107,3 +110,46 @@ def test_scenes_to_tune_and_to_test_share_no_picture(dense, study):
     sets = [pictures(p) for p in (tuned['train'], tuned['val'], parts['val'])]
     assert all(sets) and len(set.union(*sets)) == sum(map(len, sets))
     assert sets[0] | sets[1] == pictures(parts['train'])
+
+
+def test_tiles_show_what_is_in_them(study):
+    """Against areas counted in pixels; tiles side by side share none."""
+    from transfer_study.aerial import PARTS, cut, grid
+
+    rng, size = np.random.default_rng(0), 16
+    corners = rng.integers(0, 40, (12, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(1, 20, (12, 2))], 1).astype(float)
+    tiles = list(grid((50, 36), size))
+    assert len(tiles) == 3 * 2 and len({*tiles}) == 6
+    for y, x in tiles:
+        inside, seen = cut(boxes, y, x, size)
+        counted = []
+        for x1, y1, x2, y2 in boxes.astype(int):
+            whole = np.zeros((60, 60))
+            whole[y1:y2, x1:x2] = 1
+            tile = whole[y : y + size, x : x + size]
+            if tile.any():
+                rows, columns = np.nonzero(tile)
+                ends = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+                counted.append((*ends, tile.sum() / whole.sum()))
+        np.testing.assert_allclose(np.column_stack([inside, seen]), np.reshape(counted, (-1, 5)))
+    for part in PARTS.values():
+        assert not {*part['train']} & {*part['val']}
+    assert not {*PARTS['final']['val']} & {*PARTS['tune']['train'], *PARTS['tune']['val']}
+
+
+def test_missing_photographs_name_the_command(script, monkeypatch):
+    crowns = script('projects/demo', 'tree_crowns')
+    monkeypatch.setattr(crowns, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='pip install --no-deps deepforest'):
+        crowns.tree_crowns(crowns.TEST)
+
+
+def test_a_task_names_its_backbone(study, monkeypatch, capsys):
+    from transfer_study.backbones import BACKBONES
+
+    monkeypatch.setitem(BACKBONES, 'other', None)
+    study.parse(['run', '--task', 'aerial'])
+    with pytest.raises(SystemExit):
+        study.parse(['run', '--task', 'aerial', '--backbone', 'other'])
+    assert '--backbone efficientnet_lite0, not other' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One trial of detection or segmentation: a config of the demo's photos, trained by a Runner.
+"""One trial of detection or segmentation, trained by a Runner on scenes of photos or aerial tiles.
 
 A detector on the frozen backbone is trained first, once for each draw of scenes. Every method
 starts from it and trains its heads on for the same number of steps, the frozen backbone too.
@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -33,6 +34,7 @@ from mmpeft.engine.launch import build_runner
 from mmpeft.engine.packages import import_task
 from mmpeft.injection.statistics import freeze_statistics
 
+from .aerial import write_tiles
 from .backbones import BACKBONES
 from .classification import sized
 from .methods import METHODS
@@ -44,11 +46,30 @@ BATCH = 8
 TRAIN, HELD = 400, dict(tune=120, final=300)  # scenes
 HEADS_EPOCHS, HEADS_RATE = 24, 2e-3  # of the detector on the frozen backbone
 
-# The demo's config of each task, and its main score, from 0 to 1.
+
+class Scenes(NamedTuple):
+    """A task.
+
+    Attributes:
+        config: Without a method.
+        source: Of :data:`SOURCES`.
+        folder: Of its format below that of a draw.
+        metric: Its main score, from 0 to 1.
+    """
+
+    config: str
+    source: str
+    folder: str
+    metric: str
+
+
+DEMO = 'mmpeft::demo/_base_/photos'
+AERIAL = str(Path(__file__).parents[1] / 'configs' / 'aerial.py')
 CONFIGS = dict(
-    photos_coco=('coco', 'segm_mAP'),
-    photos_ade20k=('ade20k', 'mIoU'),
-    photos_dota=('dota', 'mAP'),
+    photos_coco=Scenes(f'{DEMO}/coco.py', 'photos', 'coco', 'segm_mAP'),
+    photos_ade20k=Scenes(f'{DEMO}/ade20k.py', 'photos', 'ade20k', 'mIoU'),
+    photos_dota=Scenes(f'{DEMO}/dota.py', 'photos', 'dota', 'mAP'),
+    aerial=Scenes(AERIAL, 'aerial', 'coco', 'bbox_mAP'),
 )
 
 
@@ -68,26 +89,35 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def scenes(trial: Trial) -> Path:
-    """The folder of a draw's scenes, ``train`` and ``val``, in the formats of all tasks.
+def write_photos(trial: Trial, root: Path, numbers: dict[str, int]) -> None:
+    """Write ``train`` and ``val`` in the formats of all tasks.
 
     The test scenes are of the cut-outs and photographs that the demo validates on. All others are
     there to train on; while rates are tuned, a quarter of these is held out for ``val``. The held
     scenes are the same in every draw.
     """
-    folder = FOLDER / f'photos_{trial.size}' / f'{trial.stage}_{trial.seed}'
+    parts = photo_scenes.load_photos()
+    parts = parts if trial.stage == 'final' else parts['train'].split()
+    seeds = dict(train=[trial.seed, 0], val=[0, 1])
+    length = (trial.size * 9 / 32, trial.size * 9 / 16)
+    for part, number in numbers.items():
+        drawn = np.random.default_rng(seeds[part]), parts[part], photo_scenes.CLASSES
+        write_scenes(root, part, *drawn, number, trial.size, length=length)
+
+
+SOURCES = dict(photos=write_photos, aerial=write_tiles)
+
+
+def scenes(trial: Trial) -> Path:
+    """The folder of a draw's scenes, ``train`` and ``val``, which are written unless they exist."""
+    source = CONFIGS[trial.task].source
+    folder = FOLDER / f'{source}_{trial.size}' / f'{trial.stage}_{trial.seed}'
     numbers = dict(train=TRAIN, val=HELD[trial.stage])
     wanted = dict(seed=trial.seed, size=trial.size, stage=trial.stage) | numbers
     with locked(folder):
         if not made(folder, wanted):
-            parts = photo_scenes.load_photos()
-            parts = parts if trial.stage == 'final' else parts['train'].split()
-            seeds = dict(train=[trial.seed, 0], val=[0, 1])
-            length = (trial.size * 9 / 32, trial.size * 9 / 16)
             with making(folder, wanted) as root:
-                for part, number in numbers.items():
-                    drawn = np.random.default_rng(seeds[part]), parts[part], photo_scenes.CLASSES
-                    write_scenes(root, part, *drawn, number, trial.size, length=length)
+                SOURCES[source](trial, root, numbers)
     return folder
 
 
@@ -113,10 +143,10 @@ def config(trial: Trial, hook: dict, epochs: int, rate: float, work_dir: Path) -
         hook: Arguments of PEFTHook.
         rate: Of the heads.
     """
-    name = CONFIGS[trial.task][0]
-    root = f'{scenes(trial)}/{name}/'
+    task = CONFIGS[trial.task]
+    root = f'{scenes(trial)}/{task.folder}/'
     steps = steps_of(epochs)
-    cfg = compose(f'mmpeft::demo/_base_/photos/{name}.py')
+    cfg = compose(task.config)
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     for loader in cfg.train_dataloader, cfg.test_dataloader:
         loader.dataset.data_root = root

@@ -57,7 +57,7 @@ CLASSIFICATION = Task(
 TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
     name: Task(
         run=run_dense,
-        metric=metric,
+        metric=scenes.metric,
         loss='loss',
         heads=spread('head_rate', 1e-5, 1e-2),
         backbones=(BACKBONE,),
@@ -67,7 +67,7 @@ TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
         final=8,
         trains_frozen=True,
     )
-    for name, (_, metric) in CONFIGS.items()
+    for name, scenes in CONFIGS.items()
 }
 
 
