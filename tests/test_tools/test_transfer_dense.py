@@ -1,7 +1,7 @@
 """The study's detection and segmentation, on tiny scenes of pictures made here."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import cv2
 import numpy as np
@@ -153,3 +153,30 @@ def test_a_task_names_its_backbone(study, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         study.parse(['run', '--task', 'aerial', '--backbone', 'other'])
     assert '--backbone efficientnet_lite0, not other' in capsys.readouterr().err
+
+
+def test_the_heads_are_tuned_with_the_frozen_backbone_and_taken_over(study):
+    """By records whose score has its peak at one rate of the heads."""
+    from transfer_study.plan import pending
+    from transfer_study.report import tables
+    from transfer_study.tasks import TASKS
+
+    base, records, rounds = study.parse(['run', '--task', 'photos_coco']).base, {}, []
+    task = TASKS['photos_coco']
+    while waiting := list(pending(base, ['frozen', 'lora'], 2, records)):
+        rounds.append(waiting)
+        for trial in waiting:
+            score = 0.3 - 0.01 * abs(np.log10(trial.head_rate / 1e-3))
+            result = dict(segm_mAP=score, loss=1.0, parameters=9, seconds=1, failed=None)
+            if trial.rate == 1e-2:  # nothing is scored where a training fails
+                result = dict(loss=float('nan'), parameters=9, seconds=1, failed='NaN')
+            records[trial.id] = dict(id=trial.id, trial=asdict(trial)) | result
+    lora = [[t for t in waiting if t.method == 'lora'] for waiting in rounds]
+    lengths = [{t.epochs for t in trials} for trials in lora if trials]
+    assert lengths == [{task.short}, {task.long}, {task.final}]
+    assert len({t.head_rate for t in rounds[0]}) == 12
+    (best,) = {t.head_rate for trials in lora for t in trials}
+    assert abs(np.log10(best / 1e-3)) < 0.15
+    assert {t.rate for t in lora[-1]} <= {1e-3, 3e-3}
+    text = tables(base, ['frozen', 'lora'], 2, records)
+    assert 'test segm_mAP' in text and '4 failed' in text

@@ -19,12 +19,11 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-import photo_scenes
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from scene_files import made, making, write_scenes
+from scene_files import made, making
 from torch import nn
 
 import mmpeft
@@ -38,6 +37,7 @@ from .aerial import write_tiles
 from .backbones import BACKBONES
 from .classification import sized
 from .methods import METHODS
+from .photos import write_photos
 from .trial import Trial
 
 BACKBONE = 'efficientnet_lite0'  # of the demo's configs
@@ -87,22 +87,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(f'{path.name}.lock').open('w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_photos(trial: Trial, root: Path, numbers: dict[str, int]) -> None:
-    """Write ``train`` and ``val`` in the formats of all tasks.
-
-    The test scenes are of the cut-outs and photographs that the demo validates on. All others are
-    there to train on; while rates are tuned, a quarter of these is held out for ``val``. The held
-    scenes are the same in every draw.
-    """
-    parts = photo_scenes.load_photos()
-    parts = parts if trial.stage == 'final' else parts['train'].split()
-    seeds = dict(train=[trial.seed, 0], val=[0, 1])
-    length = (trial.size * 9 / 32, trial.size * 9 / 16)
-    for part, number in numbers.items():
-        drawn = np.random.default_rng(seeds[part]), parts[part], photo_scenes.CLASSES
-        write_scenes(root, part, *drawn, number, trial.size, length=length)
 
 
 SOURCES = dict(photos=write_photos, aerial=write_tiles)
