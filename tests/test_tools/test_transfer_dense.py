@@ -17,9 +17,20 @@ def study(script):
     return script('projects/transfer_study', 'study')
 
 
-@pytest.fixture
-def dense(study, tmp_path, monkeypatch, scope):
+@pytest.fixture(autouse=True)
+def _scope(scope):
+    """A Runner sets the default scope."""
+
+
+@pytest.fixture(scope='module')
+def dense(study, tmp_path_factory):
     """Scenes of four cut-outs a class, photographs of trees, a network with random weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp('dense'))
+        yield made_small(patch)
+
+
+def made_small(monkeypatch):
     import photo_scenes
     from transfer_study import aerial
     from transfer_study import dense as module
@@ -46,7 +57,6 @@ def dense(study, tmp_path, monkeypatch, scope):
     monkeypatch.setitem(module.BACKBONES, 'efficientnet_lite0', Backbone(network, 127.0, 128.0))
     for name, value in dict(TRAIN=4, BATCH=2, HELD=dict(tune=2, final=3), HEADS_EPOCHS=1).items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.chdir(tmp_path)
     return module
 
 
@@ -76,7 +86,7 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
     monkeypatch.setattr(dense, 'results', results)
     base = base_of(study, 'photos_coco')
     dense.run_dense(replace(base, epochs=1))
-    (heads,) = (dense.FOLDER / 'heads').glob('*.pth')
+    (heads,) = (dense.FOLDER / 'heads').glob('photos_coco*.pth')
     written = heads.stat().st_mtime_ns
     dense.run_dense(replace(base, method='full', rate=1e-3, epochs=1))
     assert heads.stat().st_mtime_ns == written, 'a draw has one detector'
@@ -91,9 +101,8 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
             assert torch.equal(value, full[name]) == kept
 
 
-def test_a_training_that_fails_is_a_record(study, dense, monkeypatch):
-    monkeypatch.setattr(dense, 'TRAIN', 8)
-    trial = replace(base_of(study, 'photos_coco'), method='full', rate=1e20, epochs=1)
+def test_a_training_that_fails_is_a_record(study, dense):
+    trial = replace(base_of(study, 'photos_coco'), method='full', rate=1e20, epochs=2)
     record = dense.run_dense(trial)
     assert record['failed'] and 'segm_mAP' not in record
 
