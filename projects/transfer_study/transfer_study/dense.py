@@ -153,7 +153,8 @@ def config(trial: Trial, hook: dict, epochs: int, rate: float, work_dir: Path) -
     cfg.custom_hooks = [dict(type=KeepStatistics)]
     cfg.randomness = dict(seed=trial.seed)
     cfg.log_level = 'ERROR'
-    cfg.work_dir, cfg.experiment_name = str(work_dir), str(work_dir)
+    # mmengine keeps loggers and visualizers by these names, each with its folder.
+    cfg.work_dir = cfg.experiment_name = cfg.visualizer.name = str(work_dir)
     import_task(cfg)
     return cfg
 
