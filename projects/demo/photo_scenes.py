@@ -77,12 +77,19 @@ class Photos:
         pixels = drawn[..., :3] / np.maximum(alpha[..., None], 1e-6)
         return Sprite(int(label), alpha, linear, lambda image: pixels)
 
+    def split(self):
+        """``{'train': Photos, 'val': Photos}``, which share no picture.
+
+        Every fourth cut-out of a class and every fourth photograph are for validation.
+        """
+        return {
+            split: Photos([_part(c, split) for c in self.cutouts], _part(self.photographs, split))
+            for split in ('train', 'val')
+        }
+
 
 def load_photos(cutouts=STAMPS, photographs=PHOTOGRAPHS):
     """Read cut-outs and photographs.
-
-    The split is fixed and disjoint: every fourth cut-out of a class and every
-    fourth photograph are for validation.
 
     Args:
         cutouts (Path): Tux Paint's stamps, of which drawings are left out, or a
@@ -91,18 +98,16 @@ def load_photos(cutouts=STAMPS, photographs=PHOTOGRAPHS):
         photographs (Path): JPEG or PNG files on which none of the classes is to be seen.
 
     Returns:
-        ``{'train': Photos, 'val': Photos}``.
+        ``{'train': Photos, 'val': Photos}``; see :meth:`Photos.split`.
 
     Raises:
         SystemExit: A folder is missing, or has too few files; says what is
             needed, and which command installs it.
     """
-    classes = [list(pictures.values()) for pictures in read_classes(cutouts).values()]
-    scenes = read_photographs(photographs)
-    return {
-        split: Photos([_part(c, split) for c in classes], _part(scenes, split))
-        for split in ('train', 'val')
-    }
+    return Photos(
+        [list(pictures.values()) for pictures in read_classes(cutouts).values()],
+        read_photographs(photographs),
+    ).split()
 
 
 def read_classes(folder=STAMPS):

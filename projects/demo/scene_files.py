@@ -52,7 +52,7 @@ def making(out, made_with):
     os.replace(part, out)
 
 
-def write_scenes(root, split, rng, source, classes, number, size):
+def write_scenes(root, split, rng, source, classes, number, size, **place):
     """Draw the scenes of a split and write them for detection and segmentation.
 
     Args:
@@ -63,11 +63,12 @@ def write_scenes(root, split, rng, source, classes, number, size):
         classes (tuple[str]): Names of the labels.
         number (int): Scenes.
         size (int): Their side, pixels.
+        **place: For the source.
     """
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(classes)]
     coco = dict(images=[], annotations=[], categories=categories)
-    for index in trange(number, desc=f'{split} scenes'):
-        scene, name = draw_scene(rng, source, size=size), f'{split}_{index:05d}'
+    for index in trange(number, desc=f'{split} scenes', disable=None):
+        scene, name = draw_scene(rng, source, size=size, **place), f'{split}_{index:05d}'
         add_coco(coco, root / 'coco' / split, name, scene)
         write_ade20k(root / 'ade20k', ADE20K_SPLITS[split], name, scene)
         write_dota(root / 'dota' / split, name, scene, classes)

@@ -43,7 +43,6 @@ from mmpeft.errors import UsageError
 
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')
-SIDE = 64  # of the images, pixels, where a backbone takes it
 
 
 def read_records(path: Path) -> dict[str, dict]:
@@ -97,7 +96,7 @@ def work(args: argparse.Namespace) -> None:
                 record = dict(id=trial.id, trial=asdict(trial), versions=stamp)
                 record |= run_trial(trial) | dict(date=time.strftime('%Y-%m-%d'))
                 append_record(args.records, record)
-                score = record['failed'] or f'{record["accuracy"]:.4f}'
+                score = record['failed'] or f'{record[TASKS[trial.task].metric]:.4f}'
                 print(f'{len(records) + 1:>5} {describe(trial)}: {score}', flush=True)
                 break
         else:
@@ -106,8 +105,9 @@ def work(args: argparse.Namespace) -> None:
 
 def describe(trial: Trial) -> str:
     """A trial in one line."""
-    setting = f'rate {trial.rate:g}, scale {trial.scale:g}' if trial.epochs else f'{trial.ridge:g}'
-    return f'{trial.method:<14} {trial.stage:<5} {trial.epochs:>2} epochs, {setting}, {trial.seed}'
+    heads = trial.ridge if trial.head_rate is None else trial.head_rate
+    setting = f'rate {trial.rate:g}, scale {trial.scale:g}, heads {heads:g}, seed {trial.seed}'
+    return f'{trial.method:<14} {trial.stage:<5} {trial.epochs:>2} epochs, {setting}'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -158,8 +158,8 @@ def again(args: argparse.Namespace) -> None:
     for record in random.Random(args.draw).sample(known, min(args.count, len(known))):
         trial = Trial(**record['trial'])
         new = run_trial(trial)
-        change = 100 * (new['accuracy'] - record['accuracy'])
-        both = f'{record["accuracy"]:.4f}, now {new["accuracy"]:.4f} ({change:+.2f} points)'
+        before, now = (r[TASKS[trial.task].metric] for r in (record, new))
+        both = f'{before:.4f}, now {now:.4f} ({100 * (now - before):+.2f} points)'
         print(f'{trial.id} {describe(trial)}: {both}', flush=True)
 
 
@@ -190,7 +190,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('command', choices=('run', 'report', 'status', 'again'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
     parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
-    parser.add_argument('--size', type=int, default=None, help='side of the images, pixels')
+    parser.add_argument('--size', type=int, help="side of the images, pixels; the task's own")
     parser.add_argument(
         '--budget', type=amount, default='2%', help="parameters of the adapters, or '2%%' of all"
     )
@@ -204,13 +204,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--count', type=int, default=3, help='trials that are run again')
     parser.add_argument('--draw', type=int, default=0, help='seed that chooses them')
     args = parser.parse_args(arguments)
+    if args.backbone not in TASKS[args.task].backbones:
+        known = ', '.join(TASKS[args.task].backbones)
+        parser.error(f'--task {args.task} runs with --backbone {known}, not {args.backbone}.')
     if args.main:
         args.methods = list(MAIN)
     name = f'{args.task}_{args.backbone}'
     args.records = args.records or FOLDER / 'records' / f'{name}.jsonl'
     args.claims = Path('work_dirs/transfer_study') / name
     backbone = BACKBONES[args.backbone]
-    args.size = args.size or math.ceil(SIDE / backbone.patch) * backbone.patch
+    side = TASKS[args.task].size
+    args.size = args.size or math.ceil(side / backbone.patch) * backbone.patch
     if args.size % backbone.patch:
         parser.error(f'the sides of images for {args.backbone} are multiples of {backbone.patch}')
     if isinstance(args.budget, float):

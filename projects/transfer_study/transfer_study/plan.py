@@ -1,9 +1,9 @@
 """Which trials are to be run, from the records that there are.
 
-Every method gets the same effort. Twelve candidates train for a few epochs on 800 images, the
-best four train longer on two draws of 1,000 images, and the one of the highest mean accuracy on
-the 200 that are held out (of the lowest mean loss, where accuracies are equal) is trained on
-1,000 images with each seed. The test set is read once a final run.
+Every method gets the same effort. Twelve candidates train for a few epochs on a part of the
+training images, the best four train longer on two draws, and the one of the highest mean score on
+the images that are held out (of the lowest mean loss, where scores are equal) is trained on all
+training images with each seed. The test set is read once a final run.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,9 @@ from mmpeft.methods.delta import DeltaMethod
 from mmpeft.methods.ranked import Ranked
 
 from .methods import METHODS
+from .tasks import TASKS, spread
 from .trial import Trial
 
-CANDIDATES = 12
-SHORT, LONG, FINAL = 4, 8, 12  # epochs
 KEPT = 4
 DRAWS = (100, 101)  # seeds of the draws that tune; those of the final runs count from 0
 
@@ -35,42 +34,46 @@ def size_of(method: str) -> tuple[bool, bool]:
     return issubclass(kind, Ranked), tuned
 
 
-def candidates(method: str) -> list[dict]:
-    """Twelve settings: four scales by three rates, or twelve rates or ridges."""
-    if method == 'frozen':
-        return [dict(ridge=float(f'{x:.2g}')) for x in np.geomspace(1e-5, 1, CANDIDATES)]
-    if size_of(method)[1]:
+def candidates(base: Trial) -> list[dict]:
+    """Twelve settings: four scales by three rates, or twelve rates, or of the heads."""
+    if base.method == 'frozen':
+        return TASKS[base.task].heads
+    if size_of(base.method)[1]:
         pairs = product((0.25, 1.0, 4.0, 16.0), (1e-3, 3e-3, 1e-2))
         return [dict(scale=scale, rate=rate) for scale, rate in pairs]
-    return [dict(rate=float(f'{x:.2g}')) for x in np.geomspace(3e-5, 1e-1, CANDIDATES)]
+    return spread('rate', 3e-5, 1e-1)
 
 
 def best(trials: list[Trial], records: Records, count: int) -> list[Trial]:
-    """The settings of the highest mean accuracy over their draws; of equals, the lowest loss."""
+    """The settings of the highest mean score over their draws; of equals, the lowest loss."""
+    task = TASKS[trials[0].task]
 
     def order(setting):
         found = [records[t.id] for t in trials if replace(t, seed=0) == setting]
-        mean = lambda key: float(np.mean([record[key] for record in found]))  # noqa: E731
-        return any(r['failed'] for r in found), -round(mean('accuracy'), 6), mean('held_loss')
+        if any(record['failed'] for record in found):
+            return True, 0.0, 0.0
+        score, loss = (float(np.mean([r[key] for r in found])) for key in (task.metric, task.loss))
+        return False, -round(score, 6), loss
 
     return sorted(dict.fromkeys(replace(t, seed=0) for t in trials), key=order)[:count]
 
 
 def stages(base: Trial, seeds: int, records: Records) -> Iterator[list[Trial]]:
     """The stages of one method; the next one is asked for when all trials of one have records."""
-    short, long = (0, 0) if base.method == 'frozen' else (SHORT, LONG)
-    first = [replace(base, epochs=short, **c) for c in candidates(base.method)]
+    task = TASKS[base.task]
+    trains = base.method != 'frozen' or task.trains_frozen
+    short, long, final = (n * trains for n in (task.short, task.long, task.final))
+    first = [replace(base, epochs=short, **c) for c in candidates(base)]
     yield [replace(t, seed=DRAWS[0]) for t in first]
     kept = best([replace(t, seed=DRAWS[0]) for t in first], records, KEPT)
     second = [replace(t, epochs=long, seed=draw) for t in kept for draw in DRAWS]
     yield second
     (chosen,) = best(second, records, 1)
-    final = FINAL if base.method != 'frozen' else 0
     yield [replace(chosen, stage='final', epochs=final, seed=seed) for seed in range(seeds)]
 
 
 def frozen_of(base: Trial, records: Records) -> Trial | None:
-    """The frozen backbone's chosen trial, whose ridge the heads of all methods converge with."""
+    """The frozen backbone's chosen trial, whose setting of the heads all methods take over."""
     frozen = replace(base, method='frozen', budget=0)
     steps = stages(frozen, 1, records)
     for _ in range(2):
@@ -89,7 +92,8 @@ def pending(base: Trial, methods: list[str], seeds: int, records: Records) -> It
             return
         else:
             budget = base.budget if size_of(method)[0] else 0
-            start = replace(base, method=method, budget=budget, ridge=frozen.ridge)
+            heads = dict(ridge=frozen.ridge, head_rate=frozen.head_rate)
+            start = replace(base, method=method, budget=budget, **heads)
         for stage in stages(start, seeds, records):
             missing = [t for t in stage if t.id not in records]
             yield from missing

@@ -1,4 +1,4 @@
-"""Tables from the records: accuracy with its interval, and paired differences with a test."""
+"""Tables from the records: scores with their intervals, and paired differences with a test."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from mmpeft.analysis.seeds import Scores, differences, interval
 from mmpeft.analysis.vtab import ppt
 
 from .plan import Records, finals
+from .tasks import TASKS
 from .trial import Trial
 
 
@@ -78,13 +79,17 @@ CLAIMS = (
 
 
 def scores(base: Trial, methods: list[str], seeds: int, records: Records) -> dict[str, Scores]:
-    """Test accuracies in percent by seed, of each method that has final runs."""
-    found = {m: finals(base, m, seeds, records) for m in methods}
-    return {
-        m: {r['trial']['seed']: 100 * r['accuracy'] for r in runs}
-        for m, runs in found.items()
-        if runs
+    """Test scores in percent by seed, of each method that has final runs with a score."""
+    metric = TASKS[base.task].metric
+    found = {
+        method: {
+            run['trial']['seed']: 100 * run[metric]
+            for run in finals(base, method, seeds, records)
+            if metric in run
+        }
+        for method in methods
     }
+    return {method: by_seed for method, by_seed in found.items() if by_seed}
 
 
 def compare(pairs: list[tuple[str, str]], by_seed: dict[str, Scores]) -> list[str]:
@@ -100,7 +105,7 @@ def compare(pairs: list[tuple[str, str]], by_seed: dict[str, Scores]) -> list[st
 def score_table(base: Trial, methods: list[str], seeds: int, records: Records) -> list[str]:
     """A row a method: parameters, accuracy, seeds, PPT, and what was chosen."""
     lines = [
-        '| method | parameters | test accuracy | seeds | PPT | rate | scale |',
+        f'| method | parameters | test {TASKS[base.task].metric} | seeds | PPT | rate | scale |',
         '| --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     ]
     for method, values in scores(base, methods, seeds, records).items():

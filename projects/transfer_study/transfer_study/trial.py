@@ -18,9 +18,10 @@ class Trial:
         scale: Factor on the method's default scale.
         ridge: Weight decay under which the head converges before the adapters train.
         epochs: Passes over the training images.
-        stage: ``'tune'`` trains on 800 of 1,000 images and scores the other 200;
-            ``'final'`` trains on 1,000 and scores the test set, once, after the last epoch.
+        stage: ``'tune'`` trains on a part of the training images and scores the rest;
+            ``'final'`` trains on all and scores the test set, once, after the last epoch.
         seed: Chooses the images, the order and the initial adapters.
+        head_rate: Learning rate of the heads; None for the task's own.
     """
 
     task: str
@@ -34,8 +35,10 @@ class Trial:
     epochs: int
     stage: str
     seed: int
+    head_rate: float | None = None
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits that name the trial."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that name the trial, by what is set."""
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
