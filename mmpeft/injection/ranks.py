@@ -103,7 +103,7 @@ def _size(sites):
 
 
 def _distribute(budget, sites, max_share, sensitivity):
-    size = cache(lambda method, spec: adapters_size([(method, spec)]))
+    sizes_of = cache(_sizes)  # networks repeat their blocks
     sizes, gains, tied = [], [], defaultdict(list)
     for site in sites:
         tied[site.tie_key].append(site)
@@ -113,14 +113,23 @@ def _distribute(budget, sites, max_share, sensitivity):
                 f'sensitivity has no entry {site.name!r}. Measure it with the method and targets '
                 'that are injected: mmpeft.sensitivity(model, method, batches, loss, targets).'
             )
-        gained = sensitivity[site.name].tolist()
-        at = [size(site.method.with_rank(rank), site.spec) for rank in range(1, len(gained) + 1)]
-        allowed = max(1, sum(each <= max_share * site.spec.numel for each in at))
-        sizes.append(at[:allowed])
-        gains.append(gained[:allowed])
+        gained, most = sensitivity[site.name].tolist(), min(budget, max_share * site.spec.numel)
+        sizes.append(sizes_of(site.method, site.spec, len(gained), most))
+        gains.append(gained[: len(sizes[-1])])
     for same, rank in zip(tied.values(), distribute(budget, sizes, gains), strict=True):
         for site in same:
             site.method = site.method.with_rank(rank)
+
+
+def _sizes(method, spec, highest, most):
+    """Parameters at ranks 1, 2, ..., ``highest``, the first and those that are no more than most."""
+    found = []
+    for rank in range(1, highest + 1):
+        size = adapters_size([(method.with_rank(rank), spec)])
+        if found and size > most:
+            break
+        found.append(size)
+    return found
 
 
 def _spend_budget(method, sites, free, budget):
