@@ -122,7 +122,7 @@ def _distribute(budget, sites, max_share, sensitivity):
 
 
 def _sizes(method, spec, highest, most):
-    """Parameters at ranks 1, 2, ..., ``highest``, the first and those that are no more than most."""
+    """Parameters at rank 1 and at those up to ``highest`` where they are no more than ``most``."""
     found = []
     for rank in range(1, highest + 1):
         size = adapters_size([(method.with_rank(rank), spec)])

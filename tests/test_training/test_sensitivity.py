@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import mmpeft
 from mmpeft.errors import TrainingError, UsageError
@@ -164,6 +166,29 @@ def test_a_tied_weight_is_measured_once_in_all_its_uses():
         np.testing.assert_allclose(
             found[name].numpy(), squares(model.embed.weight.grad.numpy()), rtol=1e-9
         )
+
+
+def test_weights_stored_the_other_way_round_in_a_reentrant_checkpoint():
+    """GPT-2's layer behind a frozen one, against a linear layer; DoRA's norms tell rows apart."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 5).double()]
+
+    class Chain(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(self[1], self[0](x), use_reentrant=True)
+
+    def loss(model, batch):
+        return (model(batch) ** 3).mean()
+
+    plain = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)).double()
+    turned = Chain(plain[0], Conv1D(4, 6).double())
+    turned[1].weight.data, turned[1].bias.data = plain[1].weight.data.T.clone(), plain[1].bias.data
+    found = [
+        mmpeft.sensitivity(model, dict(type='DoRA', budget=99), batches, loss, dict(include='1'))
+        for model in (plain, turned)
+    ]
+    assert found[0]['1.weight'].any()
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
 def test_ranks_are_those_of_the_file(tmp_path):
