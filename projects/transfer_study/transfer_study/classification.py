@@ -18,11 +18,12 @@ import mmpeft
 from mmpeft.methods.ranked import Ranked
 
 from .backbones import BACKBONES
-from .methods import METHODS
+from .methods import MEASURED, METHODS
 from .stamps import stamps
 from .trial import Trial
 
 BATCH, EVAL_BATCH = 32, 256
+MEASURED_ON = 8  # batches
 HEAD_RATE = 1e-3
 TRAIN, VAL = 800, 200
 
@@ -169,7 +170,17 @@ def classify(trial: Trial) -> dict:
 
     if trial.epochs:
         method, targets = sized(METHODS[trial.method], trial, net)
-        mmpeft.inject(net, method, targets)
+        measured = None
+        if trial.method in MEASURED:
+            batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+            measured = mmpeft.sensitivity(
+                net,
+                method,
+                batches[:MEASURED_ON],
+                lambda net, batch: F.cross_entropy(net(prepare(batch[0], trial)), batch[1]),
+                targets,
+            )
+        mmpeft.inject(net, method, targets, sensitivity=measured)
         trained = [p.numel() for p in net.features.parameters() if p.requires_grad]
         record |= dict(parameters=sum(trained), method=repr(net.peft[0].method))
         net.eval()  # BatchNorm's statistics are the pretrained ones

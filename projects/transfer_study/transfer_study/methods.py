@@ -20,6 +20,8 @@ OTHER = (
     'lora_auto',
     'flora_auto',
     'liera_auto',
+    'lora_sensitivity',
+    'flora_sensitivity',
 )
 # What no file of configs/_base_/methods holds: a setting of one that is there.
 SETTINGS = dict(
@@ -28,7 +30,11 @@ SETTINGS = dict(
     lora_auto=('lora', dict(scale='auto')),
     flora_auto=('flora', dict(scale='auto')),
     liera_auto=('liera', dict(scale='auto')),
+    lora_sensitivity=('lora', {}),
+    flora_sensitivity=('flora', {}),
 )
+# Whose ranks go by the sensitivity of the loss, where the others have one for all weights.
+MEASURED = ('lora_sensitivity', 'flora_sensitivity')
 
 
 def hook_arguments(name: str) -> dict:
