@@ -51,7 +51,7 @@ def made_small(monkeypatch):
     trees = np.array([[5.0, 8, 30, 40], [60, 50, 80, 75]])
     monkeypatch.setattr(aerial, 'tree_crowns', lambda name: (photographs[len(name) % 4], trees))
 
-    def network():
+    def network(task):
         torch.manual_seed(3)
         return timm.create_model('tf_efficientnet_lite0', num_classes=0)
 
@@ -94,7 +94,7 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
     dense.run_dense(replace(base, method='full', rate=1e-3, epochs=1))
     assert heads.stat().st_mtime_ns == written, 'a draw has one detector'
     start = torch.load(heads, weights_only=True)['state_dict']
-    pretrained = dense.BACKBONES['efficientnet_lite0'].make().state_dict()
+    pretrained = dense.BACKBONES['efficientnet_lite0'].make('photos_coco').state_dict()
     frozen, full = (models[name].state_dict() for name in (Frozen, Full))
     for name, value in start.items():
         if name.startswith('backbone.model.'):
@@ -102,6 +102,8 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
             assert torch.equal(value, frozen[name])
             kept = name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
             assert torch.equal(value, full[name]) == kept
+    trial = replace(base, method='lora_sensitivity', rate=1e-3, budget=67_000, epochs=1)
+    assert dense.adapted(trial, dense.FOLDER / 'run').default_hooks.peft.sensitivity == 8
 
 
 def test_a_training_that_fails_is_a_record(study, dense):

@@ -35,8 +35,8 @@ from mmpeft.injection.statistics import freeze_statistics
 
 from .aerial import write_tiles
 from .backbones import BACKBONES
-from .classification import sized
-from .methods import METHODS
+from .classification import MEASURED_ON, sized
+from .methods import MEASURED, METHODS
 from .photos import write_photos
 from .trial import Trial
 
@@ -111,7 +111,7 @@ def pretrained(trial: Trial) -> Path:
     with locked(path):
         if not path.exists():
             with replacing(path) as temporary:
-                torch.save(BACKBONES[trial.backbone].make().state_dict(), temporary)
+                torch.save(BACKBONES[trial.backbone].make(trial.task).state_dict(), temporary)
     return path
 
 
@@ -181,9 +181,11 @@ def adapted(trial: Trial, work_dir: Path) -> Config:
     """The config of a trial: from the converged heads on, at rates for heads and backbone."""
     hook = METHODS[trial.method]
     net = nn.Sequential()
-    net.add_module('features', BACKBONES[trial.backbone].make())
+    net.add_module('features', BACKBONES[trial.backbone].make(trial.task))
     method, targets = sized(hook, trial, net)
     hook = hook | dict(method=method, targets=targets | dict(module='backbone'))
+    if trial.method in MEASURED:
+        hook['sensitivity'] = MEASURED_ON
     cfg = config(trial, hook, trial.epochs, trial.head_rate, work_dir)
     cfg.load_from = str(converged(trial))
     cfg.default_hooks.checkpoint.update(interval=steps_of(trial.epochs) + 1, save_last=False)
