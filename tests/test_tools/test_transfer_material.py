@@ -1,6 +1,7 @@
 """The study's backbones and images: what is read from packages, and what is made of it."""
 
 import hashlib
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
@@ -145,7 +146,7 @@ def test_budgets_are_shares_of_the_backbone(study, capsys):
 
 
 def test_methods_that_a_budget_does_not_allow_are_left_out(study, capsys):
-    names = ['frozen', 'bitfit', 'lora', 'trilora']
+    names = ['frozen', 'bitfit', 'lora']
     for share, fit in ('0.5%', names[:2]), ('2%', names):
         words = ['run', '--backbone', 'mobilenetv2', '--budget', share]
         assert study.fitting(study.parse(words).base, names) == fit
@@ -193,7 +194,7 @@ def coloured(path, red, seed, length=40):
 
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory, study):
+def pictures(tmp_path_factory, study):
     """Eight cut-outs of each class, each of its own red, on photographs of bright green."""
     from photo_scenes import CLASSES
 
@@ -205,8 +206,8 @@ def folders(tmp_path_factory, study):
     for index in range(4):
         photograph = np.full((300 + 90 * index, 400, 3), (0, 255, 0), np.uint8)
         (root / 'photographs').mkdir(exist_ok=True)
-        cv2.imwrite(str(root / 'photographs' / f'{index}.png'), photograph)
-    return dict(cutouts=root / 'cutouts', photographs=root / 'photographs')
+        cv2.imwrite(str(root / 'photographs' / f'{index}.jpg'), photograph)
+    return root
 
 
 def shown(images, labels):
@@ -218,15 +219,22 @@ def shown(images, labels):
     return reds
 
 
-def test_no_stamp_is_in_train_and_test(study, folders):
-    from transfer_study.stamps import VIEWS, stamps
+def test_no_stamp_is_in_train_and_test(study, material, pictures, monkeypatch):
+    from transfer_study import stamps as module
 
+    for name, folder in ('CUTOUTS', 'cutouts'), ('BACKGROUNDS', 'photographs'):
+        path = pictures / folder
+        with pytest.raises(SystemExit, match='apt-get install') as error:
+            material.checked_folder(path, *getattr(module, name)[1:])
+        found = re.search('SHA-256 ([0-9a-f]{64})', str(error.value))[1]
+        kept = path, getattr(module, name)[1], found, ''
+        monkeypatch.setattr(module, name, kept)
     base = study.parse(['run', '--task', 'stamps', '--size', '32']).base
     tests = []
     for seed in range(2):
         trial = replace(base, seed=seed, stage='final')
         (train, test), (more, held) = (
-            [shown(*pair) for pair in stamps(replace(trial, stage=stage), **folders)]
+            [shown(*pair) for pair in module.stamps(replace(trial, stage=stage))]
             for stage in ('final', 'tune')
         )
         # All but the mirrored one; the three cows of a class are in one part.
@@ -240,9 +248,9 @@ def test_no_stamp_is_in_train_and_test(study, folders):
         assert all({label for label, _ in part} == {*range(8)} for part in (train, test))
         tests.append(frozenset(test))
     assert len({*tests}) == 2
-    (images, labels), _ = stamps(trial, **folders)
-    assert images.shape == (VIEWS * len(train), 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, stamps(trial, **folders)[0][0])
+    (images, labels), _ = module.stamps(trial)
+    assert images.shape == (module.VIEWS * len(train), 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images, module.stamps(trial)[0][0])
     assert len(images.unique(dim=0)) == len(images) == len(labels)
 
 
