@@ -37,7 +37,7 @@ def main() -> None:
     student, teacher = BACKBONES['convnextv2_atto'], BACKBONES['efficientnet_lite0']
     sources = [make() for name, make in SOURCES.items() if name != args.without]
     images = Stream(sources, args.steps * args.batch, SIZE, teacher.mean, teacher.std)
-    distil(student.make(None), teacher.make('').eval(), images, out, args.batch)
+    distil(student.make(None), teacher.make('pretraining').eval(), images, out, args.batch)
     print(f'Wrote {out}.')
 
 

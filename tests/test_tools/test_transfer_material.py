@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -259,15 +260,17 @@ def test_a_share_of_cutouts_is_as_near_as_subjects_allow(study):
     from transfer_study.stamps import split
 
     words = 'ant bee cat dog eel fox gnu hen'.split()
-    names = [f'{word}_{i}' for word in words for i in range(3)]
-    classes = dict(animal=dict.fromkeys(names), plant={f'fern{i}': None for i in range(3)})
-    classes['plant'] |= {'oak': None}
+    animals = [f'{word}_{i}.png' for word in words for i in range(3)]
+    plants = 'fern0.png', 'more/fern0.png', 'fern2.png', 'oak.png'
+    classes = dict(animal=dict.fromkeys(map(Path, animals)), plant=dict.fromkeys(map(Path, plants)))
     for share in 1 / 2, 2 / 3:
         for seed in range(5):
             first, second = split(classes, np.random.default_rng(seed), share)
             assert abs(len(first['animal']) - share * 24) <= 1.5
             assert {len(first['plant']), len(second['plant'])} == {1, 3}
-            kept = [{name.split('_')[0] for name in part['animal']} for part in (first, second)]
+            kept = [
+                {file.stem.split('_')[0] for file in part['animal']} for part in (first, second)
+            ]
             assert not kept[0] & kept[1] and kept[0] | kept[1] == {*words}
 
 

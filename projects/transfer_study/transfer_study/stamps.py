@@ -28,7 +28,7 @@ BACKGROUNDS = (
     'bcc88af3665d091341494eb1a1cf6b171ade9531bb1a196e4d5a7544609002d0',
     'apt-get install mate-backgrounds  # 1.26.0, 47 MB, GPL-2',
 )
-Classes = dict[str, dict[str, np.ndarray]]
+Classes = dict[str, dict[Path, np.ndarray]]
 
 read_classes, checked_folder = cache(read_classes), cache(material.checked_folder)
 
@@ -68,14 +68,14 @@ def split(classes: Classes, rng: np.random.Generator, share: float) -> tuple[Cla
     parts = {}, {}
     for label, pictures in classes.items():
         subjects = {}
-        for name in pictures:
-            word = re.split(r'[\d_-]', name)[0].lower() or name
-            subjects.setdefault(word, []).append(name)
+        for file in pictures:
+            word = re.split(r'[\d_-]', file.stem)[0].lower() or file.stem
+            subjects.setdefault(word, []).append(file)
         order = [subjects[word] for word in rng.permutation(list(subjects))]
-        counts = np.cumsum([len(names) for names in order[:-1]])
+        counts = np.cumsum([len(files) for files in order[:-1]])
         first = abs(counts - share * len(pictures)).argmin() + 1
         for part, chosen in zip(parts, (order[:first], order[first:]), strict=True):
-            part[label] = {name: pictures[name] for names in chosen for name in names}
+            part[label] = {file: pictures[file] for files in chosen for file in files}
     return parts
 
 
