@@ -52,6 +52,17 @@ def checked(path: Path, sha256: str, command: str) -> Path:
     return path
 
 
+def checked_folder(folder: Path, suffix: str, sha256: str, command: str) -> Path:
+    """The folder itself, if its files with a suffix are the right ones, as :func:`checked`."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob(f'*{suffix}')):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    if found.hexdigest() != sha256:
+        state = f'has SHA-256 {found.hexdigest()}' if folder.is_dir() else 'is missing'
+        raise SystemExit(f'{folder} {state}. Install the right one:\n  {command}')
+    return folder
+
+
 def installed(file: str, sha256: str, command: str) -> Path:
     """Where a package has put a file, ``package/path``.
 

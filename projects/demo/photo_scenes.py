@@ -111,13 +111,13 @@ def load_photos(cutouts=STAMPS, photographs=PHOTOGRAPHS):
 
 
 def read_classes(folder=STAMPS):
-    """The cut-outs of a folder as :func:`load_photos` takes it, by class and by name."""
+    """The cut-outs of a folder as :func:`load_photos` takes it, by class and by file."""
     own = (folder / CLASSES[0]).is_dir()
     classes = {}
     for name, inner in FOLDERS.items():
         files = sorted((folder / (name if own else inner)).rglob('*.png'))
-        read = {file.stem: read_cutout(file) for file in files if _is_photo_of_class(file)}
-        classes[name] = {stem: picture for stem, picture in read.items() if picture is not None}
+        read = {file: read_cutout(file) for file in files if _is_photo_of_class(file)}
+        classes[name] = {file: picture for file, picture in read.items() if picture is not None}
         _enough(classes[name], folder / (name if own else inner), 'PNG photos with alpha')
     return classes
 

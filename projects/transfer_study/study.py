@@ -165,7 +165,10 @@ def again(args: argparse.Namespace) -> None:
 
 def amount(text: str) -> int | float:
     """A number of parameters, or the share that a percentage stands for."""
-    return float(text[:-1]) / 100 if text.endswith('%') else int(text)
+    value = float(text[:-1]) / 100 if text.endswith('%') else int(text)
+    if value <= 0:
+        raise ValueError
+    return value
 
 
 def fitting(base: Trial, methods: list[str]) -> list[str]:

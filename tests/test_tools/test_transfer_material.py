@@ -1,9 +1,11 @@
 """The study's backbones and images: what is read from packages, and what is made of it."""
 
 import hashlib
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -139,13 +141,14 @@ def test_budgets_are_shares_of_the_backbone(study, capsys):
     shares = [budget('--backbone', 'mobilenetv2', '--budget', f'{x}%') for x in (0.5, 2, 8)]
     count = sum(p.numel() for p in torchvision.models.mobilenet_v2().features.parameters())
     np.testing.assert_allclose(shares, np.array([0.005, 0.02, 0.08]) * count, rtol=0.05)
-    with pytest.raises(SystemExit):
-        budget('--budget', 'two')
-    assert "invalid amount value: 'two'" in capsys.readouterr().err
+    for wrong in 'two', '0%':
+        with pytest.raises(SystemExit):
+            budget('--budget', wrong)
+        assert f"invalid amount value: '{wrong}'" in capsys.readouterr().err
 
 
 def test_methods_that_a_budget_does_not_allow_are_left_out(study, capsys):
-    names = ['frozen', 'bitfit', 'lora', 'trilora']
+    names = ['frozen', 'bitfit', 'lora']
     for share, fit in ('0.5%', names[:2]), ('2%', names):
         words = ['run', '--backbone', 'mobilenetv2', '--budget', share]
         assert study.fitting(study.parse(words).base, names) == fit
@@ -193,7 +196,7 @@ def coloured(path, red, seed, length=40):
 
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory, study):
+def pictures(tmp_path_factory, study):
     """Eight cut-outs of each class, each of its own red, on photographs of bright green."""
     from photo_scenes import CLASSES
 
@@ -205,8 +208,8 @@ def folders(tmp_path_factory, study):
     for index in range(4):
         photograph = np.full((300 + 90 * index, 400, 3), (0, 255, 0), np.uint8)
         (root / 'photographs').mkdir(exist_ok=True)
-        cv2.imwrite(str(root / 'photographs' / f'{index}.png'), photograph)
-    return dict(cutouts=root / 'cutouts', photographs=root / 'photographs')
+        cv2.imwrite(str(root / 'photographs' / f'{index}.jpg'), photograph)
+    return root
 
 
 def shown(images, labels):
@@ -218,15 +221,22 @@ def shown(images, labels):
     return reds
 
 
-def test_no_stamp_is_in_train_and_test(study, folders):
-    from transfer_study.stamps import VIEWS, stamps
+def test_no_stamp_is_in_train_and_test(study, material, pictures, monkeypatch):
+    from transfer_study import stamps as module
 
+    for name, folder in ('CUTOUTS', 'cutouts'), ('BACKGROUNDS', 'photographs'):
+        path = pictures / folder
+        with pytest.raises(SystemExit, match='apt-get install') as error:
+            material.checked_folder(path, *getattr(module, name)[1:])
+        found = re.search('SHA-256 ([0-9a-f]{64})', str(error.value))[1]
+        kept = path, getattr(module, name)[1], found, ''
+        monkeypatch.setattr(module, name, kept)
     base = study.parse(['run', '--task', 'stamps', '--size', '32']).base
     tests = []
     for seed in range(2):
         trial = replace(base, seed=seed, stage='final')
         (train, test), (more, held) = (
-            [shown(*pair) for pair in stamps(replace(trial, stage=stage), **folders)]
+            [shown(*pair) for pair in module.stamps(replace(trial, stage=stage))]
             for stage in ('final', 'tune')
         )
         # All but the mirrored one; the three cows of a class are in one part.
@@ -240,9 +250,9 @@ def test_no_stamp_is_in_train_and_test(study, folders):
         assert all({label for label, _ in part} == {*range(8)} for part in (train, test))
         tests.append(frozenset(test))
     assert len({*tests}) == 2
-    (images, labels), _ = stamps(trial, **folders)
-    assert images.shape == (VIEWS * len(train), 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, stamps(trial, **folders)[0][0])
+    (images, labels), _ = module.stamps(trial)
+    assert images.shape == (module.VIEWS * len(train), 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images, module.stamps(trial)[0][0])
     assert len(images.unique(dim=0)) == len(images) == len(labels)
 
 
@@ -250,15 +260,17 @@ def test_a_share_of_cutouts_is_as_near_as_subjects_allow(study):
     from transfer_study.stamps import split
 
     words = 'ant bee cat dog eel fox gnu hen'.split()
-    names = [f'{word}_{i}' for word in words for i in range(3)]
-    classes = dict(animal=dict.fromkeys(names), plant={f'fern{i}': None for i in range(3)})
-    classes['plant'] |= {'oak': None}
+    animals = [f'{word}_{i}.png' for word in words for i in range(3)]
+    plants = 'fern0.png', 'more/fern0.png', 'fern2.png', 'oak.png'
+    classes = dict(animal=dict.fromkeys(map(Path, animals)), plant=dict.fromkeys(map(Path, plants)))
     for share in 1 / 2, 2 / 3:
         for seed in range(5):
             first, second = split(classes, np.random.default_rng(seed), share)
             assert abs(len(first['animal']) - share * 24) <= 1.5
             assert {len(first['plant']), len(second['plant'])} == {1, 3}
-            kept = [{name.split('_')[0] for name in part['animal']} for part in (first, second)]
+            kept = [
+                {file.stem.split('_')[0] for file in part['animal']} for part in (first, second)
+            ]
             assert not kept[0] & kept[1] and kept[0] | kept[1] == {*words}
 
 
@@ -361,7 +373,7 @@ def test_pretraining_leaves_the_target_out(study, tmp_path, monkeypatch, script)
         left_out = backbones.SOURCE[task]
         with pytest.raises(SystemExit, match=f'pretrain.py --without {left_out}'):
             make(task)
-        words = f'pretrain.py --without {left_out} --steps 1 --batch 2 --size 32 --threads 1'
+        words = f'pretrain.py --without {left_out} --steps 1 --batch 2 --threads 1'
         monkeypatch.setattr('sys.argv', words.split())
         pretrain.main()
         assert {*opened} == pretrain.SOURCES.keys() - {left_out} and left_out in pretrain.SOURCES

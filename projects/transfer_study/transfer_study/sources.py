@@ -7,14 +7,14 @@ import material
 import numpy as np
 import skimage.data
 import torch
-from photo_scenes import PHOTOGRAPHS, STAMPS, Photos, read_cutout
+from photo_scenes import Photos, read_cutout
 from scenes import draw_scene, to_uint8
 from skimage.color import gray2rgb
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .stamps import backgrounds, shrunk
+from .stamps import BACKGROUNDS, CUTOUTS, backgrounds, checked_folder, shrunk
 
 # Pictures that scikit-image is installed with.
 PICTURES = (
@@ -42,8 +42,9 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 def stamps() -> Draw:
     """One or two cut-outs of any kind on a photograph, RGB from 0 to 1."""
-    pictures = [read_cutout(file) for file in sorted(STAMPS.rglob('*.png'))]
-    source = Photos([[p for p in pictures if p is not None]], backgrounds(PHOTOGRAPHS))
+    pictures = [read_cutout(file) for file in sorted(checked_folder(*CUTOUTS).rglob('*.png'))]
+    photographs = backgrounds(checked_folder(*BACKGROUNDS))
+    source = Photos([[p for p in pictures if p is not None]], photographs)
 
     def draw(rng, size):
         length = [size * x for x in LENGTH]
@@ -56,7 +57,8 @@ def photographs() -> Draw:
     """A part of a photograph, of MATE's or of those of scikit-image and scikit-learn."""
     pictures = [getattr(skimage.data, name)() for name in PICTURES] + load_sample_images().images
     coloured = [x if x.ndim == 3 else gray2rgb(x) for x in pictures]
-    return Photos([], backgrounds(PHOTOGRAPHS) + [shrunk(x) for x in coloured]).background
+    nature = backgrounds(checked_folder(*BACKGROUNDS))
+    return Photos([], nature + [shrunk(picture) for picture in coloured]).background
 
 
 def fashion_mnist() -> Draw:

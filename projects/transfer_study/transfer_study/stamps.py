@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import cv2
+import material
 import numpy as np
 import torch
 from photo_scenes import PHOTOGRAPHS, STAMPS, Photos, read_classes, read_photographs
@@ -15,9 +16,21 @@ from .trial import Trial
 
 VIEWS = 4  # of a cut-out, each on another part of a photograph
 LENGTH = (0.6, 0.95)  # of a cut-out, in sides of the image
-Classes = dict[str, dict[str, np.ndarray]]
+CUTOUTS = (
+    STAMPS,
+    '.png',
+    'a97c32070a372b71aa77e2d20282a2d91f27131c73ceae8bafc05666e8323702',
+    'apt-get install tuxpaint-stamps-default  # 2022.06.04, 161 MB, GPL-2',
+)
+BACKGROUNDS = (
+    PHOTOGRAPHS,
+    '.jpg',
+    'bcc88af3665d091341494eb1a1cf6b171ade9531bb1a196e4d5a7544609002d0',
+    'apt-get install mate-backgrounds  # 1.26.0, 47 MB, GPL-2',
+)
+Classes = dict[str, dict[Path, np.ndarray]]
 
-read_classes = cache(read_classes)
+read_classes, checked_folder = cache(read_classes), cache(material.checked_folder)
 
 
 @cache
@@ -32,20 +45,19 @@ def shrunk(picture: np.ndarray) -> np.ndarray:
     return cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
 
 
-def stamps(
-    trial: Trial, cutouts: Path = STAMPS, photographs: Path = PHOTOGRAPHS
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def stamps(trial: Trial) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Images (N, 3, size, size) uint8 and labels (N,) to train on, and those to score.
 
     Half of the cut-outs are to train, the other half is the test set; two thirds of the first
     half and the rest of it, where settings are tuned. Each seed splits anew.
     """
+    classes = read_classes(checked_folder(*CUTOUTS))
+    photographs = backgrounds(checked_folder(*BACKGROUNDS))
     rng = np.random.default_rng(trial.seed)
-    train, held = split(read_classes(cutouts), rng, 1 / 2)
+    train, held = split(classes, rng, 1 / 2)
     if trial.stage == 'tune':
         train, held = split(train, rng, 2 / 3)
-    scenes = backgrounds(photographs)
-    return tuple(views(part, scenes, rng, trial.size) for part in (train, held))
+    return tuple(views(part, photographs, rng, trial.size) for part in (train, held))
 
 
 def split(classes: Classes, rng: np.random.Generator, share: float) -> tuple[Classes, Classes]:
@@ -56,14 +68,14 @@ def split(classes: Classes, rng: np.random.Generator, share: float) -> tuple[Cla
     parts = {}, {}
     for label, pictures in classes.items():
         subjects = {}
-        for name in pictures:
-            word = re.split(r'[\d_-]', name)[0].lower() or name
-            subjects.setdefault(word, []).append(name)
+        for file in pictures:
+            word = re.split(r'[\d_-]', file.stem)[0].lower() or file.stem
+            subjects.setdefault(word, []).append(file)
         order = [subjects[word] for word in rng.permutation(list(subjects))]
-        counts = np.cumsum([len(names) for names in order[:-1]])
+        counts = np.cumsum([len(files) for files in order[:-1]])
         first = abs(counts - share * len(pictures)).argmin() + 1
         for part, chosen in zip(parts, (order[:first], order[first:]), strict=True):
-            part[label] = {name: pictures[name] for names in chosen for name in names}
+            part[label] = {file: pictures[file] for files in chosen for file in files}
     return parts
 
 
