@@ -44,7 +44,7 @@ BACKBONE = 'efficientnet_lite0'  # of the demo's configs
 FOLDER = Path('work_dirs/transfer_study')
 BATCH = 8
 TRAIN, HELD = 400, dict(tune=120, final=300)  # scenes
-HEADS_EPOCHS, HEADS_RATE = 24, 2e-3  # of the detector on the frozen backbone
+HEADS_EPOCHS, HEADS_RATE = 16, 2e-3  # of the detector on the frozen backbone
 
 
 class Scenes(NamedTuple):
