@@ -8,6 +8,7 @@ BatchNorm keeps its pretrained statistics in every method, full fine-tuning incl
 import fcntl
 import io
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -174,6 +175,7 @@ def converged(trial: Trial) -> Path:
             mmpeft.merge(model)
             with replacing(path) as temporary:
                 torch.save(dict(state_dict=model.state_dict()), temporary)
+            shutil.rmtree(work_dir)
     return path
 
 
