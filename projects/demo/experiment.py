@@ -29,6 +29,8 @@ TASKS = dict(
     ),
     photos=dict(ade20k='efficientnet', coco='efficientnet', dota='efficientnet'),
 )
+# What is compared with the frozen backbone; on photos flora's own scale does harm (docs/demo.md).
+DEFAULTS = dict(digits='flora', photos="dict(type='FLoRA', rank=8, kernel_rank=2, scale=1.0)")
 FOLDERS = {data: Path('data') / data for data in TASKS}
 BASES = dict(
     convnext=WORK / 'base.pth',

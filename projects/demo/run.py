@@ -15,7 +15,7 @@ import signal
 import sys
 
 from demo_report import show_report
-from experiment import TASKS, Experiment, make_data_and_base, methods
+from experiment import DEFAULTS, TASKS, Experiment, make_data_and_base, methods
 from jobs import run_jobs
 
 from mmpeft.engine.launch import run
@@ -42,13 +42,15 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--method', default='flora', help=', '.join(methods()))
+    parser.add_argument('--method', help=', '.join(methods()))
     parser.add_argument('--data', default='digits', help=' or '.join(TASKS))
     parser.add_argument('--task', default='coco', help=', '.join(TASKS['digits']))
     parser.add_argument('--seed', type=int, default=0, help='of heads, adapters and batches')
     parser.add_argument('--cutouts', help='of --data photos: see photos.py')
     parser.add_argument('--photographs', help='of --data photos: see photos.py')
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.method = args.method or DEFAULTS.get(args.data, 'flora')
+    return args
 
 
 def pictures_of(args):

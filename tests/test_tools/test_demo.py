@@ -75,6 +75,18 @@ def test_every_task_can_be_run(data, task, scope, experiment):
     assert cfg.model.backbone.checkpoint == str(base)
 
 
+@pytest.mark.parametrize('words, scale', [([], 4.0), (['--data', 'photos'], 1.0)])
+def test_the_default_is_flora_at_a_scale_for_the_data(
+    words, scale, experiment, script, monkeypatch
+):
+    run = script('projects/demo', 'run')
+    monkeypatch.setattr('sys.argv', ['run.py', *words])
+    args = run.parse_args()
+    cfg = experiment.Experiment(args.method, args.task, args.seed, args.data).cfg
+    method = cfg.default_hooks.peft.method
+    assert (method.type, method.scale) == ('FLoRA', scale)
+
+
 @pytest.mark.parametrize(
     'method, task, expected',
     [

@@ -106,6 +106,24 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
     assert dense.adapted(trial, dense.FOLDER / 'run').default_hooks.peft.sensitivity == 8
 
 
+def test_heads_whose_training_was_interrupted_go_on(study, dense, monkeypatch):
+    trial = replace(base_of(study, 'photos_ade20k'), seed=1)
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense.mmpeft, 'merge', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            dense.converged(trial)
+    (last,) = (dense.FOLDER / 'heads').rglob('iter_2.pth')
+    trained = torch.load(last, weights_only=False)['state_dict']
+    monkeypatch.setattr(dense, 'HEADS_RATE', 1.0)  # with which another training would differ
+    state = torch.load(dense.converged(trial), weights_only=True)['state_dict']
+    assert all(torch.equal(state[name], value) for name, value in trained.items())
+    assert 'decode_head.conv_seg.weight' in trained and not last.exists()
+
+
 def test_a_training_that_fails_is_a_record(study, dense):
     trial = replace(base_of(study, 'photos_coco'), method='full', rate=1e20, epochs=2)
     record = dense.run_dense(trial)

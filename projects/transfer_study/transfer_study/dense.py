@@ -8,6 +8,7 @@ BatchNorm keeps its pretrained statistics in every method, full fine-tuning incl
 import fcntl
 import io
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ BACKBONE = 'efficientnet_lite0'  # of the demo's configs
 FOLDER = Path('work_dirs/transfer_study')
 BATCH = 8
 TRAIN, HELD = 400, dict(tune=120, final=300)  # scenes
-HEADS_EPOCHS, HEADS_RATE = 24, 2e-3  # of the detector on the frozen backbone
+HEADS_EPOCHS, HEADS_RATE = 16, 2e-3  # of the detector on the frozen backbone
 
 
 class Scenes(NamedTuple):
@@ -174,6 +175,7 @@ def converged(trial: Trial) -> Path:
             mmpeft.merge(model)
             with replacing(path) as temporary:
                 torch.save(dict(state_dict=model.state_dict()), temporary)
+            shutil.rmtree(work_dir)
     return path
 
 

@@ -64,7 +64,7 @@ TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
         size=128,
         short=2,
         long=4,
-        final=8,
+        final=6,
         trains_frozen=True,
     )
     for name, scenes in CONFIGS.items()
