@@ -65,7 +65,7 @@ def sensitivity(
     weights = [site.original for site in by_weight.values()]
     device = weights[0].device
     with (
-        torch.random.fork_rng([device] if device.type == 'cuda' else []),
+        torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type=device.type),
         _gradients_of(model, weights, target_module(model, targets.module)),
     ):
         count = torch.zeros((), device=device)
