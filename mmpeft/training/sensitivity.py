@@ -59,7 +59,7 @@ def sensitivity(
         TrainingError: The gradients are zero everywhere, or not finite.
     """
     method, targets = METHODS.build(method), Targets.of(targets)
-    sites = budgeted(method, select(model, method, targets))
+    sites = budgeted(select(model, method, targets))
     _check(method, sites)
     by_weight = {site.tie_key: site for site in sites}
     weights = [site.original for site in by_weight.values()]
@@ -71,7 +71,9 @@ def sensitivity(
         count = torch.zeros((), device=device)
         for batch in batches:
             with torch.enable_grad():
-                loss(model, batch).backward()
+                value = loss(model, batch)
+            if value.requires_grad:
+                value.backward()
             count += 1
         count = _sum(count).item()
         if not count:
