@@ -12,8 +12,8 @@ def distribute(
     a loss of smoothness L by sum_i sum_{k <= r_i} s_ik^2 / 2L, with s_ik the k-th singular value of
     dL/dW_i (Eckart and Young, 1936). So gains[i] are the s_ik^2, and the sum over all ranks within
     the budget is a knapsack of multiple choice. It is filled in the order of gain per parameter,
-    averaged over the ranks where it would rise (Sinha and Zoltners, 1979), which is optimal for
-    the parameters that it spends up to the first rank that does not fit.
+    averaged over the ranks where it would rise (Sinha and Zoltners, 1979). Where it falls
+    everywhere, no other ranks of that size gain more, up to the first rank that does not fit.
 
     Every weight has rank 1 at least: one without an adapter could never train, whatever the batches
     left out. Of two weights of equal sizes the one that gains more from each rank has no lower

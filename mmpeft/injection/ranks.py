@@ -74,7 +74,7 @@ def settle_ranks(
             weights allows, or ``sensitivity`` is given without a budget or lacks a site.
     """
     ranked = [site for site in sites if isinstance(site.method, Ranked)]
-    free = budgeted(method, ranked)
+    free = budgeted(ranked)
     if sensitivity is not None and not free:
         raise UsageError(
             f'sensitivity distributes the budget of a method, and {method} leaves no rank open. '
@@ -93,8 +93,8 @@ def settle_ranks(
     return method
 
 
-def budgeted(method: Method, sites: Iterable[Site]) -> list[Site]:
-    """The sites of a method whose rank its budget decides."""
+def budgeted(sites: Iterable[Site]) -> list[Site]:
+    """The sites whose rank the budget of their method decides."""
     return [site for site in sites if getattr(site.method, 'budget', None) is not None]
 
 

@@ -10,7 +10,7 @@ whose weights are all zero stays zero instead of becoming NaN.
 
 from dataclasses import replace
 
-from torch.func import vjp
+import torch
 
 from .base import Card, register
 from .channels import magnitude_ratio, output_norm, per_output
@@ -42,8 +42,11 @@ class DoRA(LoRA):
 
     def update_gradient(self, weight, gradient, spec):
         magnitude = output_norm(weight, spec)
-        _, pulled = vjp(lambda direction: self._normed(direction, magnitude, spec), weight)
-        return super().update_gradient(weight, *pulled(gradient), spec)
+        with torch.enable_grad():
+            direction = weight.detach().requires_grad_()
+            normed = self._normed(direction, magnitude, spec)
+            (gradient,) = torch.autograd.grad(normed, direction, gradient)
+        return super().update_gradient(weight, gradient, spec)
 
     def _normed(self, direction, magnitude, spec):
         ratio = magnitude_ratio(magnitude, output_norm(direction, spec), self.detach_norm)

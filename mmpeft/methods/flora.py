@@ -109,8 +109,10 @@ class FLoRA(Ranked, DeltaMethod):
     def gains(self, weight, gradient, spec):
         """From the core of dL/d(dW): what the leading vectors of each mode capture of it."""
         energy = core_energy(self.update_gradient(weight, gradient, spec))
-        ranks = [self.with_rank(n + 1).ranks(spec) for n in range(self.max_rank(spec))]
-        captured = energy[tuple(torch.tensor(ranks).T - 1)]
+        last = torch.arange(self.max_rank(spec))
+        channels = (last.clamp(max=size - 1) for size in spec.shape[:2])
+        kernel = (min(self.kernel_rank, size) - 1 for size in spec.kernel_size)
+        captured = energy[(*channels, *kernel)]
         return captured.diff(prepend=captured.new_zeros(1))
 
     def delta(self, factors, spec):

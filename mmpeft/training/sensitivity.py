@@ -59,19 +59,21 @@ def sensitivity(
         TrainingError: The gradients are zero everywhere, or not finite.
     """
     method, targets = METHODS.build(method), Targets.of(targets)
-    sites = budgeted(method, select(model, method, targets))
+    sites = budgeted(select(model, method, targets))
     _check(method, sites)
     by_weight = {site.tie_key: site for site in sites}
     weights = [site.original for site in by_weight.values()]
     device = weights[0].device
     with (
-        torch.random.fork_rng([device] if device.type == 'cuda' else []),
+        torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type=device.type),
         _gradients_of(model, weights, target_module(model, targets.module)),
     ):
         count = torch.zeros((), device=device)
         for batch in batches:
             with torch.enable_grad():
-                loss(model, batch).backward()
+                value = loss(model, batch)
+            if value.requires_grad:
+                value.backward()
             count += 1
         count = _sum(count).item()
         if not count:

@@ -236,6 +236,7 @@ def test_what_cannot_be_measured():
         refused(UsageError, f'not of {kind}', dict(type=kind, budget=BUDGET))
     refused(UsageError, 'no batch', batches=[])
     refused(TrainingError, 'all zero', loss=lambda model, batch: 0 * cross_entropy(model, batch))
+    refused(TrainingError, 'all zero', loss=lambda model, batch: batch[0].mean())
     infinite = [(x * float('inf'), y) for x, y in batches]
     refused(TrainingError, 'not finite', batches=infinite)
     adapted = Net()
