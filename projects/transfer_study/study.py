@@ -192,7 +192,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('command', choices=('run', 'report', 'status', 'again'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
-    parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
+    parser.add_argument('--backbone', choices=BACKBONES, help="the task's first, if out")
     parser.add_argument('--size', type=int, help="side of the images, pixels; the task's own")
     parser.add_argument(
         '--budget', type=amount, default='2%', help="parameters of the adapters, or '2%%' of all"
@@ -207,8 +207,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--count', type=int, default=3, help='trials that are run again')
     parser.add_argument('--draw', type=int, default=0, help='seed that chooses them')
     args = parser.parse_args(arguments)
-    if args.backbone not in TASKS[args.task].backbones:
-        known = ', '.join(TASKS[args.task].backbones)
+    known = list(TASKS[args.task].backbones)
+    args.backbone = args.backbone or known[0]
+    if args.backbone not in known:
+        known = ', '.join(known)
         parser.error(f'--task {args.task} runs with --backbone {known}, not {args.backbone}.')
     if args.main:
         args.methods = list(MAIN)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -32,6 +33,7 @@ def dense(study, tmp_path_factory):
 
 
 def made_small(monkeypatch):
+    import base
     import photo_scenes
     from transfer_study import aerial
     from transfer_study import dense as module
@@ -56,6 +58,12 @@ def made_small(monkeypatch):
         return timm.create_model('tf_efficientnet_lite0', num_classes=0)
 
     monkeypatch.setitem(module.BACKBONES, 'efficientnet_lite0', Backbone(network, 127.0, 128.0))
+    with pytest.raises(SystemExit, match=r'base\.pth is missing.*\n  python projects/demo/digits'):
+        module.BACKBONES['convnextv2_digits'].make('digits_coco')
+    torch.manual_seed(4)
+    Path('work_dirs/demo').mkdir(parents=True)
+    state = timm.create_model(**base.MODEL, num_classes=10).state_dict()
+    torch.save(dict(state_dict=state), 'work_dirs/demo/base.pth')
     for name, value in dict(TRAIN=4, BATCH=2, HELD=dict(tune=2, final=3), HEADS_EPOCHS=1).items():
         monkeypatch.setattr(module, name, value)
     return module
@@ -65,7 +73,10 @@ def base_of(study, task):
     return replace(study.parse(['run', '--task', task, '--size', '64']).base, head_rate=1e-3)
 
 
-@pytest.mark.parametrize('task', ['photos_coco', 'photos_ade20k', 'photos_dota', 'aerial'])
+TASKS = 'digits_coco', 'photos_coco', 'photos_ade20k', 'photos_dota', 'aerial'
+
+
+@pytest.mark.parametrize('task', TASKS)
 def test_a_trial_trains_and_is_scored(task, study, dense):
     from transfer_study.tasks import TASKS
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import base
 import material
 import timm
 import torch
@@ -14,6 +15,7 @@ IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 # Where a backbone is pretrained by the study: what a task's images are made of is left out.
 WORK = Path('work_dirs/transfer_study')
+DIGITS = Path('work_dirs/demo/base.pth')
 SOURCE = dict(fashion_mnist_1k='fashion_mnist', stamps='stamps')
 
 
@@ -82,6 +84,22 @@ def convnextv2_atto(task: str | None) -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
+def convnextv2_digits(task: str | None) -> nn.Module:
+    """The small ConvNeXt-V2 that the demo trains on single digits: (N, 320).
+
+    Raises:
+        SystemExit: The demo has not trained it; says which commands do.
+    """
+    net = timm.create_model(**base.MODEL, num_classes=0)
+    if task is not None:
+        if not DIGITS.exists():
+            commands = 'python projects/demo/digits.py && python projects/demo/base.py'
+            raise SystemExit(f'{DIGITS} is missing. Train it, in about a minute:\n  {commands}')
+        state = torch.load(DIGITS, weights_only=True)['state_dict']
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+    return net.to(memory_format=torch.channels_last)
+
+
 def pretrained_path(source: str) -> Path:
     """Where ``pretrain.py`` writes the backbone that has not seen a source of images."""
     return WORK / f'convnextv2_atto_without_{source}.pth'
@@ -92,4 +110,5 @@ BACKBONES = dict(
     mobilenetv2=Backbone(mobilenetv2, *IMAGENET),
     vit_small_14=Backbone(vit_small_14, *IMAGENET, patch=14),
     convnextv2_atto=Backbone(convnextv2_atto, 127.0, 128.0),
+    convnextv2_digits=Backbone(convnextv2_digits, base.MEAN, base.STD),
 )
