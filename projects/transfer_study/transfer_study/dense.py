@@ -1,4 +1,4 @@
-"""One trial of detection or segmentation, trained by a Runner on scenes of digits or photos, or aerial tiles.
+"""One trial of detection or segmentation, trained by a Runner on scenes or aerial tiles.
 
 A detector on the frozen backbone is trained first, once for each draw of scenes. Every method
 starts from it and trains its heads on for the same number of steps, the frozen backbone too.
