@@ -20,7 +20,7 @@ SIZE = 64  # of the images, pixels
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--without', choices=SOURCES, required=True, help='the target, left out')
-    parser.add_argument('--steps', type=int, default=12_000)
+    parser.add_argument('--steps', type=int, default=10_000)
     parser.add_argument('--batch', type=int, default=64, help='images a step')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     return parser.parse_args(arguments)
