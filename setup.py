@@ -23,7 +23,10 @@ OPENMMLAB = [
 ]
 DET = [*OPENMMLAB, 'onedl-mmdetection>=3.5.1,<4']
 ONNX = ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5']
-QUANTIZED = ['torchao>=0.18,<0.19']  # the tensors that frozen_dtype is made of
+QUANTIZED = [
+    'torchao>=0.18,<0.19',  # the tensors that frozen_dtype is made of
+    'accelerate>=1',  # builds networks without memory for their weights
+]
 EXTRAS = {
     'det': DET,
     'cls': [*OPENMMLAB, 'onedl-mmpretrain>=1.3.6,<2'],

@@ -22,6 +22,7 @@ from mmpeft.serving.shared_base import share_base
 from mmpeft.training.allocation import allocate
 from mmpeft.training.monitor import Monitor as monitor
 from mmpeft.training.penalty import penalty
+from mmpeft.training.sensitivity import sensitivity
 
 from .registry import METHODS, register_config_packages
 from .version import __version__
@@ -42,6 +43,7 @@ __all__ = [
     'remove',
     'save_adapter',
     'save_pretrained',
+    'sensitivity',
     'share_base',
     'summary',
     'unmerge',

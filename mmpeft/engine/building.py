@@ -63,7 +63,8 @@ def adapt(
             f'{cfg.filename} has no PEFTHook, so nothing is adapted. Add --method, such as '
             '--method flora.'
         )
-    found = injections(**{k: hook[k] for k in ('method', 'targets', 'unfreeze') if k in hook})
+    names = ('method', 'targets', 'unfreeze', 'sensitivity')
+    found = injections(**{name: hook[name] for name in names if name in hook})
     if rank is not None:
         found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
     ways = {name: hook[name] for name in ('execution', 'memory', 'frozen_dtype') if name in hook}

@@ -34,6 +34,7 @@ def plain_config(cfg: Config) -> Config:
     backbone = plain.model.get('backbone', {})
     if backbone.get('type') == 'mmpeft.TimmBackbone':
         backbone.update(pretrained=False, checkpoint=None)
+        backbone.pop('frozen_dtype', None)
     if backbone.get('frozen_dtype') in FORMATS:
         backbone.frozen_dtype = (
             'bfloat16'  # which merged weights are, and few bits would round them

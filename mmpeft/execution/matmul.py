@@ -14,6 +14,8 @@ from .cpu import onednn
 AMX = torch.cpu._is_amx_tile_supported()
 # Elements of a part of a map that stays in a processor's cache.
 CACHED = 2**17
+# Positions of an image up to which one product of all images is faster than one an image.
+FEW = 16
 
 
 def is_low(x: Tensor) -> bool:
@@ -76,19 +78,26 @@ class ChannelsFirst:
 
     @staticmethod
     def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if onednn.pays(x, weight):
+        if _are_few(x):
+            y = _images(linear(weight, _joined(x).T), len(x))
+        elif onednn.pays(x, weight):
             return onednn.channels_first(x, weight, bias)
-        y = torch.matmul(weight, x)
+        else:
+            y = torch.matmul(weight, x)
         return y if bias is None else y.add_(bias[:, None])
 
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if _are_few(x):
+            return y.copy_(_images(torch.addmm(_joined(y), weight, _joined(x)), len(x)))
         return y.baddbmm_(weight.expand(len(x), -1, -1), x)
 
     @staticmethod
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         if not len(dy):
             return dy.new_zeros(dy.shape[1], x.shape[1])
+        if _are_few(x):
+            return linear(_joined(dy), _joined(x))
         result = linear(dy[0], x[0])
         for one, other in zip(dy[1:], x[1:], strict=True):
             result += linear(one, other)
@@ -104,6 +113,20 @@ class ChannelsFirst:
     @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
         return dy.sum((0, 2))
+
+
+def _are_few(x: Tensor) -> bool:
+    return len(x) > 1 and x.shape[2] <= FEW
+
+
+def _joined(x: Tensor) -> Tensor:
+    """The positions of all images, (N, C, T) to (C, N T)."""
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+
+def _images(y: Tensor, count: int) -> Tensor:
+    """(C, N T) to (N, C, T)."""
+    return y.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
 
 
 def _rows(x: Tensor) -> int:

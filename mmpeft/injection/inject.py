@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, BALANCED, CHOICES, MEMORY, PLAIN, SPEED
@@ -37,6 +37,7 @@ def inject(
     execution: str = AUTO,
     memory: str = SPEED,
     frozen_dtype: str | None = None,
+    sensitivity: Mapping[str, Tensor] | None = None,
 ) -> Summary:
     """Freeze a model's target module and adapt it, in place.
 
@@ -71,6 +72,9 @@ def inject(
             that keeps least counts.
         frozen_dtype: Store the frozen weights of linear layers in few bits by torchao: ``'int8'``,
             ``'fp8'`` or ``'nf4'``; as they are if None. The adapters belong to the rounded weights.
+        sensitivity: From :func:`mmpeft.sensitivity` with the same method and targets. The method's
+            budget is distributed by it (:mod:`~mmpeft.injection.distribution`), within
+            ``targets.max_share`` or, without it, the size of each weight. One rank for all if None.
 
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
@@ -90,7 +94,7 @@ def inject(
     adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
     check_prompts(model, sites)
-    method = _resolved(settle_ranks(method, sites, targets.max_share), sites)
+    method = _resolved(settle_ranks(method, sites, targets.max_share, sensitivity), sites)
     root = target_module(model, targets.module)
     trained = _trained(root, unfreeze)
     _check_trainable(method, root, trained, frozen_dtype)

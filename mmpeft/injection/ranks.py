@@ -3,15 +3,17 @@
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.methods import Method, Ranked
 from mmpeft.methods.spec import InsertionPoint, WeightSpec
 
+from .distribution import distribute
 from .site import Site
 
 UNITS = {'': 1, 'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9}
@@ -52,21 +54,38 @@ def largest(fits, low: int, high: int) -> int:
     return low + bisect_left(range(low + 1, high + 1), True, key=lambda n: not fits(n))
 
 
-def settle_ranks(method: Method, sites: list[Site], max_share: float | None = None) -> Method:
+def settle_ranks(
+    method: Method,
+    sites: list[Site],
+    max_share: float | None = None,
+    sensitivity: Mapping[str, Tensor] | None = None,
+) -> Method:
     """Give each site its final rank, in place: spend the budget, check, cap.
 
     Args:
-        method: The method before the targets' overrides, returned with its budget spent.
+        method: The method before the targets' overrides, returned with its budget spent on one
+            rank for all sites.
         sites: Of the method and its overrides.
         max_share: As in :class:`~mmpeft.injection.targets.Targets`.
+        sensitivity: As in :func:`mmpeft.inject`.
 
     Raises:
-        UsageError: The budget is smaller than rank 1 needs, or a rank is
-            larger than any of its weights allows.
+        UsageError: The budget is smaller than rank 1 needs, a rank is larger than any of its
+            weights allows, or ``sensitivity`` is given without a budget or lacks a site.
     """
     ranked = [site for site in sites if isinstance(site.method, Ranked)]
+    free = budgeted(ranked)
+    if sensitivity is not None and not free:
+        raise UsageError(
+            f'sensitivity distributes the budget of a method, and {method} leaves no rank open. '
+            "Write a budget in place of the rank, such as budget='300k', or leave sensitivity out."
+        )
     if isinstance(method, Ranked) and method.budget is not None:
-        method = _spend_budget(method, ranked)
+        budget = parse_count(method.budget)
+        method = _spend_budget(method, ranked, free, budget)
+        if sensitivity is not None:
+            share = 1.0 if max_share is None else max_share
+            _distribute(budget - _size(set(ranked) - set(free)), free, share, sensitivity)
     check_ranks(ranked)
     if max_share is not None:
         for site in ranked:
@@ -74,9 +93,46 @@ def settle_ranks(method: Method, sites: list[Site], max_share: float | None = No
     return method
 
 
-def _spend_budget(method, sites):
-    budget = parse_count(method.budget)
-    free = [site for site in sites if site.method.budget is not None]
+def budgeted(sites: Iterable[Site]) -> list[Site]:
+    """The sites whose rank the budget of their method decides."""
+    return [site for site in sites if getattr(site.method, 'budget', None) is not None]
+
+
+def _size(sites):
+    return adapters_size((s.method, s.spec) for s in {s.tie_key: s for s in sites}.values())
+
+
+def _distribute(budget, sites, max_share, sensitivity):
+    sizes_of = cache(_sizes)  # networks repeat their blocks
+    sizes, gains, tied = [], [], defaultdict(list)
+    for site in sites:
+        tied[site.tie_key].append(site)
+    for site, *_ in tied.values():
+        if site.name not in sensitivity:
+            raise UsageError(
+                f'sensitivity has no entry {site.name!r}. Measure it with the method and targets '
+                'that are injected: mmpeft.sensitivity(model, method, batches, loss, targets).'
+            )
+        gained, most = sensitivity[site.name].tolist(), min(budget, max_share * site.spec.numel)
+        sizes.append(sizes_of(site.method, site.spec, len(gained), most))
+        gains.append(gained[: len(sizes[-1])])
+    for same, rank in zip(tied.values(), distribute(budget, sizes, gains), strict=True):
+        for site in same:
+            site.method = site.method.with_rank(rank)
+
+
+def _sizes(method, spec, highest, most):
+    """Parameters at rank 1 and at those up to ``highest`` where they are no more than ``most``."""
+    found = []
+    for rank in range(1, highest + 1):
+        size = adapters_size([(method.with_rank(rank), spec)])
+        if found and size > most:
+            break
+        found.append(size)
+    return found
+
+
+def _spend_budget(method, sites, free, budget):
     sites = list({site.tie_key: site for site in sites}.values())
 
     def needed(rank):

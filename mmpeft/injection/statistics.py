@@ -1,5 +1,7 @@
 """Running statistics of frozen norms, which stay as they are in training too."""
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from mmpeft.execution.classes import change_class, restore_class
@@ -17,15 +19,21 @@ class FrozenStatistics:
         return super().train(False)
 
 
+def norms_to_freeze(module: nn.Module) -> Iterator[nn.Module]:
+    """The norm layers in a module with running statistics that are not newly initialized."""
+    new = newly_initialized(module)
+    for path, layer in layers(module):
+        if isinstance(layer, STATISTICS) and not is_below(path, new):
+            yield layer
+
+
 def freeze_statistics(module: nn.Module) -> None:
-    """Hold the running statistics of all norm layers in a module that are not newly initialized.
+    """Hold the running statistics of :func:`norms_to_freeze`.
 
     The layers change their class, so that ``model.train()`` and ``copy.deepcopy`` keep the effect.
     """
-    new = newly_initialized(module)
-    for path, layer in layers(module):
-        held = isinstance(layer, STATISTICS) and not is_below(path, new)
-        if held and not isinstance(layer, FrozenStatistics):
+    for layer in norms_to_freeze(module):
+        if not isinstance(layer, FrozenStatistics):
             change_class(layer, FrozenStatistics)
             layer.train(layer.training)
 

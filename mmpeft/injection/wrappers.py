@@ -1,7 +1,7 @@
 """Models inside wrappers (DDP, torch.compile, FSDP, activation checkpointing), and sharded ones."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
-from mmpeft.methods.adapter import SHARDED
+from mmpeft.methods.adapter import SHARDED, Adapter
 
 # The children that hold what FSDP, torch.compile and checkpoint_wrapper wrap.
 WRAPPED = '_fsdp_wrapped_module', '_orig_mod', '_checkpoint_wrapped_module'
@@ -73,12 +73,25 @@ def local_part(tensor: Tensor) -> Tensor:
 def refuse_sharded(model: nn.Module, name: str) -> None:
     """Raise UsageError, on every rank alike, for a function that takes no sharded model."""
     if is_sharded(model):
-        raise UsageError(
-            f'mmpeft.{name} needs whole parameters, and this model is sharded (FSDP, fully_shard '
-            'or DTensor); nothing was changed. Call it before the model is sharded, or write the '
-            'adapters with mmpeft.save_adapter on all ranks, load them into a model that is not '
-            f'sharded, and call {name} there.'
-        )
+        _refuse(name)
+
+
+def refuse_parts(adapters: Iterable[Adapter], name: str) -> None:
+    """Raise UsageError for a function of adapters of whose factors a rank holds only parts."""
+    for adapter in adapters:
+        for key, shape in adapter.shapes.items():
+            value = getattr(adapter, key)
+            if local_part(value) is not value or tuple(value.shape) != shape:
+                _refuse(name)
+
+
+def _refuse(name):
+    raise UsageError(
+        f'mmpeft.{name} needs whole parameters, and this model is sharded (FSDP, fully_shard '
+        'or DTensor); nothing was changed. Call it before the model is sharded, or write the '
+        'adapters with mmpeft.save_adapter on all ranks, load them into a model that is not '
+        f'sharded, and call {name} there.'
+    )
 
 
 def refuse_ddp(model: nn.Module, name: str) -> None:

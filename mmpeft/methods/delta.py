@@ -116,6 +116,10 @@ class DeltaMethod(Method):
         scale = (1.0 if is_auto else self.scaling) / size ** (1 / self.scale_power)
         return replace(self, scale=float(f'{scale:.1e}'))
 
+    def update_gradient(self, weight: Tensor, gradient: Tensor, spec: WeightSpec) -> Tensor:
+        """dL/d(dW) at dW = 0 and scale 1 from dL/dW', all of ``spec.shape``."""
+        return gradient if self.update == 'additive' else gradient * weight
+
     def first_step(self, spec: WeightSpec) -> float:
         """c: by how much the first Adam step moves an entry of dW, for a rate and scale of 1.
 

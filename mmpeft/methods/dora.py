@@ -10,6 +10,8 @@ whose weights are all zero stays zero instead of becoming NaN.
 
 from dataclasses import replace
 
+import torch
+
 from .base import Card, register
 from .channels import magnitude_ratio, output_norm, per_output
 from .lora import LoRA
@@ -36,8 +38,18 @@ class DoRA(LoRA):
 
     def apply(self, weight, factors, spec, training=False):
         direction = super().apply(weight, factors, spec, training)
-        norm = output_norm(direction, spec)
-        ratio = magnitude_ratio(factors['magnitude'], norm, self.detach_norm)
+        return self._normed(direction, factors['magnitude'], spec)
+
+    def update_gradient(self, weight, gradient, spec):
+        magnitude = output_norm(weight, spec)
+        with torch.enable_grad():
+            direction = weight.detach().requires_grad_()
+            normed = self._normed(direction, magnitude, spec)
+            (gradient,) = torch.autograd.grad(normed, direction, gradient)
+        return super().update_gradient(weight, gradient, spec)
+
+    def _normed(self, direction, magnitude, spec):
+        ratio = magnitude_ratio(magnitude, output_norm(direction, spec), self.detach_norm)
         return direction * per_output(ratio, spec)
 
     def normal_form(self, factors, spec, training=False):

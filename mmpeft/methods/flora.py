@@ -18,6 +18,7 @@ from mmpeft.errors import UsageError
 
 from .arguments import require
 from .base import Card, Factors, gaussian, register
+from .decomposition import core_energy
 from .delta import DeltaMethod
 from .ranked import Ranked
 from .spec import WeightSpec
@@ -104,6 +105,15 @@ class FLoRA(Ranked, DeltaMethod):
         pairs = zip(spec.shape, self.ranks(spec), strict=True)
         stds = [(self.init_std or rank**-0.5) * sqrt(rank) for size, rank in pairs if size > 1]
         return prod(stds)
+
+    def gains(self, weight, gradient, spec):
+        """From the core of dL/d(dW): what the leading vectors of each mode capture of it."""
+        energy = core_energy(self.update_gradient(weight, gradient, spec))
+        last = torch.arange(self.max_rank(spec))
+        channels = (last.clamp(max=size - 1) for size in spec.shape[:2])
+        kernel = (min(self.kernel_rank, size) - 1 for size in spec.kernel_size)
+        captured = energy[(*channels, *kernel)]
+        return captured.diff(prepend=captured.new_zeros(1))
 
     def delta(self, factors, spec):
         return tucker(factors['core'], [factors[f'factor{n}'] for n in range(len(spec.shape))])

@@ -11,8 +11,11 @@ is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
 from math import sqrt
 from typing import Literal
 
+from torch.nn.functional import pad
+
 from .base import Card, Factors, register, uniform
-from .matrix import MatrixMethod
+from .decomposition import squared_singular_values
+from .matrix import MatrixMethod, matrix_shape
 from .mpc import MPC
 from .ranked import ScaledRankMethod
 
@@ -45,6 +48,17 @@ class LoRA(ScaledRankMethod, MatrixMethod):
         """An entry sums ``inner`` entries of A with signs, each of variance 1 / (3 columns)."""
         _, inner, columns = self.matrix_shape(spec)
         return sqrt(inner / (3 * columns))
+
+    def gains(self, weight, gradient, spec):
+        """Squared singular values of dL/d(dW): the best product of a rank (Eckart and Young, 1936).
+
+        In the ``loralib`` layout a rank adds as many of them as a side of the kernel has.
+        """
+        rows, inner, columns = matrix_shape(spec, 1, self.layout)
+        matrix = self.update_gradient(weight, gradient, spec).reshape(rows, columns)
+        squares = squared_singular_values(matrix)
+        squares = pad(squares, (0, -len(squares) % inner))
+        return squares.view(-1, inner).sum(1)[: self.max_rank(spec)]
 
     def matrices(self, factors):
         return factors['lora_B'], factors['lora_A']

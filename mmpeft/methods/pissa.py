@@ -28,6 +28,7 @@ from .base import Card, Factors, register
 from .decomposition import Triplets, leading, trailing
 from .lora import LoRA
 from .matrix import matrix_shape
+from .ranked import Ranked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class SingularLoRA(LoRA):
     """
 
     scale_power = 0.5  # B0 and A0 are divided by the root of s
+    gains = Ranked.gains  # which update is best depends on where the factors start
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from mmpeft.errors import UsageError
 
 from .arguments import require
@@ -15,7 +17,8 @@ class Ranked(Method):
     """A method whose size is governed by a rank.
 
     In place of ``rank``, ``budget`` gives the number of parameters that all adapters
-    together may have, such as ``'12.9M'``. The largest rank that fits is taken.
+    together may have, such as ``'12.9M'``. The largest rank that fits is taken, for all
+    weights or, by :meth:`gains`, for each its own.
     """
 
     rank: int = 8
@@ -33,6 +36,20 @@ class Ranked(Method):
     def with_rank(self, rank: int) -> 'Ranked':
         """The same method at another rank, its budget spent."""
         return replace(self, rank=rank, budget=None)
+
+    def gains(self, weight: Tensor, gradient: Tensor, spec: WeightSpec) -> Tensor | None:
+        """What each further rank adds to the squared norm that updates share with a gradient.
+
+        Args:
+            weight: W, of ``spec.shape``.
+            gradient: dL/dW' where W' = W, likewise.
+            spec: The role of the weight.
+
+        Returns:
+            (ranks,) in float64, from rank 1 to the highest that adds something; None where the
+            method does not say.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Any timm model as a backbone of OpenMMLab: pyramids, and plain transformers."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -9,8 +10,10 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
 from timm.models._features import FeatureGetterNet
+from torch import nn
 
 from mmpeft.errors import UsageError
+from mmpeft.quantization import can_quantize, check_format, quantize, stored_parts
 from mmpeft.registry import MODELS
 
 from .timm_weights import name_in, read_weights
@@ -51,6 +54,11 @@ class TimmBackbone(BaseModule):
         drop_path: Stochastic depth rate of the deepest block.
         with_cp: Recompute activations in backward. timm uses the form without
             reentrance, which a frozen stem needs.
+        frozen_dtype: Hold the weights of the network's linear layers in few bits, ``'int8'``,
+            ``'fp8'`` or ``'nf4'``, as :func:`mmpeft.inject` does by its argument of this name.
+            Those of a ``checkpoint`` are rounded as they are read, one after another, and are
+            never whole in memory where the file is a ``.safetensors`` one. Needs accelerate.
+            Only for weights that do not train.
         init_cfg: As in :class:`mmengine.model.BaseModule`.
         **kwargs: For :func:`timm.create_model`, such as ``patch_size=16`` for a
             transformer with patches of 14.
@@ -60,8 +68,9 @@ class TimmBackbone(BaseModule):
 
     Raises:
         UsageError: timm does not know the name, both ``pretrained`` and
-            ``checkpoint`` are given, the network has no such levels, or a plain
-            transformer was given no ``out_indices``.
+            ``checkpoint`` are given, ``frozen_dtype`` is unknown or of no use, the
+            network has no such levels, or a plain transformer was given no
+            ``out_indices``.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class TimmBackbone(BaseModule):
         out_norm: bool = True,
         drop_path: float = 0.0,
         with_cp: bool = False,
+        frozen_dtype: str | None = None,
         init_cfg: dict | None = None,
         **kwargs,
     ):
@@ -99,7 +109,7 @@ class TimmBackbone(BaseModule):
             out_indices=(0, 1, 2, 3) if out_indices is None else tuple(out_indices),
             **kwargs,
         )
-        network = self._network()
+        network = self._network() if frozen_dtype is None else self._in_few_bits(frozen_dtype)
         info = network.feature_info
         strides = {level['reduction'] for level in info.info}
         if out_indices is None and len(strides) == 1 < len(info):
@@ -138,6 +148,28 @@ class TimmBackbone(BaseModule):
                     f'out_indices={self._create["out_indices"]}: {error}.'
                 ) from error
 
+    def _in_few_bits(self, dtype):
+        """timm's network with linear weights in few bits, and zeros where a file is read later."""
+        check_format(dtype)
+        reads = bool(self.checkpoint) and torch.get_default_device().type != 'meta'
+        with _without_parameters() if reads else nullcontext():
+            network = self._network()
+        if not any(isinstance(layer, nn.Linear) for layer in network.modules()):
+            raise UsageError(
+                f'frozen_dtype={dtype!r}: {self.name!r} has no linear layer whose weight can be '
+                'stored so. Leave frozen_dtype out.'
+            )
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear) and can_quantize(layer.weight, dtype):
+                layer.weight = nn.Parameter(quantize(layer.weight, dtype), requires_grad=False)
+            for name, value in layer._parameters.items() if reads else ():
+                if value is not None:
+                    empty = torch.empty_like(value, device=torch.get_default_device())
+                    layer._parameters[name] = nn.Parameter(empty, value.requires_grad)
+                    for part in stored_parts(empty).values():
+                        nn.init.zeros_(part)
+        return network
+
     def init_weights(self) -> None:
         """Load the pretrained weights, if any are named.
 
@@ -148,7 +180,8 @@ class TimmBackbone(BaseModule):
         """
         if self._is_init:
             return
-        super().init_weights()
+        if self.init_cfg or not self.checkpoint:
+            super().init_weights()  # draws the network's weights anew
         self._is_init = True
         if self.checkpoint:
             path = Path(self.checkpoint)
@@ -206,7 +239,19 @@ class TimmBackbone(BaseModule):
             levels = self.model(x)
             if self.channels_last:
                 levels = [level.permute(0, 3, 1, 2) for level in levels]
-        norms = [getattr(self, f'norm{i}', torch.nn.Identity()) for i in self.out_indices]
+        norms = [getattr(self, f'norm{i}', nn.Identity()) for i in self.out_indices]
         maps = (norm(level) for norm, level in zip(norms, levels, strict=True))
         # mmcv's RoIAlign reads memory as if it were contiguous, and timm's may be channels-last.
         return tuple(level.contiguous() for level in maps)
+
+
+def _without_parameters():
+    """A context in which modules are built with parameters on the meta device alone."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise UsageError(
+            f'TimmBackbone(frozen_dtype=...) with a checkpoint needs accelerate ({error}). Install '
+            "it with pip install 'mmpeft[quantized]', or give frozen_dtype to the hook instead."
+        ) from error
+    return init_empty_weights(include_buffers=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.wrappers import is_sharded, refuse_sharded
+from mmpeft.injection.wrappers import is_sharded, refuse_parts
 from mmpeft.methods.adapter import Adapter
 
 
@@ -15,11 +15,11 @@ def penalty(model: nn.Module) -> Tensor | None:
     loop of your own add it before ``backward``, once for each optimizer step. It is a scalar.
 
     Raises:
-        UsageError: There are terms, and the model is sharded.
+        UsageError: There are terms, and the factors are sharded.
     """
     adapters = named_adapters(model).values()
-    if is_sharded(model) and any(map(has_term, adapters)):
-        refuse_sharded(model, 'penalty')
+    if is_sharded(model):
+        refuse_parts(filter(has_term, adapters), 'penalty')
     terms = {adapter: adapter.penalty() for adapter in adapters}
     terms = {adapter: term for adapter, term in terms.items() if term is not None}
     if not terms:

@@ -13,8 +13,6 @@ from mmpeft.injection.weights import join
 from mmpeft.injection.wrappers import local_part, unwrapped
 from mmpeft.methods import WeightAdapter
 
-from .penalty import has_term
-
 
 def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of an adapted model's targets, by path, which are gathered one after another.
@@ -23,13 +21,6 @@ def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
         UsageError: There are none, or a method or a frozen weight cannot be sharded.
     """
     for path, adapter in named_adapters(model).items():
-        name = type(adapter.method).__name__
-        if adapter.method.allocates or has_term(adapter):
-            raise UsageError(
-                f'{name} has a term in the loss, or decides during training what it keeps, and '
-                'needs a model that is not sharded. Leave out --shard (shard=True), or take '
-                'another method.'
-            )
         if adapter.in_few_bits:
             raise UsageError(
                 f'The frozen weight of {path!r} is stored in few bits, which sharding would make '

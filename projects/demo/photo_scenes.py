@@ -104,17 +104,30 @@ def load_photos(cutouts=STAMPS, photographs=PHOTOGRAPHS):
         SystemExit: A folder is missing, or has too few files; says what is
             needed, and which command installs it.
     """
-    own = (cutouts / CLASSES[0]).is_dir()
-    classes = []
-    for name, folder in FOLDERS.items():
-        files = sorted((cutouts / (name if own else folder)).rglob('*.png'))
-        pictures = (read_cutout(file) for file in files if _is_photo_of_class(file))
-        classes.append([picture for picture in pictures if picture is not None])
-        _enough(classes[-1], cutouts / (name if own else folder), 'PNG photos with alpha')
-    files = sorted(p for p in photographs.glob('*.*') if p.suffix.lower() in ('.jpg', '.png'))
+    return Photos(
+        [list(pictures.values()) for pictures in read_classes(cutouts).values()],
+        read_photographs(photographs),
+    ).split()
+
+
+def read_classes(folder=STAMPS):
+    """The cut-outs of a folder as :func:`load_photos` takes it, by class and by file."""
+    own = (folder / CLASSES[0]).is_dir()
+    classes = {}
+    for name, inner in FOLDERS.items():
+        files = sorted((folder / (name if own else inner)).rglob('*.png'))
+        read = {file: read_cutout(file) for file in files if _is_photo_of_class(file)}
+        classes[name] = {file: picture for file, picture in read.items() if picture is not None}
+        _enough(classes[name], folder / (name if own else inner), 'PNG photos with alpha')
+    return classes
+
+
+def read_photographs(folder=PHOTOGRAPHS):
+    """The photographs of a folder on which none of the classes is to be seen."""
+    files = sorted(p for p in folder.glob('*.*') if p.suffix.lower() in ('.jpg', '.png'))
     scenes = [_read(file)[..., 2::-1] for file in files if file.stem not in SHOW_CLASSES]
-    _enough(scenes, photographs, 'photographs')
-    return Photos(classes, scenes).split()
+    _enough(scenes, folder, 'photographs')
+    return scenes
 
 
 def read_cutout(file):

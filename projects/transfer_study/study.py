@@ -2,6 +2,7 @@
 
     python projects/transfer_study/study.py run --workers 2
     python projects/transfer_study/study.py report
+    python projects/transfer_study/study.py again --count 3
 
 A run can be stopped and started again: each trial appends one line to the records when it ends,
 and what has a line is not run again. Several workers, also on several machines with one file
@@ -9,26 +10,36 @@ system, divide the trials among themselves.
 """
 
 import argparse
+import copy
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import submitit
+import torch
+from torch import nn
 from transfer_study import report
 from transfer_study.backbones import BACKBONES
+from transfer_study.classification import sized
 from transfer_study.methods import MAIN, METHODS
-from transfer_study.plan import pending
+from transfer_study.plan import pending, size_of
 from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
+
+import mmpeft
+from mmpeft.errors import UsageError
 
 FOLDER = Path(__file__).parent
 PACKAGES = ('torch', 'timm', 'numpy')
@@ -140,13 +151,52 @@ def submit(args: argparse.Namespace) -> None:
     print(f'{len(jobs)} workers are the job {jobs[0].job_id.partition("_")[0]}, logs in {logs}.')
 
 
+def again(args: argparse.Namespace) -> None:
+    """Run some trials that have records again, and print both scores."""
+    records = read_records(args.records)
+    known = [record for _, record in sorted(records.items()) if not record['failed']]
+    for record in random.Random(args.draw).sample(known, min(args.count, len(known))):
+        trial = Trial(**record['trial'])
+        new = run_trial(trial)
+        before, now = (r[TASKS[trial.task].metric] for r in (record, new))
+        both = f'{before:.4f}, now {now:.4f} ({100 * (now - before):+.2f} points)'
+        print(f'{trial.id} {describe(trial)}: {both}', flush=True)
+
+
+def amount(text: str) -> int | float:
+    """A number of parameters, or the share that a percentage stands for."""
+    value = float(text[:-1]) / 100 if text.endswith('%') else int(text)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
+def fitting(base: Trial, methods: list[str]) -> list[str]:
+    """The methods that the budget allows; prints which ones it does not, and why."""
+    with torch.device('meta'):
+        net = nn.Sequential(OrderedDict(features=BACKBONES[base.backbone].make(None)))
+    fit = []
+    for method in methods:
+        probe, trial = copy.deepcopy(net), replace(base, method=method)
+        try:
+            if size_of(method)[0]:
+                mmpeft.inject(probe, *sized(METHODS[method], trial, probe))
+        except UsageError as error:
+            print(f'{method} is left out: {error}', flush=True)
+        else:
+            fit.append(method)
+    return fit
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('command', choices=('run', 'report', 'status'))
+    parser.add_argument('command', choices=('run', 'report', 'status', 'again'))
     parser.add_argument('--task', choices=TASKS, default='fashion_mnist_1k')
-    parser.add_argument('--backbone', choices=BACKBONES, default='efficientnet_lite0')
+    parser.add_argument('--backbone', choices=BACKBONES, help="the task's first, if out")
     parser.add_argument('--size', type=int, help="side of the images, pixels; the task's own")
-    parser.add_argument('--budget', type=int, default=67_000, help='parameters of the adapters')
+    parser.add_argument(
+        '--budget', type=amount, default='2%', help="parameters of the adapters, or '2%%' of all"
+    )
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
     parser.add_argument('--seeds', type=int, default=5)
@@ -154,19 +204,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--slurm', metavar='PARTITION', help='submit the workers to Slurm')
     parser.add_argument('--hours', type=int, default=24, help='longest time of a Slurm job')
     parser.add_argument('--records', type=Path, default=None, help='one JSON line a trial')
+    parser.add_argument('--count', type=int, default=3, help='trials that are run again')
+    parser.add_argument('--draw', type=int, default=0, help='seed that chooses them')
     args = parser.parse_args(arguments)
-    if args.backbone not in TASKS[args.task].backbones:
-        known = ', '.join(TASKS[args.task].backbones)
+    known = list(TASKS[args.task].backbones)
+    args.backbone = args.backbone or known[0]
+    if args.backbone not in known:
+        known = ', '.join(known)
         parser.error(f'--task {args.task} runs with --backbone {known}, not {args.backbone}.')
     if args.main:
         args.methods = list(MAIN)
     name = f'{args.task}_{args.backbone}'
     args.records = args.records or FOLDER / 'records' / f'{name}.jsonl'
     args.claims = Path('work_dirs/transfer_study') / name
+    backbone = BACKBONES[args.backbone]
+    side = TASKS[args.task].size
+    args.size = args.size or math.ceil(side / backbone.patch) * backbone.patch
+    if args.size % backbone.patch:
+        parser.error(f'the sides of images for {args.backbone} are multiples of {backbone.patch}')
+    if isinstance(args.budget, float):
+        args.budget = int(float(f'{args.budget * backbone.parameters():.2g}'))
     args.base = Trial(
         task=args.task,
         backbone=args.backbone,
-        size=args.size or TASKS[args.task].size,
+        size=args.size,
         method='frozen',
         budget=args.budget,
         rate=0.0,
@@ -182,8 +243,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
+    if args.command != 'report':
+        args.methods = fitting(args.base, args.methods)
     if args.command == 'run':
         submit(args) if args.slurm else run(args)
+        return
+    if args.command == 'again':
+        again(args)
         return
     records = read_records(args.records)
     if args.command == 'status':

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from mmpeft.execution.cpu import onednn
-from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast, flat, layout_of, linear, unflat
+from mmpeft.execution.matmul import (
+    FEW,
+    ChannelsFirst,
+    ChannelsLast,
+    flat,
+    layout_of,
+    linear,
+    unflat,
+)
 
 
 @pytest.mark.parametrize('avx512', [False, True])
@@ -46,3 +54,25 @@ def test_maps_keep_their_memory(memory_format):
     y = flat(x, layout)
     assert y.is_contiguous() and y.data_ptr() == x.data_ptr()
     assert torch.equal(unflat(y, layout, (4, 5)), x)
+
+
+@pytest.mark.parametrize('images', [0, 1, 3])
+@pytest.mark.parametrize('positions', [1, FEW, FEW + 1])
+def test_few_positions_of_several_images(images, positions):
+    """They are joined into one product; sums, memory and rounding are those of one an image."""
+    torch.manual_seed(0)
+    shapes = (images, 5, positions), (images, 7, positions), (7, 5), (7,)
+    x, dy, w, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    product = torch.einsum('oi,nit->not', w, x)
+    found = ChannelsFirst.matmul(x, w, bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, product + bias[:, None])
+    torch.testing.assert_close(ChannelsFirst.weight_grad(dy, x), torch.einsum('not,nit->oi', dy, x))
+    y = dy.clone()
+    assert ChannelsFirst.accumulate(y, x, w) is y
+    torch.testing.assert_close(y, dy + product)
+    # In steps of 2, 256 + 1.004 is 258; had the product been rounded to 1 first, it would be 256.
+    low = torch.full((images, 1, positions), 256.0).bfloat16()
+    parts = torch.tensor([[1.0], [2.0**-8]]).bfloat16().expand(images, 2, positions).contiguous()
+    ChannelsFirst.accumulate(low, parts, torch.ones(1, 2).bfloat16())
+    assert (low == 258).all()

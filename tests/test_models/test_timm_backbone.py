@@ -1,6 +1,11 @@
 """TimmBackbone: weights from files, levels, norms."""
 
+import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -217,3 +222,87 @@ def test_what_mmpretrain_has_no_equal_of():
     state = {f'backbone.{k}': v for k, v in TimmBackbone('resnet18').state_dict().items()}
     with pytest.raises(UsageError, match='no ConvNeXt with output norms'):
         mmpretrain_convnext(dict(type='mmpeft.TimmBackbone', name='resnet18'), state)
+
+
+LINEAR = TINY | dict(name='convnextv2_tiny')  # whose 1x1 convolutions are linear layers
+VIT = dict(name='vit_small_patch16_dinov3', depth=2, embed_dim=64, num_heads=2, out_indices=(-1,))
+SWIN = dict(name='swin_tiny_patch4_window7_224', embed_dim=32, depths=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    'arguments, size', [(LINEAR, 64), (VIT, 64), (SWIN, 224)], ids=['convnext', 'vit', 'swin']
+)
+@pytest.mark.parametrize('dtype', ['int8', 'nf4'])
+def test_a_file_is_read_into_few_bits(arguments, size, dtype, tmp_path):
+    """Bit by bit what rounding the whole network makes of it; without a file, of what is drawn."""
+    torch.manual_seed(0)
+    path = tmp_path / 'weights.safetensors'
+    source = randomized(TimmBackbone(**arguments, out_norm=False))
+    save_file({k: v.contiguous() for k, v in source.model.state_dict().items()}, path)
+    read = TimmBackbone(**arguments, checkpoint=str(path), frozen_dtype=dtype, out_norm=False)
+    assert not any(value.is_meta for value in (*read.parameters(), *read.buffers()))
+    read.init_weights()
+    expected = copy.deepcopy(source)
+    method = dict(type='LoRA', rank=1)
+    mmpeft.inject(expected, method, frozen_dtype=dtype)
+    assert mmpeft.inject(read, method).adapters > 0
+    x = torch.randn(1, 3, size, size)
+    for level, other in zip(read.eval()(x), expected.eval()(x), strict=True):
+        assert torch.equal(level, other)
+    for level, other in zip(read(x), source.eval()(x), strict=True):
+        assert 0 < ((level - other).norm() / other.norm()).item() < 0.5
+    drawn = TimmBackbone(**arguments, frozen_dtype=dtype)
+    assert all(level.any() and level.isfinite().all() for level in drawn.eval()(x))
+
+
+def test_accelerate_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'accelerate', None)
+    with pytest.raises(UsageError, match=r'needs accelerate .*mmpeft\[quantized\]'):
+        TimmBackbone(**LINEAR, checkpoint='weights.safetensors', frozen_dtype='int8')
+    with pytest.raises(UsageError, match="frozen_dtype='int7' is unknown"):
+        TimmBackbone(**TINY, frozen_dtype='int7')
+    with pytest.raises(UsageError, match="'convnextv2_atto' has no linear layer whose weight"):
+        TimmBackbone(**TINY, frozen_dtype='int8')
+
+
+@pytest.mark.slow
+def test_reading_into_few_bits_never_holds_the_weights_whole(tmp_path):
+    script = """
+import accelerate, sys, threading, time, torch
+from safetensors.torch import save_file
+from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+from mmpeft.models import TimmBackbone
+nf4_tensor.CHUNK_SIZE = 2**16  # the pieces of a weight, which take 16 times as much
+
+def own():  # without the pages of the file, which the system can take back
+    lines = open('/proc/self/status').read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith('RssAnon'))
+
+def build(**changes):
+    arguments = dict(name='vit_small_patch16_224', depth=8, out_indices=(-1,), out_norm=False)
+    return TimmBackbone(**arguments | changes)
+
+def watch():
+    while True:
+        sizes.append(own())
+        time.sleep(0.002)
+
+path = sys.argv[1]
+if sys.argv[2] == 'write':
+    save_file(build().model.state_dict(), path)
+else:
+    build(depth=1, frozen_dtype='nf4')
+    sizes = [own()]
+    threading.Thread(target=watch, daemon=True).start()
+    build(checkpoint=path, frozen_dtype='nf4').init_weights()
+    print('GREW', max(sizes) - sizes[0])
+"""
+    path = tmp_path / 'weights.safetensors'
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2]), OMP_NUM_THREADS='1')
+    call = [sys.executable, '-c', script, str(path)]
+    subprocess.run([*call, 'write'], check=True, env=environment)
+    done = subprocess.run(
+        [*call, 'read'], check=True, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert path.stat().st_size > 55e6
+    assert int(done.stdout.split('GREW')[1]) < path.stat().st_size / 2

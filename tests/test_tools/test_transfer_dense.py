@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -32,6 +33,7 @@ def dense(study, tmp_path_factory):
 
 
 def made_small(monkeypatch):
+    import base
     import photo_scenes
     from transfer_study import aerial
     from transfer_study import dense as module
@@ -51,11 +53,17 @@ def made_small(monkeypatch):
     trees = np.array([[5.0, 8, 30, 40], [60, 50, 80, 75]])
     monkeypatch.setattr(aerial, 'tree_crowns', lambda name: (photographs[len(name) % 4], trees))
 
-    def network():
+    def network(task):
         torch.manual_seed(3)
         return timm.create_model('tf_efficientnet_lite0', num_classes=0)
 
     monkeypatch.setitem(module.BACKBONES, 'efficientnet_lite0', Backbone(network, 127.0, 128.0))
+    with pytest.raises(SystemExit, match=r'base\.pth is missing.*\n  python projects/demo/digits'):
+        module.BACKBONES['convnextv2_digits'].make('digits_coco')
+    torch.manual_seed(4)
+    Path('work_dirs/demo').mkdir(parents=True)
+    state = timm.create_model(**base.MODEL, num_classes=10).state_dict()
+    torch.save(dict(state_dict=state), 'work_dirs/demo/base.pth')
     for name, value in dict(TRAIN=4, BATCH=2, HELD=dict(tune=2, final=3), HEADS_EPOCHS=1).items():
         monkeypatch.setattr(module, name, value)
     return module
@@ -65,7 +73,10 @@ def base_of(study, task):
     return replace(study.parse(['run', '--task', task, '--size', '64']).base, head_rate=1e-3)
 
 
-@pytest.mark.parametrize('task', ['photos_coco', 'photos_ade20k', 'photos_dota', 'aerial'])
+TASKS = 'digits_coco', 'photos_coco', 'photos_ade20k', 'photos_dota', 'aerial'
+
+
+@pytest.mark.parametrize('task', TASKS)
 def test_a_trial_trains_and_is_scored(task, study, dense):
     from transfer_study.tasks import TASKS
 
@@ -94,7 +105,7 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
     dense.run_dense(replace(base, method='full', rate=1e-3, epochs=1))
     assert heads.stat().st_mtime_ns == written, 'a draw has one detector'
     start = torch.load(heads, weights_only=True)['state_dict']
-    pretrained = dense.BACKBONES['efficientnet_lite0'].make().state_dict()
+    pretrained = dense.BACKBONES['efficientnet_lite0'].make('photos_coco').state_dict()
     frozen, full = (models[name].state_dict() for name in (Frozen, Full))
     for name, value in start.items():
         if name.startswith('backbone.model.'):
@@ -102,6 +113,8 @@ def test_methods_start_from_the_same_heads_and_keep_the_statistics(study, dense,
             assert torch.equal(value, frozen[name])
             kept = name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
             assert torch.equal(value, full[name]) == kept
+    trial = replace(base, method='lora_sensitivity', rate=1e-3, budget=67_000, epochs=1)
+    assert dense.adapted(trial, dense.FOLDER / 'run').default_hooks.peft.sensitivity == 8
 
 
 def test_heads_whose_training_was_interrupted_go_on(study, dense, monkeypatch):

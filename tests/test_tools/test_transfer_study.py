@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,32 +101,30 @@ def test_what_has_a_record_is_not_run_again(study, base, tmp_path, monkeypatch, 
     assert len(lines) == 21 and all({'versions', 'date'} <= json.loads(x).keys() for x in lines)
 
 
+def test_records_are_made_again(study, base, tmp_path, monkeypatch, capsys):
+    trials = [replace(base, method='lora', seed=seed) for seed in range(5)]
+    lines = [outcome(trial) for trial in trials]
+    lines[3]['failed'] = 'NaN'
+    path = tmp_path / 'records.jsonl'
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    monkeypatch.setattr(
+        study, 'run_trial', lambda t: outcome(t) | dict(accuracy=0.5 + 0.1 * t.seed)
+    )
+    study.again(study.parse(['again', '--count', '9', '--records', str(path)]))
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in shown) == sorted(t.id for t in trials if t.seed != 3)
+    old = lines[2]['accuracy']
+    (line,) = (line for line in shown if line.startswith(trials[2].id))
+    assert f'{old:.4f}, now 0.7000 ({100 * (0.7 - old):+.2f} points)' in line
+    study.again(study.parse(['again', '--count', '2', '--draw', '1', '--records', str(path)]))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_a_trial_is_run_by_one_worker(study, base, tmp_path):
     with study.claimed(tmp_path, base) as first, study.claimed(tmp_path, base) as second:
         assert (first, second) == (True, False)
     with study.claimed(tmp_path, base) as again:
         assert again
-
-
-def test_holm_and_intervals():
-    from transfer_study.report import holm, interval
-
-    rng = np.random.default_rng(0)
-    p_values = list(rng.uniform(0, 0.2, 6))
-    adjusted = holm(p_values)
-    smallest = sorted(p_values)
-    assert min(adjusted) == pytest.approx(6 * smallest[0])
-    by_p = [a for _, a in sorted(zip(p_values, adjusted, strict=True))]
-    assert all(a <= b for a, b in pairwise(by_p)) and max(adjusted) <= 1
-    # Rejects exactly what Holm's step-down procedure rejects.
-    rejected = 0
-    while rejected < 6 and smallest[rejected] <= 0.05 / (6 - rejected):
-        rejected += 1
-    assert sum(p <= 0.05 for p in adjusted) == rejected
-    values = rng.normal(size=5)
-    mean, half = interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose((mean - half, mean + half), expected)
 
 
 def test_the_head_is_the_regularized_logistic_regression():
@@ -146,11 +143,11 @@ def test_the_head_is_the_regularized_logistic_regression():
 def test_augmentation_mirrors_and_shifts_by_two_pixels():
     from transfer_study.classification import augment
 
-    image = torch.arange(36, dtype=torch.uint8).reshape(1, 6, 6) + 1
+    image = torch.randint(1, 256, (1, 28, 28), dtype=torch.uint8)
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))[0]
-    crops = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
+    crops = [padded[i : i + 28, j : j + 28] for i in range(5) for j in range(5)]
     allowed = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(1))}
-    made = {tuple(out.flatten().tolist()) for out in augment(image.expand(2000, 6, 6))}
+    made = {tuple(out.flatten().tolist()) for out in augment(image.expand(2000, 28, 28))}
     assert made == allowed
 
 
@@ -161,7 +158,7 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
     from transfer_study.methods import METHODS
     from transfer_study.plan import size_of
 
-    def toy():
+    def toy(task):
         torch.manual_seed(3)
         layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
         more = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1), nn.ReLU()

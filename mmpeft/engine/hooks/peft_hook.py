@@ -9,6 +9,7 @@ optimizer and schedulers. Loading and resuming then find the structure.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -18,6 +19,7 @@ from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.normalisation import normalisation_fault
 from mmpeft.engine.resume import pending_source
+from mmpeft.engine.sensitivity import measure
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.wrappers import is_sharded
 from mmpeft.registry import HOOKS
@@ -69,6 +71,9 @@ class PEFTHook(Hook):
             that stop the run.
         check_frozen: Stop the run if something frozen changes.
         shard: Spread the frozen base over the processes, by torch's ``fully_shard``, in training.
+        sensitivity: Batches of training data, in each process, by whose gradients a budget is
+            distributed over weights before training (:func:`mmpeft.sensitivity`); 0 for one rank
+            for all. A run that resumes, or loads adapters, takes their ranks and measures nothing.
     """
 
     priority = 'HIGHEST'
@@ -88,6 +93,7 @@ class PEFTHook(Hook):
     nonfinite_iters: int = 3
     check_frozen: bool = True
     shard: bool = False
+    sensitivity: int = 0
 
     def __new__(cls, *_, **arguments):
         known = [field.name for field in fields(cls)]
@@ -97,7 +103,7 @@ class PEFTHook(Hook):
         return super().__new__(cls)
 
     def __post_init__(self):
-        self._injections = injections(self.method, self.targets, self.unfreeze)
+        self._injections = injections(self.method, self.targets, self.unfreeze, self.sensitivity)
         self._prepared = False
 
     def before_run(self, runner):
@@ -145,6 +151,7 @@ class PEFTHook(Hook):
             runner.model,
             self._injections,
             manifest,
+            partial(measure, runner) if trains else None,
             execution=self.execution,
             memory=self.memory,
             frozen_dtype=self.frozen_dtype,

@@ -18,10 +18,12 @@ import mmpeft
 from mmpeft.methods.ranked import Ranked
 
 from .backbones import BACKBONES
-from .methods import METHODS
+from .methods import MEASURED, METHODS
+from .stamps import stamps
 from .trial import Trial
 
 BATCH, EVAL_BATCH = 32, 256
+MEASURED_ON = 8  # batches
 HEAD_RATE = 1e-3
 TRAIN, VAL = 800, 200
 
@@ -37,16 +39,25 @@ def fashion_mnist_1k(trial: Trial) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
     return tuple((torch.tensor(x), torch.tensor(y, dtype=torch.long)) for x, y in pairs)
 
 
-SETS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10))
+SETS = dict(fashion_mnist_1k=(fashion_mnist_1k, 10), stamps=(stamps, 8))
 
 
 def prepare(images: Tensor, trial: Trial) -> Tensor:
-    """(N, 28, 28) uint8 to the network's input, (N, 3, size, size), channels last."""
+    """uint8 (N, H, W), gray, or (N, 3, H, W) to the network's input (N, 3, size, size).
+
+    Its memory format is channels last.
+    """
     backbone = BACKBONES[trial.backbone]
-    maps = ((images.float() - backbone.mean) / backbone.std)[:, None]
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (backbone.mean, backbone.std))
+    maps = (with_channels(images).float() - mean) / std
     size = (trial.size, trial.size)
     maps = F.interpolate(maps, size, mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
     return maps.contiguous(memory_format=torch.channels_last)
+
+
+def with_channels(images: Tensor) -> Tensor:
+    """(N, H, W) to (N, 1, H, W); images that have channels as they are."""
+    return images if images.ndim == 4 else images[:, None]
 
 
 @torch.no_grad()
@@ -88,14 +99,18 @@ def sized(hook: dict, trial: Trial, net: nn.Module) -> tuple[dict, dict]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirrored at random and shifted by up to two pixels, (N, 28, 28) uint8."""
-    n, height, width = images.shape
-    padded = F.pad(images, (2, 2, 2, 2))
-    rows = torch.randint(5, (n, 1, 1)) + torch.arange(height)[:, None]
+    """Mirrored at random and shifted by up to a fourteenth, uint8 (N, H, W) or (N, 3, H, W)."""
+    n, height, width = len(images), *images.shape[-2:]
+    reach = height // 14
+    padded = F.pad(images, (reach, reach, reach, reach))
+    rows = torch.randint(2 * reach + 1, (n, 1, 1)) + torch.arange(height)[:, None]
     columns = torch.arange(width).expand(n, 1, width)
     columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(2), columns)
-    columns = columns + torch.randint(5, (n, 1, 1))
-    return padded[torch.arange(n)[:, None, None], rows, columns]
+    columns = columns + torch.randint(2 * reach + 1, (n, 1, 1))
+    padded = with_channels(padded)
+    channels = torch.arange(padded.shape[1])[:, None, None]
+    chosen = torch.arange(n)[:, None, None, None]
+    return padded[chosen, channels, rows[:, None], columns[:, None]].view_as(images)
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, trial: Trial, score) -> list[dict]:
@@ -139,7 +154,7 @@ def classify(trial: Trial) -> dict:
     start = time.process_time()
     read, classes = SETS[trial.task]
     (images, labels), (held_images, held_labels) = read(trial)
-    features = BACKBONES[trial.backbone].make().eval()
+    features = BACKBONES[trial.backbone].make(trial.task).eval()
     head = converge_head(outputs(features, images, trial), labels, classes, trial.ridge)
     net = nn.Sequential()
     net.add_module('features', features)
@@ -155,7 +170,17 @@ def classify(trial: Trial) -> dict:
 
     if trial.epochs:
         method, targets = sized(METHODS[trial.method], trial, net)
-        mmpeft.inject(net, method, targets)
+        measured = None
+        if trial.method in MEASURED:
+            batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+            measured = mmpeft.sensitivity(
+                net,
+                method,
+                batches[:MEASURED_ON],
+                lambda net, batch: F.cross_entropy(net(prepare(batch[0], trial)), batch[1]),
+                targets,
+            )
+        mmpeft.inject(net, method, targets, sensitivity=measured)
         trained = [p.numel() for p in net.features.parameters() if p.requires_grad]
         record |= dict(parameters=sum(trained), method=repr(net.peft[0].method))
         net.eval()  # BatchNorm's statistics are the pretrained ones

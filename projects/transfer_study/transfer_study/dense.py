@@ -1,4 +1,4 @@
-"""One trial of detection or segmentation, trained by a Runner on scenes of photos or aerial tiles.
+"""One trial of detection or segmentation, trained by a Runner on scenes or aerial tiles.
 
 A detector on the frozen backbone is trained first, once for each draw of scenes. Every method
 starts from it and trains its heads on for the same number of steps, the frozen backbone too.
@@ -36,12 +36,12 @@ from mmpeft.injection.statistics import freeze_statistics
 
 from .aerial import write_tiles
 from .backbones import BACKBONES
-from .classification import sized
-from .methods import METHODS
+from .classification import MEASURED_ON, sized
+from .digits import write_digits
+from .methods import MEASURED, METHODS
 from .photos import write_photos
 from .trial import Trial
 
-BACKBONE = 'efficientnet_lite0'  # of the demo's configs
 FOLDER = Path('work_dirs/transfer_study')
 BATCH = 8
 TRAIN, HELD = 400, dict(tune=120, final=300)  # scenes
@@ -56,17 +56,20 @@ class Scenes(NamedTuple):
         source: Of :data:`SOURCES`.
         folder: Of its format below that of a draw.
         metric: Its main score, from 0 to 1.
+        backbone: That of the config, of :data:`.backbones.BACKBONES`.
     """
 
     config: str
     source: str
     folder: str
     metric: str
+    backbone: str = 'efficientnet_lite0'
 
 
-DEMO = 'mmpeft::demo/_base_/photos'
+DIGITS, DEMO = 'mmpeft::demo/_base_/coco.py', 'mmpeft::demo/_base_/photos'
 AERIAL = str(Path(__file__).parents[1] / 'configs' / 'aerial.py')
 CONFIGS = dict(
+    digits_coco=Scenes(DIGITS, 'digits', 'coco', 'segm_mAP', 'convnextv2_digits'),
     photos_coco=Scenes(f'{DEMO}/coco.py', 'photos', 'coco', 'segm_mAP'),
     photos_ade20k=Scenes(f'{DEMO}/ade20k.py', 'photos', 'ade20k', 'mIoU'),
     photos_dota=Scenes(f'{DEMO}/dota.py', 'photos', 'dota', 'mAP'),
@@ -90,7 +93,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-SOURCES = dict(photos=write_photos, aerial=write_tiles)
+SOURCES = dict(digits=write_digits, photos=write_photos, aerial=write_tiles)
 
 
 def scenes(trial: Trial) -> Path:
@@ -112,7 +115,7 @@ def pretrained(trial: Trial) -> Path:
     with locked(path):
         if not path.exists():
             with replacing(path) as temporary:
-                torch.save(BACKBONES[trial.backbone].make().state_dict(), temporary)
+                torch.save(BACKBONES[trial.backbone].make(trial.task).state_dict(), temporary)
     return path
 
 
@@ -183,9 +186,11 @@ def adapted(trial: Trial, work_dir: Path) -> Config:
     """The config of a trial: from the converged heads on, at rates for heads and backbone."""
     hook = METHODS[trial.method]
     net = nn.Sequential()
-    net.add_module('features', BACKBONES[trial.backbone].make())
+    net.add_module('features', BACKBONES[trial.backbone].make(trial.task))
     method, targets = sized(hook, trial, net)
     hook = hook | dict(method=method, targets=targets | dict(module='backbone'))
+    if trial.method in MEASURED:
+        hook['sensitivity'] = MEASURED_ON
     cfg = config(trial, hook, trial.epochs, trial.head_rate, work_dir)
     cfg.load_from = str(converged(trial))
     cfg.default_hooks.checkpoint.update(interval=steps_of(trial.epochs) + 1, save_last=False)

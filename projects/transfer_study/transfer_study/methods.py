@@ -17,11 +17,24 @@ OTHER = (
     'ssl',
     'houlsby',
     'lora_loralib',
+    'lora_auto',
+    'flora_auto',
+    'liera_auto',
+    'lora_sensitivity',
+    'flora_sensitivity',
 )
 # What no file of configs/_base_/methods holds: a setting of one that is there.
 SETTINGS = dict(
-    liera_exact=('liera', dict(update='lie_exact')), lora_loralib=('lora', dict(layout='loralib'))
+    liera_exact=('liera', dict(update='lie_exact')),
+    lora_loralib=('lora', dict(layout='loralib')),
+    lora_auto=('lora', dict(scale='auto')),
+    flora_auto=('flora', dict(scale='auto')),
+    liera_auto=('liera', dict(scale='auto')),
+    lora_sensitivity=('lora', {}),
+    flora_sensitivity=('flora', {}),
 )
+# Whose ranks go by the sensitivity of the loss, where the others have one for all weights.
+MEASURED = ('lora_sensitivity', 'flora_sensitivity')
 
 
 def hook_arguments(name: str) -> dict:

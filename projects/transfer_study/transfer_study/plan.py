@@ -27,9 +27,11 @@ Records = dict[str, dict]
 
 
 def size_of(method: str) -> tuple[bool, bool]:
-    """Whether a method has a budget, and a scale."""
-    kind = mmpeft.METHODS.get(METHODS[method]['method']['type'])
-    return issubclass(kind, Ranked), issubclass(kind, DeltaMethod)
+    """Whether a method has a budget, and a scale to be tuned."""
+    arguments = METHODS[method]['method']
+    kind = mmpeft.METHODS.get(arguments['type'])
+    tuned = issubclass(kind, DeltaMethod) and arguments.get('scale') != 'auto'
+    return issubclass(kind, Ranked), tuned
 
 
 def candidates(base: Trial) -> list[dict]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from .backbones import BACKBONES
 from .classification import SETS, classify
-from .dense import BACKBONE, CONFIGS, run_dense
+from .dense import CONFIGS, run_dense
 from .trial import Trial
 
 
@@ -64,7 +64,7 @@ TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
         loss='loss',
         heads=spread('head_rate', 1e-5, 1e-2),
         rates=(3e-4, 1e-3, 3e-3),
-        backbones=(BACKBONE,),
+        backbones=(scenes.backbone,),
         size=128,
         short=2,
         long=4,

@@ -1,6 +1,6 @@
 """One process of several runs: ``distributed_run.py FOLDER BATCH METHODS``, under torchrun or not.
 
-METHODS is a JSON list; run N works in FOLDER/N.
+METHODS is a JSON list; run N works in FOLDER/N. The ranks of a budget go by sensitivity.
 """
 
 import json
@@ -26,6 +26,7 @@ def train(work_dir, batch, method):
             'model.backbone.dropout': 0.0,
             'train_dataloader.batch_size': int(batch),
             'train_dataloader.dataset.noise': 0.0,
+            'default_hooks.peft.sensitivity': 2 * ('budget' in method),
             'optim_wrapper.optimizer': dict(type='SGD', lr=0.1, _delete_=True),
         },
     )

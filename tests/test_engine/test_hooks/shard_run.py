@@ -23,12 +23,14 @@ from mmpeft.errors import UsageError
 from tests.toy import ToyBackbone, ToyBlock, scores, toy_config
 
 RANKS, VICTIM = int(os.environ.get('WORLD_SIZE', 0)), os.environ.get('VICTIM')
-RESUMED = 'lora', 'full'
+RESUMED = 'lora', 'full', 'adalora'
 METHODS = dict(
     lora=dict(type='LoRA', rank=2),
     lotr=dict(type='LoTR', rank=2),
     adaptformer=dict(type='AdaptFormer', rank=2),
     full=dict(type='Full'),
+    adalora=dict(type='AdaLoRA', rank=1, warmup=1, settle=2, every=1),
+    diff_pruning=dict(type='DiffPruning', project_at=3, sample=False),
 )
 
 
@@ -116,7 +118,6 @@ def refused(folder, name, method=METHODS['lora'], **changes):
 
 def refusals(folder):
     return dict(
-        method=refused(folder, 'method', dict(type='AdaLoRA', rank=1)),
         bits=refused(folder, 'bits', **{'default_hooks.peft.frozen_dtype': 'int8'}),
         averages=refused(folder, 'averages', custom_hooks=[dict(type='EMAHook')]),
         compile=refused(folder, 'compile', compile=True),

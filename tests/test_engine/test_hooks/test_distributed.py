@@ -24,6 +24,7 @@ METHODS = [
     dict(type='LoTR', rank=2),
     dict(type='AdaLoRA', rank=1, warmup=1, settle=1, every=1),
     dict(type='PiSSA', rank=2),
+    dict(type='LoRA', budget=700),
 ]
 
 
@@ -48,6 +49,8 @@ def test_two_processes_train_what_one_would(number, runs):
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
     moved = [k for k in one if k.endswith(('core', 'lora_B', 'lora_E'))]
     assert moved and any(one[k].any() for k in moved)
+    if 'budget' in METHODS[number]:
+        assert len({len(one[key]) for key in one if key.endswith('lora_A')}) > 1
     metrics = [torch.load(folder / 'metrics0.pth') for folder in folders]
     torch.testing.assert_close(
         torch.tensor(metrics[0]['toy/scores']),

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from tests.processes import launch
 
 SCRIPT = __file__.replace('test_shard.py', 'shard_run.py')
-METHODS = 'lora', 'lotr', 'adaptformer', 'full'
+METHODS = 'lora', 'lotr', 'adaptformer', 'full', 'adalora', 'diff_pruning'
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def test_two_sharded_processes_train_what_one_would(method, runs):
     assert max(sum(first['held']), sum(second['held'])) < 0.6 * sum(first['held'] + second['held'])
 
 
-@pytest.mark.parametrize('method', ['lora', 'full'])
+@pytest.mark.parametrize('method', ['lora', 'full', 'adalora'])
 @pytest.mark.parametrize('ranks', ['one', 'two', 'four'])
 def test_resuming_on_another_number_of_ranks(method, ranks, runs):
     keys, values = saved(runs / 'two' / method / 'epoch_1.pth')
@@ -85,7 +85,6 @@ def test_a_rank_that_is_killed_while_it_saves_leaves_the_checkpoint_before(
 @pytest.mark.parametrize(
     'case, expected',
     [
-        ('method', 'AdaLoRA has a term in the loss, or decides during training what it keeps'),
         ('bits', 'is stored in few bits, which sharding would make whole'),
         ('averages', 'EMAHook averages a copy of the whole model'),
         ('compile', 'A sharded model is not compiled'),

@@ -1,0 +1,208 @@
+"""Write the tables of docs/which_method.md from the records of the projects.
+
+    python docs/which_method_page.py [--check]
+
+Scores are those of projects/transfer_study and projects/glue, costs those of docs/benchmark.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / 'projects' / name) for name in ('transfer_study', 'benchmark', 'glue')]
+
+from glue.plan import read_records, result  # noqa: E402
+from glue.report import finals as glue_finals  # noqa: E402
+from mmengine import Config  # noqa: E402
+from records import FLOOR, Result, read  # noqa: E402
+from report import ratio  # noqa: E402
+from transfer_study.methods import METHODS  # noqa: E402
+from transfer_study.plan import finals  # noqa: E402
+from transfer_study.report import CLAIMS, scores  # noqa: E402
+from transfer_study.trial import Trial  # noqa: E402
+
+from mmpeft.analysis.seeds import Scores, below_best, differences, interval  # noqa: E402
+
+PAGE = 'docs/which_method.md'
+BEGIN = '<!-- written by docs/which_method_page.py from here -->'
+END = '<!-- to here -->'
+SEEDS = 5
+VARIANTS = 'frozen', 'lora', 'flora', 'liera', 'dora', 'full'  # of the benchmark
+
+
+class Study(NamedTuple):
+    """Runs on one task from one backbone at one budget.
+
+    Attributes:
+        title: Task, backbone and budget.
+        scores: Test scores in points, by method and seed.
+        parameters: That train in the backbone, by method.
+    """
+
+    title: str
+    scores: dict[str, Scores]
+    parameters: dict[str, int]
+
+
+def transfer_studies() -> Iterator[Study]:
+    """One a task, backbone and budget of the records of projects/transfer_study."""
+    for path in sorted((ROOT / 'projects/transfer_study/records').glob('*.jsonl')):
+        records = {r['id']: r for r in map(json.loads, path.read_text().splitlines())}
+        trials = [Trial(**r['trial']) for r in records.values()]
+        for budget in sorted({t.budget for t in trials if t.budget}):
+            base = replace(trials[0], budget=budget)
+            found = scores(base, list(METHODS), SEEDS, records)
+            counts = {m: finals(base, m, SEEDS, records)[0]['parameters'] for m in found}
+            title = f'{base.task}, {base.backbone}, at most {budget:,} parameters in adapters'
+            if len(found) > 1:
+                yield Study(title, found, counts)
+
+
+def glue_study() -> Study:
+    """Sentiment of sentences from reviews, of projects/glue."""
+    config = Config.fromfile(ROOT / 'projects/glue/configs/minilm_movies.py')
+    records = read_records([ROOT / 'projects/glue/records/minilm_movies.jsonl'])
+    found, counts = {}, {}
+    for method in config['methods']:
+        runs = glue_finals(config, 'movies', method, SEEDS, records)
+        if runs:
+            found[method] = {seed: 100 * result(r) for seed, r in runs.items()}
+            counts[method] = next(iter(runs.values()))['parameters']
+    title = 'sentiment of sentences, MiniLM, at most 166,464 parameters in adapters'
+    return Study(title, found, counts)
+
+
+def studies() -> list[Study]:
+    """All that have final runs of two methods or more."""
+    return [*transfer_studies(), glue_study()]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    lines = [f'| {" | ".join(head)} |', f'|{"---|" * len(head)}']
+    return '\n'.join(lines + [f'| {" | ".join(row)} |' for row in rows])
+
+
+def ranking(study: Study) -> str:
+    """The methods of a study, best first, and which are shown to be below the best."""
+    over = {d.better: d for d in differences(study.scores, [(m, 'frozen') for m in study.scores])}
+    below = {d.better: d for d in below_best(study.scores)}
+    names = [next(iter(below.values())).worse, *below]
+    rows = []
+    for name in names:
+        mean, half = interval(list(study.scores[name].values()))
+        gain = f'{over[name].mean:+.2f} ± {over[name].half:.2f}' if name != 'frozen' else ''
+        gap = 'the highest mean'
+        if name in below:
+            d = below[name]
+            shown = 'shown' if d.verdict == 'lower' else 'not shown'
+            gap = f'{d.mean:+.2f} ± {d.half:.2f}, {shown} (p = {d.p:.3f})'
+        rows.append([name, f'{study.parameters[name]:,}', f'{mean:.2f} ± {half:.2f}', gain, gap])
+    head = ['method', 'parameters', 'score', 'over frozen', 'below the best']
+    return f'**{study.title}**, {spans(study)}\n\n{table(head, rows)}\n\n{advice(study)}'
+
+
+def spans(study: Study) -> str:
+    """How many seeds the methods have."""
+    counts = sorted({len(found) for found in study.scores.values()})
+    return f'{" to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds'
+
+
+def advice(study: Study) -> str:
+    """What is level with the best, fewest parameters first."""
+    below = below_best(study.scores)
+    level = [below[0].worse, *(d.better for d in below if d.verdict != 'lower')]
+    level.sort(key=lambda name: study.parameters[name])
+    if len(level) == 1:
+        return f'{level[0]} is shown to be above all others.'
+    listed = ', '.join(f'{name} ({study.parameters[name]:,})' for name in level)
+    return f'Level with the best as far as these seeds show, fewest parameters first: {listed}.'
+
+
+def claims(found: list[Study]) -> str:
+    """The papers' orderings, and each as it was found."""
+    rows = []
+    for claim in CLAIMS:
+        cells = [f'{claim.better} over {claim.worse}', f'{claim.reported} ({claim.source})']
+        tried = [
+            (study.title.split(', at most')[0], d)
+            for study in found
+            for d in differences(study.scores, [(claim.better, claim.worse)])
+        ]
+        rows += [
+            [*cells, title, f'{d.mean:+.2f} ± {d.half:.2f} (p = {d.p:.3f})', d.verdict]
+            for title, d in tried
+        ] or [[*cells, '', '', 'not run yet']]
+    return table(['ordering', 'reported', 'tried on', 'found, points', 'verdict'], rows)
+
+
+def measured() -> dict[str, dict[str, Result]]:
+    """Training steps by network and device, then by variant."""
+    parts = json.loads((ROOT / 'docs/benchmark/gpu_check_h100.json').read_text())['parts']
+    found = {}
+    for run in read(ROOT / 'docs/benchmark/cpu_train.jsonl'):
+        for r in run.results:
+            found.setdefault(f'{r.text}, CPU', {})[r.variant] = r
+    for name in ('convnextv2_large-1024', 'vit_large-224', 'resnet50-1333'):
+        for r in (Result(**line) for line in parts[f'train-{name}']['results']):
+            found.setdefault(f'{r.text}, H100', {})[r.variant] = r
+    return found
+
+
+def costs() -> str:
+    """The step of each method over the floor's, and in brackets what is saved for backward."""
+    networks = measured()
+    rows = []
+    for variant in VARIANTS:
+        cells = []
+        for results in networks.values():
+            own, floor = results.get(variant), results[FLOOR]
+            known = own is not None and own.rounds
+            cells.append(
+                f'{ratio(own.ratios(floor))} ({own.saved / floor.saved:.2f})' if known else ''
+            )
+        rows.append([variant, *cells])
+    return table(['method', *networks], rows)
+
+
+def tables() -> str:
+    """What stands between the marks."""
+    found = studies()
+    return '\n\n'.join(
+        [
+            '## What gained how much',
+            *map(ranking, found),
+            '## What it costs',
+            'The time of a training step over that of the frozen network in torch, and in brackets '
+            'the bytes saved for backward over its own; rank 16, all layers.',
+            costs(),
+            '## What the papers report, and what was found',
+            claims(found),
+        ]
+    )
+
+
+def document() -> str:
+    """What the page should hold."""
+    before, _, rest = (ROOT / PAGE).read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f'{before}{BEGIN}\n\n{tables()}\n\n{END}{after}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--check', action='store_true', help='fail if it is out of date')
+    check = parser.parse_args().check
+    text = document()
+    if check and (ROOT / PAGE).read_text() != text:
+        raise SystemExit(f'Out of date: {PAGE}. Run python docs/which_method_page.py.')
+    (ROOT / PAGE).write_text(text)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,64 @@
+"""docs/which_method.md is what the records say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def tool(script):
+    path = list(sys.path)
+    yield script('docs', 'which_method_page')
+    sys.path[:] = path
+
+
+def test_the_page_is_current(tool):
+    assert (ROOT / 'docs/which_method.md').read_text() == tool.document(), (
+        'write it by: python docs/which_method_page.py'
+    )
+
+
+@pytest.fixture
+def study(tool):
+    scores = {
+        'frozen': {0: 70.0, 1: 71.0, 2: 72.0},
+        'full': {0: 80.0, 1: 81.1, 2: 81.9},
+        'lora': {0: 80.2, 1: 80.8, 2: 82.3},
+        'flora': {0: 75.0, 1: 76.0, 2: 77.1},
+    }
+    return tool.Study(
+        'images, net, at most 9 parameters', scores, dict.fromkeys(scores, 9) | {'full': 99}
+    )
+
+
+def test_a_ranking(tool, study):
+    lines = tool.ranking(study).splitlines()
+    assert lines[0] == '**images, net, at most 9 parameters**, 3 seeds'
+    assert [line.split(' | ')[0] for line in lines[4:8]] == [
+        '| lora',
+        '| full',
+        '| flora',
+        '| frozen',
+    ]
+    assert 'the highest mean' in lines[4] and 'not shown' in lines[5] and ', shown (' in lines[6]
+    assert '+10.10 ± ' in lines[4] and lines[7].split(' | ')[3].strip() == ''
+    assert lines[-1].endswith('fewest parameters first: lora (9), full (99).')
+    del study.scores['full']
+    assert tool.ranking(study).endswith('lora is shown to be above all others.')
+
+
+def test_claims(tool, study):
+    rows = [line.split(' | ') for line in tool.claims([study]).splitlines()[2:]]
+    assert len(rows) == len(tool.CLAIMS)
+    first = next(row for row in rows if row[0] == '| flora over lora')
+    assert first[2] == 'images, net' and first[3].startswith('-5.07 ± ') and 'lower' in first[4]
+    assert all('not run yet' in row[4] for row in rows if row is not first)
+
+
+def test_costs_are_ratios_of_one_run(tool):
+    head, _, frozen, *rows = tool.costs().splitlines()
+    assert head.count('H100') == 3 and head.count('CPU') >= 3
+    assert frozen.startswith('| frozen | 0.56 (1.00)') and len(rows) == len(tool.VARIANTS) - 1
