@@ -211,7 +211,7 @@ def test_the_heads_are_tuned_with_the_frozen_backbone_and_taken_over(study):
         for trial in waiting:
             score = 0.3 - 0.01 * abs(np.log10(trial.head_rate / 1e-3))
             result = dict(segm_mAP=score, loss=1.0, parameters=9, seconds=1, failed=None)
-            if trial.rate == 1e-2:  # nothing is scored where a training fails
+            if trial.rate == 3e-3:  # nothing is scored where a training fails
                 result = dict(loss=float('nan'), parameters=9, seconds=1, failed='NaN')
             records[trial.id] = dict(id=trial.id, trial=asdict(trial)) | result
     lora = [[t for t in waiting if t.method == 'lora'] for waiting in rounds]
@@ -220,6 +220,6 @@ def test_the_heads_are_tuned_with_the_frozen_backbone_and_taken_over(study):
     assert len({t.head_rate for t in rounds[0]}) == 12
     (best,) = {t.head_rate for trials in lora for t in trials}
     assert abs(np.log10(best / 1e-3)) < 0.15
-    assert {t.rate for t in lora[-1]} <= {1e-3, 3e-3}
+    assert {t.rate for t in lora[-1]} <= {3e-4, 1e-3}
     text = tables(base, ['frozen', 'lora'], 2, records)
     assert 'test segm_mAP' in text and '4 failed' in text

@@ -227,7 +227,8 @@ def run_dense(trial: Trial) -> dict:
         runner = build_runner(adapted(trial, Path(folder)))
         try:
             runner.train()
-            record |= results(runner)
+            # mmdet gives a detector that finds nothing no score.
+            record |= {CONFIGS[trial.task].metric: 0.0} | results(runner)
         except mmpeft.errors.TrainingError as error:
             record['failed'] = str(error)
     model = runner.model

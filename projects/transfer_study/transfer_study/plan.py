@@ -39,7 +39,7 @@ def candidates(base: Trial) -> list[dict]:
     if base.method == 'frozen':
         return TASKS[base.task].heads
     if size_of(base.method)[1]:
-        pairs = product((0.25, 1.0, 4.0, 16.0), (1e-3, 3e-3, 1e-2))
+        pairs = product((0.25, 1.0, 4.0, 16.0), TASKS[base.task].rates)
         return [dict(scale=scale, rate=rate) for scale, rate in pairs]
     return spread('rate', 3e-5, 1e-1)
 

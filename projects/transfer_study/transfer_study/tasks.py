@@ -24,6 +24,7 @@ class Task:
         run: Runs a trial; returns its scores and costs, or ``failed`` with the reason.
         metric, loss: What records call the score, from 0 to 1, and the loss.
         heads: The settings that are tried with the frozen backbone. All methods take over the best.
+        rates: Learning rates that are tried with each scale.
         backbones: Names of those that the task can be run with.
         size: Side of the images, pixels, unless another one is asked for.
         short, long, final: Passes over the training images at the three stages.
@@ -34,6 +35,7 @@ class Task:
     metric: str
     loss: str
     heads: list[dict]
+    rates: tuple[float, ...]
     backbones: Collection[str]
     size: int
     short: int
@@ -47,6 +49,7 @@ CLASSIFICATION = Task(
     metric='accuracy',
     loss='held_loss',
     heads=spread('ridge', 1e-5, 1),
+    rates=(1e-3, 3e-3, 1e-2),
     backbones=BACKBONES,
     size=64,
     short=4,
@@ -60,6 +63,7 @@ TASKS = dict.fromkeys(SETS, CLASSIFICATION) | {
         metric=scenes.metric,
         loss='loss',
         heads=spread('head_rate', 1e-5, 1e-2),
+        rates=(3e-4, 1e-3, 3e-3),
         backbones=(scenes.backbone,),
         size=128,
         short=2,
