@@ -107,6 +107,8 @@ def run(
             return record | labels
     cfg.work_dir = str(Path(work_dir, f'{name}_seed{seed}_{key}'))
     cfg.experiment_name = Path(cfg.work_dir).name
+    if cfg.get('visualizer'):
+        cfg.visualizer.name = cfg.experiment_name  # mmengine keeps one by its name, with its folder
     if Path(cfg.work_dir, 'last_checkpoint').exists():
         cfg.update(resume=True, load_from=None)
     record = dict(**labels, seed=seed, key=key, work_dir=cfg.work_dir)

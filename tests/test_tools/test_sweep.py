@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ def config(folder):
     changes = by_iterations(2, 100) | dict(test_evaluator=dict(type='ToyMean', _delete_=True))
     cfg = toy_config(folder, dict(type='FLoRA', rank=2), **changes)
     cfg.default_hooks.logger = dict(type='LoggerHook', interval=1)
+    backends = [dict(type='LocalVisBackend')]
+    cfg.visualizer = dict(type='Visualizer', name='visualizer', vis_backends=backends)
     return cfg
 
 
@@ -60,6 +63,9 @@ def test_ranks_and_scales_with_seeds(tool, tmp_path):
     ]
     assert len({r['scores']['accuracy/top1'] for r in records}) == 4
     assert records[0]['backbone_parameters'] < records[2]['backbone_parameters']
+    for record in records:  # its own log, not that of the run before it in this process
+        (scalars,) = Path(record['work_dir']).glob('*/vis_data/scalars.json')
+        assert sum('"loss"' in line for line in scalars.read_text().splitlines()) == 2
     (file,) = (tmp_path / 'work').glob('rank3_scale0.5_seed1_*/config.py')
     assert compose(file).default_hooks.peft.method == dict(type='FLoRA', rank=3, scale=0.5)
     mean = np.mean([r['scores']['accuracy/top1'] for r in records[2:]])
