@@ -163,7 +163,9 @@ class InternViT(BaseModule):
             return
         for parameter in self.parameters():
             if parameter.ndim > 1:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                with torch.no_grad():  # rounded once, where it is held in few bits
+                    parameter.copy_(nn.init.trunc_normal_(drawn, std=0.02))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Maps of the blocks ``out_indices``, in the dtype of the images.

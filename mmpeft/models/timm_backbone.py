@@ -92,6 +92,11 @@ class TimmBackbone(BaseModule):
                 f'TimmBackbone {name!r} was given both pretrained=True and '
                 f'checkpoint={str(checkpoint)!r}. Keep the one whose weights you want.'
             )
+        if frozen_dtype and init_cfg:
+            raise UsageError(
+                'TimmBackbone: init_cfg draws weights, which few bits do not keep. '
+                'Leave out init_cfg or frozen_dtype, or give the weights as checkpoint.'
+            )
         if not timm.is_model(name):
             close = timm.list_models(f'*{name.split(".")[0].split("_")[0]}*')[:5]
             raise UsageError(
@@ -103,6 +108,7 @@ class TimmBackbone(BaseModule):
         self.name = name
         self.pretrained = pretrained
         self.checkpoint = checkpoint
+        self.frozen_dtype = frozen_dtype
         self._create = dict(
             model_name=name,
             features_only=True,
@@ -180,7 +186,7 @@ class TimmBackbone(BaseModule):
         """
         if self._is_init:
             return
-        if self.init_cfg or not self.checkpoint:
+        if self.init_cfg or not (self.checkpoint or self.frozen_dtype):
             super().init_weights()  # draws the network's weights anew
         self._is_init = True
         if self.checkpoint:

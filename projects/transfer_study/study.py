@@ -243,7 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
-    if args.command != 'report':
+    if args.command in ('run', 'status'):
         args.methods = fitting(args.base, args.methods)
     if args.command == 'run':
         submit(args) if args.slurm else run(args)

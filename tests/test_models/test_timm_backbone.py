@@ -252,6 +252,7 @@ def test_a_file_is_read_into_few_bits(arguments, size, dtype, tmp_path):
     for level, other in zip(read(x), source.eval()(x), strict=True):
         assert 0 < ((level - other).norm() / other.norm()).item() < 0.5
     drawn = TimmBackbone(**arguments, frozen_dtype=dtype)
+    drawn.init_weights()
     assert all(level.any() and level.isfinite().all() for level in drawn.eval()(x))
 
 
@@ -261,6 +262,8 @@ def test_accelerate_is_asked_for(tmp_path, monkeypatch):
         TimmBackbone(**LINEAR, checkpoint='weights.safetensors', frozen_dtype='int8')
     with pytest.raises(UsageError, match="frozen_dtype='int7' is unknown"):
         TimmBackbone(**TINY, frozen_dtype='int7')
+    with pytest.raises(UsageError, match='init_cfg draws weights, which few bits do not keep'):
+        TimmBackbone(**LINEAR, frozen_dtype='int8', init_cfg=dict(type='TruncNormal'))
     with pytest.raises(UsageError, match="'convnextv2_atto' has no linear layer whose weight"):
         TimmBackbone(**TINY, frozen_dtype='int8')
 
