@@ -96,9 +96,10 @@ def vit_small_14() -> dict[str, torch.Tensor]:
     path = installed(*VIT)
     try:
         import onnx
-        from dinov2_names import timm_state
     except ImportError:
         raise SystemExit("The file is read by onnx:\n  pip install 'mmpeft[onnx]'") from None
+    from dinov2_names import timm_state
+
     return timm_state(onnx.load(path))
 
 

@@ -28,6 +28,7 @@ def study(script):
 
 @pytest.fixture(scope='module')
 def material(script):
+    script('projects/demo', 'dinov2_names')  # material imports it where it is called
     return script('projects/demo', 'material')
 
 

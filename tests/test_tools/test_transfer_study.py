@@ -22,10 +22,11 @@ def base(study):
     return study.parse(['run']).base
 
 
-def outcome(trial):
+def outcome(trial, scale=4):
     """A record whose accuracy depends on rate, scale and ridge alone, with a peak."""
-    distance = abs(np.log10(max(trial.rate, 1e-9) / 1e-2)) + abs(np.log10(trial.scale / 4))
-    accuracy = round(0.9 - 0.01 * distance - 0.001 * abs(np.log10(max(trial.ridge, 1e-9))), 4)
+    distance = abs(np.log10(max(trial.rate, 1e-9) / 3e-3)) + abs(np.log10(trial.scale / scale))
+    penalty = abs(np.log10(max(trial.ridge, 1e-9) / 1e-2))
+    accuracy = round(0.9 - 0.01 * distance - 0.001 * penalty, 4)
     result = dict(accuracy=accuracy, held_loss=1 - accuracy, failed=None, parameters=9, seconds=1)
     return dict(id=trial.id, trial=asdict(trial)) | result
 
@@ -48,6 +49,34 @@ def test_a_method_gets_twelve_candidates_four_of_them_again_and_its_seeds(study,
     best = max(tuned, key=lambda t: records[t.id]['accuracy'])
     assert (final[0].rate, final[0].scale) == (best.rate, best.scale)
     assert [r['trial']['seed'] for r in finals(base, method, 5, records)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('scale, widened', [(64, 2), (1 / 64, 3), (1e6, 4)])
+def test_a_setting_at_an_edge_is_compared_with_what_lies_past_it(study, base, scale, widened):
+    from transfer_study.plan import finals, pending
+
+    records, rounds = {}, []
+    while waiting := list(pending(base, ['frozen', 'lora'], 1, records)):
+        rounds.append([t for t in waiting if t.method == 'lora'])
+        records |= {trial.id: outcome(trial, scale) for trial in waiting}
+        if rounds[-1] and len(rounds[-1]) == 8:  # final runs of what would have been chosen
+            early = replace(rounds[-1][0], stage='final', epochs=12, seed=0)
+            records[early.id] = outcome(early)
+    own = [trials for trials in rounds if trials]
+    assert [len(trials) for trials in own] == [12, 8, *[6] * widened, 1]
+    (final,) = own[-1]
+    assert abs(np.log(final.scale / scale)) < 0.05 or widened == 4 and final.scale == 4000
+    assert [r['id'] for r in finals(base, 'lora', 5, records)] == [final.id]
+
+
+def test_a_rate_at_an_edge_is_compared_with_the_next(study, base):
+    from transfer_study.plan import beyond, candidates
+
+    tried = [replace(base, method='lora', **c) for c in candidates(replace(base, method='lora'))]
+    assert beyond(replace(tried[0], rate=3e-3, scale=1.0), tried) == []
+    corner = next(t for t in tried if (t.rate, t.scale) == (1e-3, 16))
+    found = [(t.rate, t.scale) for t in beyond(corner, tried)]
+    assert found == [(1e-3, 64), (3e-3, 64), (1e-2, 64), (3.2e-4, 16)]
 
 
 def test_the_report_pairs_seeds_and_tests_differences(study, base):
@@ -73,9 +102,9 @@ def test_the_report_pairs_seeds_and_tests_differences(study, base):
 def test_a_failed_trial_is_not_chosen(base):
     from transfer_study.plan import best
 
-    trials = [replace(base, method='lora', rate=rate) for rate in (1e-3, 1e-2)]
+    trials = [replace(base, method='lora', rate=rate) for rate in (1e-3, 3e-3)]
     records = {t.id: outcome(t) for t in trials}
-    assert best(trials, records, 1)[0].rate == 1e-2
+    assert best(trials, records, 1)[0].rate == 3e-3
     records[trials[1].id]['failed'] = 'NaN'
     assert best(trials, records, 1)[0].rate == 1e-3
 

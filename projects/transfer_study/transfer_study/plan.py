@@ -3,11 +3,12 @@
 Every method gets the same effort. Twelve candidates train for a few epochs on a part of the
 training images, the best four train longer on two draws, and the one of the highest mean score on
 the images that are held out (of the lowest mean loss, where scores are equal) is trained on all
-training images with each seed. The test set is read once a final run.
+training images with each seed. Where it lies at an edge of what was tried, what lies past the edge
+is tried first. The test set is read once a final run.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -22,6 +23,8 @@ from .trial import Trial
 
 KEPT = 4
 DRAWS = (100, 101)  # seeds of the draws that tune; those of the final runs count from 0
+STEPS = dict(scale=4.0, rate=10**0.5, ridge=10**0.5, head_rate=10**0.5)  # past an edge
+WIDENED = 4  # times, at most
 
 Records = dict[str, dict]
 
@@ -58,6 +61,19 @@ def best(trials: list[Trial], records: Records, count: int) -> list[Trial]:
     return sorted(dict.fromkeys(replace(t, seed=0) for t in trials), key=order)[:count]
 
 
+def beyond(chosen: Trial, tried: list[Trial]) -> list[Trial]:
+    """What lies past the edges at which a setting lies: a scale with all rates, another rate."""
+    found = []
+    for key, step in STEPS.items():
+        value, values = getattr(chosen, key), {getattr(t, key) for t in tried}
+        if len(values) == 1 or min(values) < value < max(values):
+            continue
+        new = float(f'{value * step if value == max(values) else value / step:.2g}')
+        row = [t for t in tried if t.scale == chosen.scale] if key == 'scale' else [chosen]
+        found += [replace(t, **{key: new}) for t in row]
+    return found
+
+
 def stages(base: Trial, seeds: int, records: Records) -> Iterator[list[Trial]]:
     """The stages of one method; the next one is asked for when all trials of one have records."""
     task = TASKS[base.task]
@@ -66,35 +82,46 @@ def stages(base: Trial, seeds: int, records: Records) -> Iterator[list[Trial]]:
     first = [replace(base, epochs=short, **c) for c in candidates(base)]
     yield [replace(t, seed=DRAWS[0]) for t in first]
     kept = best([replace(t, seed=DRAWS[0]) for t in first], records, KEPT)
-    second = [replace(t, epochs=long, seed=draw) for t in kept for draw in DRAWS]
-    yield second
-    (chosen,) = best(second, records, 1)
+    tried, second = [replace(t, epochs=long) for t in first], []
+    new = [replace(t, epochs=long) for t in kept]
+    for _ in range(1 + WIDENED):
+        second += [replace(t, seed=draw) for t in new for draw in DRAWS]
+        yield second
+        (chosen,) = best(second, records, 1)
+        new = beyond(chosen, tried)
+        tried += new
+        if not new:
+            break
     yield [replace(chosen, stage='final', epochs=final, seed=seed) for seed in range(seeds)]
 
 
-def frozen_of(base: Trial, records: Records) -> Trial | None:
-    """The frozen backbone's chosen trial, whose setting of the heads all methods take over."""
+def chosen_runs(base: Trial, seeds: int, records: Records) -> list[Trial]:
+    """The final runs of a method, none while its setting is not chosen."""
+    for stage in stages(base, seeds, records):
+        if stage[0].stage == 'final':
+            return stage
+        if any(t.id not in records for t in stage):
+            return []
+
+
+def start(base: Trial, method: str, records: Records) -> Trial | None:
+    """A method with the heads that the frozen backbone chose; None while it has not."""
     frozen = replace(base, method='frozen', budget=0)
-    steps = stages(frozen, 1, records)
-    for _ in range(2):
-        if any(t.id not in records for t in next(steps)):
-            return None
-    return next(steps)[0]
+    if method == 'frozen':
+        return frozen
+    if not (runs := chosen_runs(frozen, 1, records)):
+        return None
+    budget = base.budget if size_of(method)[0] else 0
+    heads = dict(ridge=runs[0].ridge, head_rate=runs[0].head_rate)
+    return replace(base, method=method, budget=budget, **heads)
 
 
 def pending(base: Trial, methods: list[str], seeds: int, records: Records) -> Iterator[Trial]:
     """Trials without a record whose stage can start, in order of importance."""
-    frozen = frozen_of(base, records)
     for method in methods:
-        if method == 'frozen':
-            start = replace(base, method=method, budget=0)
-        elif frozen is None:
+        if not (first := start(base, method, records)):
             return
-        else:
-            budget = base.budget if size_of(method)[0] else 0
-            heads = dict(ridge=frozen.ridge, head_rate=frozen.head_rate)
-            start = replace(base, method=method, budget=budget, **heads)
-        for stage in stages(start, seeds, records):
+        for stage in stages(first, seeds, records):
             missing = [t for t in stage if t.id not in records]
             yield from missing
             if missing:
@@ -103,12 +130,6 @@ def pending(base: Trial, methods: list[str], seeds: int, records: Records) -> It
 
 def finals(base: Trial, method: str, seeds: int, records: Records) -> list[dict]:
     """The records of a method's final runs, by seed, as far as there are any."""
-    start = replace(base, method=method)
-    found = []
-    for record in records.values():
-        t = record['trial']
-        keys = ('task', 'backbone', 'size', 'method')
-        if t['stage'] == 'final' and all(t[k] == asdict(start)[k] for k in keys):
-            if not t['budget'] or t['budget'] == base.budget:
-                found.append(record)
-    return sorted(found, key=lambda r: r['trial']['seed'])[:seeds]
+    first = start(base, method, records)
+    runs = chosen_runs(first, seeds, records) if first else []
+    return [records[t.id] for t in runs if t.id in records]
