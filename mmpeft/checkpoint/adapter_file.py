@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 from mmpeft.injection.merge import remove
-from mmpeft.injection.wrappers import is_sharded, refuse_ddp, refuse_sharded, unwrapped, writes
+from mmpeft.injection.wrappers import (
+    is_sharded,
+    refuse_ddp,
+    refuse_deepspeed,
+    refuse_sharded,
+    unwrapped,
+    writes,
+)
 from mmpeft.quantization import adopted
 
 from . import legacy
@@ -39,7 +46,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Each file appears complete or not at all: ``adapter.safetensors`` and
     ``adapter.safetensors.json``. The model may be in wrappers (DDP, torch.compile), which leave
     no trace in the file; of DDP rank 0 alone writes, and the others return at once. It may be
-    sharded (FSDP, fully_shard): then all ranks have to call this, and rank 0 writes.
+    sharded (FSDP, fully_shard, stage 3 of DeepSpeed): then all ranks have to call this, and
+    rank 0 writes.
 
     Raises:
         UsageError: The model has no adapters, or they are not whole.
@@ -152,9 +160,10 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
 
     Raises:
         UsageError: The file is damaged or no adapter, or does not fit the
-            model, which is unchanged.
+            model, which is unchanged; or DeepSpeed trains the model.
         MissingFileError: There is no such file.
     """
+    refuse_deepspeed(model, 'load_adapter')
     with unwrapped(model) as bare:
         if not getattr(bare, 'peft', []):
             refuse_sharded(model, 'load_adapter')

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import join
-from mmpeft.injection.wrappers import is_flattened, is_sharded, unwrapped
+from mmpeft.injection.wrappers import is_flattened, is_partitioned, is_sharded, unwrapped
 from mmpeft.methods.adapter import SHARDED
 
 
@@ -52,11 +52,25 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if is_partitioned(model):
+        return _gathered_by_deepspeed(model)
     _check_reachable(model)
     # Where FullyShardedDataParallel is on the CPU itself, offloading ends the process (torch 2.12).
     offload = not is_flattened(model) or any(p.device.type != 'cpu' for p in model.parameters())
     options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     return get_model_state_dict(model, options=options)
+
+
+def _gathered_by_deepspeed(model):
+    from deepspeed import zero
+
+    state = {}
+    with unwrapped(model) as bare:
+        for key, value in bare.state_dict(keep_vars=True).items():
+            with zero.GatheredParameters([value] if hasattr(value, 'ds_status') else []):
+                if distributed.get_rank() == 0:
+                    state[key] = value.detach().cpu().clone()
+    return state
 
 
 def whole(data: Any) -> Any:

@@ -11,7 +11,7 @@ from mmpeft.quantization import Quantized, stored_in
 
 from .site import Site, adapters_of, attached, own_parameters
 from .weights import is_below, join, layers, newly_initialized, unknown_parameters, weights_of
-from .wrappers import is_flattened, refuse_sharded, unwrapped
+from .wrappers import is_flattened, is_partitioned, refuse_sharded, unwrapped
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def summary(model: nn.Module) -> Summary:
     """Count what :func:`mmpeft.inject` did to a model, on the meta device too.
 
     Raises:
-        UsageError: FullyShardedDataParallel has left this rank parts of the parameters.
+        UsageError: FullyShardedDataParallel or DeepSpeed left this rank parts of the parameters.
     """
-    if is_flattened(model):
+    if is_flattened(model) or is_partitioned(model):
         refuse_sharded(model, 'summary')
     with unwrapped(model) as bare:
         return _summary(bare)

@@ -1,11 +1,14 @@
-"""Models inside wrappers (DDP, torch.compile, FSDP, activation checkpointing), and sharded ones."""
+"""Models inside wrappers (DDP, torch.compile, FSDP, activation checkpointing), and sharded ones.
+
+DeepSpeed's engine is a wrapper too, and its stage 3 shards.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mmpeft.errors import UsageError
@@ -19,7 +22,7 @@ def inner(module: nn.Module) -> nn.Module:
     """What a module wraps, all wrappers down; itself if it is none."""
     while True:
         held = [module._modules[name] for name in WRAPPED if name in module._modules]
-        if isinstance(module, DataParallel | DistributedDataParallel):
+        if isinstance(module, DataParallel | DistributedDataParallel) or _is_engine(module):
             held = [module.module]
         if not held:
             return module
@@ -52,13 +55,27 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a rank holds only parts of some parameters: FSDP, fully_shard or DTensor."""
-    return any(SHARDED in module.__dict__ for module in model.modules()) or _has_dtensors(model)
+    """Whether a rank holds only parts of some parameters: FSDP, DTensor, stage 3 of DeepSpeed."""
+    by_fsdp = any(SHARDED in module.__dict__ for module in model.modules())
+    return by_fsdp or _has_dtensors(model) or is_partitioned(model)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether stage 3 of DeepSpeed has sharded a model."""
+    return any(hasattr(parameter, 'ds_status') for parameter in model.parameters())
+
+
+def is_in_deepspeed(model: nn.Module) -> bool:
+    """Whether DeepSpeed trains a model: its optimizer has the weights and gradients that count."""
+    marks = 'ds_status', '_hp_mapping'  # of parameters at stage 3, and at the others
+    return any(_is_engine(module) for module in model.modules()) or any(
+        hasattr(parameter, mark) for parameter in model.parameters() for mark in marks
+    )
 
 
 def is_flattened(model: nn.Module) -> bool:
     """Whether a sharded model is one of FullyShardedDataParallel, so that shapes are of parts."""
-    if _has_dtensors(model) or not is_sharded(model):
+    if _has_dtensors(model) or is_partitioned(model) or not is_sharded(model):
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -87,11 +104,21 @@ def refuse_parts(adapters: Iterable[Adapter], name: str) -> None:
 
 def _refuse(name):
     raise UsageError(
-        f'mmpeft.{name} needs whole parameters, and this model is sharded (FSDP, fully_shard '
-        'or DTensor); nothing was changed. Call it before the model is sharded, or write the '
-        'adapters with mmpeft.save_adapter on all ranks, load them into a model that is not '
+        f'mmpeft.{name} needs whole parameters, and this model is sharded (FSDP, fully_shard, '
+        'DTensor or DeepSpeed); nothing was changed. Call it before the model is sharded, or write '
+        'the adapters with mmpeft.save_adapter on all ranks, load them into a model that is not '
         f'sharded, and call {name} there.'
     )
+
+
+def refuse_deepspeed(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a function that would be lost on a model that DeepSpeed trains."""
+    if is_in_deepspeed(model):
+        raise UsageError(
+            f"mmpeft.{name} does not reach DeepSpeed's optimizer, which keeps its own copies of "
+            'weights and gradients; nothing was changed. Call it before deepspeed.initialize '
+            '(docs/api.md, On several GPUs).'
+        )
 
 
 def refuse_ddp(model: nn.Module, name: str) -> None:
@@ -106,16 +133,19 @@ def refuse_ddp(model: nn.Module, name: str) -> None:
 def writes(model: nn.Module) -> bool:
     """Whether this process takes part in writing a model's files.
 
-    Of those that DDP keeps equal it is the first; of a sharded model, all.
+    Of those that DDP or DeepSpeed keeps equal it is the first; of a sharded model, all.
     """
+    if is_sharded(model):
+        return True
     wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    return is_sharded(model) or all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
+    first = all(wrapper.process_group.rank() == 0 for wrapper in wrappers)
+    return first and (not is_in_deepspeed(model) or distributed.get_rank() == 0)
 
 
 def on_inner(function: Callable, adds: bool = False) -> Callable:
     """Let a function of a model work on what wrappers hold, and refuse a sharded model.
 
-    ``adds`` says that it adds parameters, so that it refuses DDP too.
+    ``adds`` says that it adds parameters, so that it refuses DDP and DeepSpeed too.
     """
 
     @wraps(function)
@@ -123,11 +153,17 @@ def on_inner(function: Callable, adds: bool = False) -> Callable:
         refuse_sharded(model, function.__name__)
         if adds:
             refuse_ddp(model, function.__name__)
+            refuse_deepspeed(model, function.__name__)
         with unwrapped(model) as bare:
             result = function(bare, *args, **kwargs)
         return model if result is bare else result
 
     return call
+
+
+def _is_engine(module):
+    deepspeed = sys.modules.get('deepspeed')
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
 def _has_dtensors(model):

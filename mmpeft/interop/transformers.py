@@ -1,15 +1,22 @@
 """Adapters in the Trainer of transformers, and in its checkpoints."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
 from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.injection.site import named_adapters
+from mmpeft.injection.wrappers import is_in_deepspeed, is_sharded, refuse_deepspeed
+from mmpeft.training.allocation import allocate
 from mmpeft.training.monitor import Monitor, adapted_model
+from mmpeft.training.penalty import has_term
 
 ADAPTER, STATE = 'adapter.safetensors', 'mmpeft.pt'
 
@@ -19,7 +26,8 @@ class PEFTCallback(TrainerCallback):
 
     It is :func:`mmpeft.monitor` at the moments of a Trainer, with the steps of the run and with
     ``add_penalty=True``, since the Trainer computes the loss. Each checkpoint folder has an
-    adapter file beside what the Trainer writes, and the state that a resumed run needs.
+    adapter file beside what the Trainer writes, and the state that a resumed run needs. Under
+    DeepSpeed, which keeps gradients to itself, it writes adapter files alone, and says so.
 
     Args:
         save_adapters: Write ``adapter.safetensors`` (:func:`mmpeft.load_adapter`).
@@ -27,7 +35,11 @@ class PEFTCallback(TrainerCallback):
         options: Other arguments of :func:`mmpeft.monitor`.
 
     Attributes:
-        monitor: From the start of training.
+        monitor: From the start of training; None under DeepSpeed.
+
+    Raises:
+        UsageError: A method decides during training what it keeps, or has a term in the loss, and
+            DeepSpeed trains the model.
     """
 
     def __init__(self, save_adapters: bool = True, resume_from: str | None = None, **options):
@@ -38,6 +50,10 @@ class PEFTCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
         if self.monitor is not None:
             self.monitor.detach()  # of a run that an exception ended
+            self.monitor = None
+        if is_in_deepspeed(model):
+            check_unwatched(adapted_model(model), optimizer)
+            return
         self.monitor = Monitor(model, optimizer, state.max_steps, **self.options)
         if state.global_step:
             path = Path(self.resume_from or _folder(args, state)) / STATE
@@ -50,22 +66,23 @@ class PEFTCallback(TrainerCallback):
             self.monitor.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
 
     def on_step_end(self, args, state, control, **_):
-        if control.should_save:
+        if control.should_save and self.monitor:
             self.monitor.check()
 
     def on_epoch_end(self, args, state, control, **_):
-        if control.should_save:
+        if control.should_save and self.monitor:
             self.monitor.check()
 
     def on_save(self, args, state, control, model=None, **_):
         folder, writes = _folder(args, state), args.should_save  # which one process does
-        if self.save_adapters and (writes or self.monitor.sharded):  # all gather a sharded model
+        if self.save_adapters and (writes or is_sharded(model)):  # all gather a sharded model
             save_adapter(adapted_model(model), folder / ADAPTER)
-        if writes:
+        if writes and self.monitor:
             torch.save(self.monitor.state_dict(look=False), folder / STATE)
 
     def on_train_end(self, args, state, control, **_):
-        self.monitor.close()
+        if self.monitor:
+            self.monitor.close()
 
 
 class PEFTTrainer(Trainer):
@@ -86,6 +103,13 @@ class PEFTTrainer(Trainer):
         callback.save_adapters = False  # save_model does
         self.add_callback(callback)
 
+    def create_optimizer(self):
+        """The Trainer's; for DeepSpeed, which drops empty groups, without those."""
+        optimizer = super().create_optimizer()
+        if self.is_deepspeed_enabled:
+            optimizer.param_groups = [g for g in optimizer.param_groups if g['params']]
+        return optimizer
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write ``adapter.safetensors`` into a folder, ``output_dir`` of the arguments if None."""
         save_adapter(self.model_wrapped, Path(output_dir or self.args.output_dir) / ADAPTER)
@@ -94,7 +118,9 @@ class PEFTTrainer(Trainer):
         load_adapter(model or self.model, Path(resume_from_checkpoint) / ADAPTER)
 
     def _load_best_model(self):
-        load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
+        if self.is_deepspeed_enabled:  # from its own checkpoint
+            return super()._load_best_model()
+        return load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
 
 
 def training_arguments(folder: str | Path, given: Mapping, batch_size: int) -> TrainingArguments:
@@ -124,6 +150,22 @@ def training_arguments(folder: str | Path, given: Mapping, batch_size: int) -> T
         )
     arguments.gradient_accumulation_steps = batch_size // at_once
     return arguments
+
+
+def check_unwatched(model: nn.Module, optimizer: Optimizer) -> None:
+    """Warn that DeepSpeed lets nobody watch a step.
+
+    Raises:
+        UsageError: A method has an allocator or a term in the loss, which need each step.
+    """
+    allocate(model, optimizer, 0)
+    if any(map(has_term, named_adapters(model).values())):
+        refuse_deepspeed(model, 'penalty')
+    warnings.warn(
+        'DeepSpeed keeps gradients to itself: PEFTCallback writes adapter files, and does not '
+        'watch for adapters without a gradient, for NaN, or for changes of the frozen base.',
+        stacklevel=2,
+    )
 
 
 def _folder(args, state):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.wrappers import refuse_parts, unwrapped
+from mmpeft.injection.wrappers import refuse_deepspeed, refuse_parts, unwrapped
 from mmpeft.methods import Allocator
 
 
@@ -96,7 +96,7 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
         steps: Optimizer steps of the whole run.
 
     Raises:
-        UsageError: A method has an allocator, and its factors are sharded.
+        UsageError: A method has an allocator, and its factors are sharded or in DeepSpeed.
     """
     by_type = defaultdict(dict)
     with unwrapped(model) as bare:
@@ -107,6 +107,7 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
         method = next(iter(adapters.values())).method
         if method.allocates:
             refuse_parts(adapters.values(), 'allocate')
+            refuse_deepspeed(model, 'allocate')
         allocators.append(method.allocator(adapters, steps))
     allocators = [allocator for allocator in allocators if allocator is not None]
     return Allocation(allocators, optimizer)

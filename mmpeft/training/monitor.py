@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.site import adapter_parameters, named_adapters
-from mmpeft.injection.wrappers import is_flattened, is_sharded
+from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed
 
 from .allocation import Allocation, allocate, around_steps
 from .checks.check import Check, listed
@@ -62,8 +62,8 @@ class Monitor:
 
     Raises:
         UsageError: The model has no adapters, their parameters are not in the optimizer, a
-            method with an allocator has no ``steps``, or the model is sharded by
-            FullyShardedDataParallel.
+            method with an allocator has no ``steps``, or the model is trained by DeepSpeed or
+            FullyShardedDataParallel, which keep gradients to themselves.
     """
 
     _before = 0  # iterations before the start, in a run that was resumed
@@ -79,6 +79,7 @@ class Monitor:
         check_ranks: bool = True,
         add_penalty: bool = False,
     ):
+        refuse_deepspeed(model, 'monitor')
         if is_flattened(model):
             raise UsageError(
                 'mmpeft.monitor does not see the gradients of adapters in '

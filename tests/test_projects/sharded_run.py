@@ -1,8 +1,9 @@
-"""Train by projects/commonsense in accelerate's FSDP on CPUs, to the end and again from halfway.
+"""Train by projects/commonsense in accelerate's FSDP or DeepSpeed on CPUs, and again from halfway.
 
 accelerate shards on GPUs alone: here it takes the CPU for one. Arguments are those of train.py.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,11 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'projects/commonsense'))
 def main():
     from commonsense.training import main
 
-    from mmpeft.training.monitor import Monitor
+    from mmpeft.injection.wrappers import is_sharded
+    from mmpeft.interop.transformers import PEFTTrainer
 
+    if os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true':
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend='gloo')
     sharded = []
-    close = Monitor.close
-    Monitor.close = lambda monitor: (sharded.append(monitor.sharded), close(monitor))[1]
+    save = PEFTTrainer.save_model
+    PEFTTrainer.save_model = lambda trainer, *args, **named: (
+        sharded.append(is_sharded(trainer.model_wrapped)),
+        save(trainer, *args, **named),
+    )
     main(sys.argv[1:])
     work_dir = Path(sys.argv[sys.argv.index('--work-dir') + 1])
     torch.distributed.barrier()
@@ -32,7 +41,7 @@ def main():
         shutil.rmtree(work_dir / 'checkpoint-4')
     torch.distributed.barrier()
     main([*sys.argv[1:], '--resume'])
-    assert sharded == [True, True]
+    assert len(sharded) == 5 and all(sharded), sharded
 
 
 if __name__ == '__main__':

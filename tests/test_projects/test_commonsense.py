@@ -223,14 +223,15 @@ def test_from_training_to_the_table(project, material, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_sharded_by_accelerate(project, material, tmp_path):
-    """Two processes with fsdp.yaml, resumed or not, train what one process does."""
+@pytest.mark.parametrize('way', ['fsdp', 'deepspeed'])
+def test_sharded_by_accelerate(way, project, material, tmp_path):
+    """Two processes, resumed or not, train what one process does."""
     options = 'dtype=float32', 'peft.method.dropout=0.0', 'held_out=4', 'batch_size=4'
     steps = 'training.max_steps=4', 'training.eval_steps=2', 'training.save_steps=2'
     given = arguments(material, *options, *steps, 'training.per_device_train_batch_size=2')
     project.training.main([*given, '--work-dir', str(tmp_path / 'one')])
     given.remove('training.use_cpu=True')
-    launch = '-m', 'accelerate.commands.launch', '--config_file', PROJECT / 'fsdp.yaml'
+    launch = '-m', 'accelerate.commands.launch', '--config_file', PROJECT / f'{way}.yaml'
     launch += '--num_processes', 2, '--main_process_port', 0, SHARDED_RUN
     done = subprocess.run(
         [sys.executable, *map(str, launch), *given, '--work-dir', str(tmp_path / 'two')],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import transformers
 from mmengine.config import Config
+from transformers.integrations import deepspeed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmpeft.errors import UsageError
@@ -68,6 +69,7 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     if not cfg.held_out:
         given |= dict(eval_strategy='no', load_best_model_at_end=False)
     arguments = training_arguments(work_dir, given, cfg.batch_size)
+    deepspeed.unset_hf_deepspeed_config()  # whose stage 3 would shard what is not adapted yet
     tokenizer, model = load_base(cfg)
     encoded = [encode(item, tokenizer, cfg.cutoff, cfg.train_on_prompt) for item in items]
     cut = sum(len(example['input_ids']) == cfg.cutoff for example in encoded)
@@ -80,6 +82,8 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
         print(summary)
         work_dir.mkdir(parents=True, exist_ok=True)
         cfg.dump(work_dir / 'recipe.py')
+    if getattr(arguments, 'hf_deepspeed_config', None):
+        deepspeed.set_hf_deepspeed_config(arguments.hf_deepspeed_config)
     trainer = PEFTTrainer(
         model,
         arguments,
