@@ -1,6 +1,7 @@
 """Backbones and necks that upstream lacks. Importing this needs timm."""
 
-from timm.layers import LayerNorm2d
+import timm.layers
+from torch import Tensor
 
 from mmpeft.registry import MODELS
 
@@ -10,5 +11,14 @@ from .timm_backbone import TimmBackbone
 
 __all__ = ['InternViT', 'SimpleFeaturePyramid', 'TimmBackbone']
 
-# For norm_cfg=dict(type='mmpeft.LayerNorm2d'), as in the pyramid on InternViT.
-MODELS.register_module(module=LayerNorm2d)
+
+@MODELS.register_module()
+class LayerNorm2d(timm.layers.LayerNorm2d):
+    """For ``norm_cfg=dict(type='mmpeft.LayerNorm2d')``: timm's, with a contiguous output.
+
+    timm's is channels-last, and mmcv's RoIAlign reads memory as if it were contiguous.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape, normalized over the channels."""
+        return super().forward(x).contiguous()

@@ -1,5 +1,6 @@
 """The monitor of :mod:`mmpeft.training` at the moments of a Runner."""
 
+import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -57,7 +58,8 @@ class MonitorHook(Hook):
             self.allocation.load_state_dict(self._allocated)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.monitor.finite.note({k: float(v) for k, v in (outputs or {}).items() if 'loss' in k})
+        losses = {k: torch.as_tensor(v) for k, v in (outputs or {}).items() if 'loss' in k}
+        self.monitor.finite.note({k: float(v.detach()) for k, v in losses.items()})
         scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
         scaled = scaler is not None and scaler.is_enabled()
         self.monitor.advance(runner.optim_wrapper.should_update(), scaled, _saves(runner))

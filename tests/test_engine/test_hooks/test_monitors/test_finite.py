@@ -31,6 +31,11 @@ def test_a_step_that_is_not_finite_is_skipped(cause, tmp_path, warned):
     assert len(warned) == 2 and warned[0].startswith('Iteration 5: ') and 'was skipped' in warned[0]
 
 
+def test_losses_are_read_without_a_warning(tmp_path, recwarn):
+    run(tmp_path)
+    assert not [str(w.message) for w in recwarn if 'to a scalar' in str(w.message)]
+
+
 def test_allocators_see_nothing_of_a_step_that_is_skipped(tmp_path):
     method = dict(type='AdaLoRA', rank=2, warmup=2, settle=2, every=2)
     runner = run(tmp_path, spoil_batch([4]), method=method)
