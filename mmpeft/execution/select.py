@@ -32,10 +32,14 @@ KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
 class Kernel(NamedTuple):
-    """A fast forward of one layer: its name for a reader, and the output by the input."""
+    """A fast forward of one layer: its name for a reader, and the output by the input.
+
+    Backward may need W' kept, where ``keeps_weight``.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
+    keeps_weight: bool = False
 
 
 def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
@@ -65,7 +69,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if 'depthwise' in spec.kinds:
         pays = trains and not transformed and depthwise.pays(layer, geometry, x)
         run = partial(_run_depthwise, layer, geometry)
-        return Kernel('kernel gradient as a convolution', run) if pays else None
+        return Kernel('kernel gradient as a convolution', run, True) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
     adapter.check_sharding()

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
 
 import mmpeft
 from mmpeft.analysis.memory import saved_bytes
@@ -15,20 +17,27 @@ from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import FORMATS, Quantized, dequantized
 from tests.cases import METHODS
 
-LINEAR = dict(kinds=('linear',))
+pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
+
+LINEAR, BOTH = dict(kinds=('linear',)), dict(kinds=('conv', 'linear'))
 
 
 class Net(nn.Module):
+    """A convolution for each kernel of ``mmpeft.execution``, one that none fits, and an MLP."""
+
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 4, 4)
+        self.thin = nn.Conv2d(64, 32, 1, bias=False)
+        self.up = nn.ConvTranspose2d(32, 64, 2, 2, groups=2)
+        self.depthwise = nn.Conv2d(64, 64, 3, padding='same', groups=64)
         self.norm = nn.LayerNorm(64)
         self.fc1 = nn.Linear(64, 128)
         self.fc2 = nn.Linear(128, 64, bias=False)
         self.head = nn.Linear(64, 3)
 
     def forward(self, images):
-        x = self.stem(images).flatten(2).mT
+        x = self.depthwise(self.up(self.thin(self.stem(images)))).flatten(2).mT
         x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
         return self.head(x.mean(1))
 
@@ -38,9 +47,9 @@ def net():
     return Net()
 
 
-def adapted(method, kind='nf4', **kwargs):
+def adapted(method, kind='nf4', targets=LINEAR, **kwargs):
     model = net()
-    mmpeft.inject(model, method, LINEAR, unfreeze='head', frozen_dtype=kind, **kwargs)
+    mmpeft.inject(model, method, targets, unfreeze='head', frozen_dtype=kind, **kwargs)
     return model
 
 
@@ -90,16 +99,17 @@ CASES = [name for name, config in METHODS.items() if is_for_weights(config)]
 @pytest.mark.parametrize('case', CASES)
 def test_equals_the_dequantized_network(case):
     kind = list(FORMATS)[CASES.index(case) % 3]
-    model = noisy(adapted(METHODS[case], kind))
+    model = noisy(adapted(METHODS[case], kind, BOTH))
     got, expected = step(model), step(plain(model))
     assert got.keys() == expected.keys() and len(got) > 2
     for name, value in expected.items():
         assert close(got[name], value), name
 
 
-@pytest.mark.parametrize('execution', ['branch', 'merged', 'plain'])
-def test_ways_to_compute(execution):
-    model = noisy(adapted(dict(type='LoRA', rank=2), execution=execution))
+@pytest.mark.parametrize('execution', ['branch', 'merged', 'plain', 'composed'])
+@pytest.mark.parametrize('method', ['LoRA', 'FLoRA'])
+def test_ways_to_compute(method, execution):
+    model = noisy(adapted(dict(type=method, rank=2), 'int8', BOTH, execution=execution))
     got, expected = step(model), step(plain(model))
     assert all(close(got[name], value) for name, value in expected.items())
     with torch.no_grad():
@@ -109,10 +119,21 @@ def test_ways_to_compute(execution):
 @pytest.mark.parametrize('method', ['LoRA', 'LieRA', 'DoRA', 'LoHa', 'BitFit'])
 def test_no_weight_is_kept_for_backward(method):
     """Less than the values of the weights would take; inputs of the layers are far smaller."""
-    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
-    mmpeft.inject(model, dict(type=method), frozen_dtype='int8')
-    kept, _ = saved_bytes(model, torch.randn(2, 256, requires_grad=True))
-    assert kept < 256 * 256 * 4
+    cases = (
+        ((2, 256), lambda: nn.Linear(256, 256)),
+        ((2, 256, 1, 1), lambda: nn.Conv2d(256, 256, 1)),
+        ((2, 64, 2, 2), lambda: nn.Conv2d(64, 64, 5, padding=2)),
+        ((2, 64, 2, 2), lambda: nn.Conv2d(64, 64, 5, padding=2, groups=2)),
+        ((1, 4096, 1, 1), lambda: nn.Conv2d(4096, 4096, 7, padding=3, groups=4096)),
+        ((2, 64, 2, 2), lambda: nn.ConvTranspose2d(64, 64, 5, padding=2)),
+        ((2, 64, 2, 2), lambda: Conv2dSame(64, 64, 5)),
+    )
+    for size, make in cases:
+        model = nn.Sequential(*(make() for _ in range(3)))
+        values = model[0].weight.nbytes
+        mmpeft.inject(model, dict(type=method), frozen_dtype='int8')
+        x = torch.randn(size, requires_grad=True)
+        assert saved_bytes(model, x)[0] < values, model[0]
 
 
 def test_starts_from_the_rounded_weights():
@@ -120,14 +141,14 @@ def test_starts_from_the_rounded_weights():
     weight = model.fc1.parametrizations.weight.original
     assert isinstance(weight, Quantized) and not weight.requires_grad
     torch.testing.assert_close(model.fc1.weight, weight.values())
-    assert type(model.stem.weight) is nn.Parameter
+    assert isinstance(model.stem.weight, Quantized)
     assert type(model.head.parametrizations.weight.original) is nn.Parameter
 
 
 def test_summary():
     found = mmpeft.summary(adapted(dict(type='LoRA', rank=2))).stored
-    elements = 2 * 64 * 128
-    assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64), rel=0.02)
+    elements = 2 * 64 * 128 + 64 * (48 + 32 + 64 + 9)
+    assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64) + 6 * 4 * 17, rel=0.02)
     assert found['float32'] == 4 * sum(p.numel() for p in net().parameters()) - 4 * elements
     assert not mmpeft.summary(net()).stored
 
@@ -149,12 +170,14 @@ def test_merging_makes_all_weights_plain(reversible):
 
 
 def test_merging_into_few_bits():
-    model = noisy(adapted(dict(type='LoRA', rank=2)), 0.03)
+    model = noisy(adapted(dict(type='LoRA', rank=2), targets=BOTH), 0.03)
     expected = mmpeft.merge(copy.deepcopy(model))
     mmpeft.merge(model, frozen_dtype='int8')
-    assert model.fc1.weight.format == 'int8' and type(model.head.weight) is nn.Parameter
-    error = (model.fc1.weight.values() - expected.fc1.weight).abs()
-    assert (error <= expected.fc1.weight.abs().amax(1, keepdim=True) / 250).all()
+    assert type(model.head.weight) is nn.Parameter
+    for layer, exact in ((model.fc1, expected.fc1), (model.stem, expected.stem)):
+        found, weight = layer.weight.values().flatten(1), exact.weight.flatten(1)
+        assert layer.weight.format == 'int8'
+        assert ((found - weight).abs() <= weight.abs().amax(1, keepdim=True) / 250).all()
 
 
 def test_a_tied_weight_is_stored_once():
@@ -168,9 +191,24 @@ def test_a_tied_weight_is_stored_once():
     assert type(model.e.weight) is nn.Parameter
 
 
+def test_kernels_that_stay_as_they_are():
+    """Those of another shape, and those that something else reads than the convolution."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3),
+        StdConv2d(8, 8, 3),
+        spectral_norm(nn.Conv2d(8, 8, 3)),
+        parametrizations.spectral_norm(nn.Conv2d(8, 8, 3)),
+        parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+        Conv2dSame(8, 8, 3),
+    )
+    mmpeft.inject(model, dict(type='LoRA', rank=1), dict(include=(r'^5',)), frozen_dtype='nf4')
+    stored = [name for name, p in model.named_parameters() if isinstance(p, Quantized)]
+    assert stored == ['5.parametrizations.weight.original']
+
+
 def test_under_ddp(tmp_path):
     """Which sends all parameters to all ranks; what is stored stays."""
-    model = noisy(adapted(dict(type='LoRA', rank=2)))
+    model = noisy(adapted(dict(type='LoRA', rank=2), targets=BOTH))
     alone, before = copy.deepcopy(model), copy.deepcopy(model.fc1.parametrizations.weight.original)
     store = f'file://{tmp_path / "store"}'
     torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
@@ -195,7 +233,7 @@ def test_a_second_injection():
     model = adapted(dict(type='LoRA', rank=1))
     mmpeft.inject(model, dict(type='IA3'), LINEAR, frozen_dtype='nf4')
     assert step(model)['y'].isfinite().all()
-    with pytest.raises(UsageError, match=r"fc1.weight is stored in 'nf4' already"):
+    with pytest.raises(UsageError, match=r"stem.weight is stored in 'nf4' already"):
         mmpeft.inject(model, dict(type='IA3'), LINEAR, frozen_dtype='int8')
 
 
@@ -204,15 +242,15 @@ def test_refusals():
     with pytest.raises(UsageError, match='Full trains the weights themselves'):
         mmpeft.inject(model, dict(type='Full'), frozen_dtype='nf4')
     rounded = mmpeft.remove(adapted(dict(type='LoRA')))
-    with pytest.raises(UsageError, match=r'Full trains .*\(such as fc1.weight\) stay frozen'):
+    with pytest.raises(UsageError, match=r'Full trains .*\(such as stem.weight\) stay frozen'):
         mmpeft.inject(rounded, dict(type='Full'))
     with pytest.raises(UsageError, match=r'fc1.weight is stored in few bits \(nf4\), so it cannot'):
         mmpeft.inject(rounded, dict(type='LoRA'), unfreeze=r'fc1\.')
     with pytest.raises(UsageError, match="frozen_dtype='bfloat16' is unknown"):
         mmpeft.inject(model, dict(type='LoRA'), frozen_dtype='bfloat16')
-    with pytest.raises(UsageError, match="'stem' has no linear layer whose weight is frozen"):
-        mmpeft.inject(model, dict(type='LoRA'), dict(module='stem'), frozen_dtype='nf4')
+    with pytest.raises(UsageError, match="'norm' has no linear layer or convolution whose"):
+        mmpeft.inject(model, dict(type='SSF'), dict(module='norm'), frozen_dtype='nf4')
     assert not hasattr(model, 'peft') and all(p.requires_grad for p in model.parameters())
     mmpeft.inject(model, dict(type='LoRA'))
-    with pytest.raises(UsageError, match='fc1.weight has an adapter already.*first mmpeft.inject'):
+    with pytest.raises(UsageError, match='stem.weight has an adapter already.*first mmpeft.inj'):
         mmpeft.inject(model, dict(type='LoRA'), frozen_dtype='nf4')
