@@ -211,9 +211,9 @@ def _run_linear(layer, geometry, form, branch, x):
 
 
 def _run_scaled(layer, original, geometry, form, x):
-    x, weight, bias = _in_one_dtype(x, original, layer.bias)
     if geometry is not None:
-        x, geometry = geometry.padded(x)
+        x, geometry = geometry.padded(x)  # which autocast may compute in float32
+    x, weight, bias = _in_one_dtype(x, original, layer.bias)
     beside = layer.execution == BRANCH
     if layer.execution == AUTO:
         beside = x.numel() < original.numel()
@@ -226,8 +226,8 @@ def _compose(up, core):
 
 
 def _run_conv(layer, geometry, form, branch, x):
-    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
     x, geometry = geometry.padded(x)
+    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
     with outside_autocast(x.device.type):
         form = form.dropped(layer.parametrizations.weight[0].spec).with_core(layer.kernel_size)
     function = TuckerConv(geometry, form.scale, branch)
@@ -235,8 +235,8 @@ def _run_conv(layer, geometry, form, branch, x):
 
 
 def _run_depthwise(layer, geometry, x):
-    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     x, geometry = geometry.padded(x)
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     return depthwise.DepthwiseConv(geometry)(x, weight, bias)
 
 
