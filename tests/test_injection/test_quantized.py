@@ -1,6 +1,7 @@
 """Frozen weights in few bits, against the same network with the values that they stand for."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def net():
     return Net()
 
 
-def adapted(method, kind='nf4', targets=LINEAR, **kwargs):
+def adapted(method, kind='nf4', targets=BOTH, **kwargs):
     model = net()
     mmpeft.inject(model, method, targets, unfreeze='head', frozen_dtype=kind, **kwargs)
     return model
@@ -99,7 +100,7 @@ CASES = [name for name, config in METHODS.items() if is_for_weights(config)]
 @pytest.mark.parametrize('case', CASES)
 def test_equals_the_dequantized_network(case):
     kind = list(FORMATS)[CASES.index(case) % 3]
-    model = noisy(adapted(METHODS[case], kind, BOTH))
+    model = noisy(adapted(METHODS[case], kind))
     got, expected = step(model), step(plain(model))
     assert got.keys() == expected.keys() and len(got) > 2
     for name, value in expected.items():
@@ -109,7 +110,7 @@ def test_equals_the_dequantized_network(case):
 @pytest.mark.parametrize('execution', ['branch', 'merged', 'plain', 'composed'])
 @pytest.mark.parametrize('method', ['LoRA', 'FLoRA'])
 def test_ways_to_compute(method, execution):
-    model = noisy(adapted(dict(type=method, rank=2), 'int8', BOTH, execution=execution))
+    model = noisy(adapted(dict(type=method, rank=2), 'int8', execution=execution))
     got, expected = step(model), step(plain(model))
     assert all(close(got[name], value) for name, value in expected.items())
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_starts_from_the_rounded_weights():
     weight = model.fc1.parametrizations.weight.original
     assert isinstance(weight, Quantized) and not weight.requires_grad
     torch.testing.assert_close(model.fc1.weight, weight.values())
-    assert isinstance(model.stem.weight, Quantized)
+    assert isinstance(adapted(dict(type='IA3'), targets=LINEAR).stem.weight, Quantized)
     assert type(model.head.parametrizations.weight.original) is nn.Parameter
 
 
@@ -151,6 +152,14 @@ def test_summary():
     assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64) + 6 * 4 * 17, rel=0.02)
     assert found['float32'] == 4 * sum(p.numel() for p in net().parameters()) - 4 * elements
     assert not mmpeft.summary(net()).stored
+
+
+def test_copies_compute_the_same():
+    model = noisy(adapted(dict(type='FLoRA', rank=2)))
+    expected = step(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.zero_grad()
+        assert all(torch.equal(value, expected[name]) for name, value in step(other).items())
 
 
 @pytest.mark.parametrize('reversible', [False, True])
@@ -170,7 +179,7 @@ def test_merging_makes_all_weights_plain(reversible):
 
 
 def test_merging_into_few_bits():
-    model = noisy(adapted(dict(type='LoRA', rank=2), targets=BOTH), 0.03)
+    model = noisy(adapted(dict(type='LoRA', rank=2)), 0.03)
     expected = mmpeft.merge(copy.deepcopy(model))
     mmpeft.merge(model, frozen_dtype='int8')
     assert type(model.head.weight) is nn.Parameter
@@ -208,7 +217,7 @@ def test_kernels_that_stay_as_they_are():
 
 def test_under_ddp(tmp_path):
     """Which sends all parameters to all ranks; what is stored stays."""
-    model = noisy(adapted(dict(type='LoRA', rank=2), targets=BOTH))
+    model = noisy(adapted(dict(type='LoRA', rank=2)))
     alone, before = copy.deepcopy(model), copy.deepcopy(model.fc1.parametrizations.weight.original)
     store = f'file://{tmp_path / "store"}'
     torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
