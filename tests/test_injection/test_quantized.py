@@ -16,6 +16,7 @@ from mmpeft.errors import UsageError
 from mmpeft.methods import ActivationMethod
 from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import FORMATS, Quantized, dequantized
+from mmpeft.training.sharding import sharded_blocks
 from tests.cases import METHODS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -233,9 +234,12 @@ def test_under_ddp(tmp_path):
 def test_sharding_is_refused():
     """FSDP marks the modules that it shards, of values in their whole size."""
     model = adapted(dict(type='LoRA', rank=1))
-    vars(model.fc1.parametrizations.weight[0])[SHARDED] = True
+    vars(model.stem.parametrizations.weight[0])[SHARDED] = True
     with pytest.raises(UsageError, match='FSDP shards the values of weights in few bits'):
         model(images())
+    for method in ('LoRA', 'BitFit'):
+        with pytest.raises(UsageError, match='stem.weight is stored in few bits, which sharding'):
+            sharded_blocks(adapted(dict(type=method)))
 
 
 def test_a_second_injection():
