@@ -32,9 +32,12 @@ KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
 class Kernel(NamedTuple):
-    """A fast forward of one layer: its name for a reader, and the output by the input.
+    """A fast forward of one layer.
 
-    Backward may need W' kept, where ``keeps_weight``.
+    Attributes:
+        name: For a reader.
+        run: The output by the input.
+        keeps_weight: Whether it keeps W' for backward.
     """
 
     name: str

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 import mmpeft
 from mmpeft.analysis.memory import saved_bytes
 from mmpeft.errors import UsageError
+from mmpeft.execution import MEMORY
 from mmpeft.methods import ActivationMethod
 from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import FORMATS, Quantized, dequantized
@@ -24,22 +25,32 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters'
 LINEAR, BOTH = dict(kinds=('linear',)), dict(kinds=('conv', 'linear'))
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(64, 64, 3, padding='same', groups=64)
+        self.act = nn.GELU()
+        self.pointwise = nn.Conv2d(64, 64, 1, bias=False)
+
+    def forward(self, x):
+        return x + self.pointwise(self.act(self.depthwise(x)))
+
+
 class Net(nn.Module):
     """A convolution for each kernel of ``mmpeft.execution``, one that none fits, and an MLP."""
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 4, 4)
-        self.thin = nn.Conv2d(64, 32, 1, bias=False)
+        self.stem = nn.Conv2d(3, 32, 4, 4)
         self.up = nn.ConvTranspose2d(32, 64, 2, 2, groups=2)
-        self.depthwise = nn.Conv2d(64, 64, 3, padding='same', groups=64)
+        self.blocks = nn.Sequential(Block(), Block())
         self.norm = nn.LayerNorm(64)
         self.fc1 = nn.Linear(64, 128)
         self.fc2 = nn.Linear(128, 64, bias=False)
         self.head = nn.Linear(64, 3)
 
     def forward(self, images):
-        x = self.depthwise(self.up(self.thin(self.stem(images)))).flatten(2).mT
+        x = self.blocks(self.up(self.stem(images))).flatten(2).mT
         x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
         return self.head(x.mean(1))
 
@@ -100,8 +111,9 @@ CASES = [name for name, config in METHODS.items() if is_for_weights(config)]
 
 @pytest.mark.parametrize('case', CASES)
 def test_equals_the_dequantized_network(case):
-    kind = list(FORMATS)[CASES.index(case) % 3]
-    model = noisy(adapted(METHODS[case], kind))
+    number = CASES.index(case)
+    kind, memory = list(FORMATS)[number % 3], MEMORY[number // 3 % 3]
+    model = noisy(adapted(METHODS[case], kind, memory=memory))
     got, expected = step(model), step(plain(model))
     assert got.keys() == expected.keys() and len(got) > 2
     for name, value in expected.items():
@@ -149,8 +161,8 @@ def test_starts_from_the_rounded_weights():
 
 def test_summary():
     found = mmpeft.summary(adapted(dict(type='LoRA', rank=2))).stored
-    elements = 2 * 64 * 128 + 64 * (48 + 32 + 64 + 9)
-    assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64) + 6 * 4 * 17, rel=0.02)
+    elements = 2 * 64 * 128 + 32 * (48 + 128) + 2 * 64 * (9 + 64)
+    assert found['nf4'] == pytest.approx(elements * (0.5 + 1 / 64) + 8 * 4 * 17, rel=0.02)
     assert found['float32'] == 4 * sum(p.numel() for p in net().parameters()) - 4 * elements
     assert not mmpeft.summary(net()).stored
 
