@@ -4,18 +4,16 @@ A layer changes its class, as a parametrized one does, so that copies and
 checkpoints keep working; ``layer.weight`` remains phi(W) to whoever reads it.
 """
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from mmpeft.methods.spec import ConvGeometry
 from mmpeft.quantization import Quantized
-from mmpeft.transforms import is_transformed
 
 from .classes import Fast, change_class, is_changed, restore_class
 from .frozen import kind_for
-from .select import AUTO, PLAIN, has_one_adapter, select_kernel
+from .recompute import run_again
+from .select import AUTO, PLAIN, Kernel, has_one_adapter, select_kernel
 
 
 class Adapted(Fast):
@@ -25,29 +23,35 @@ class Adapted(Fast):
     geometry = None
 
     def forward(self, x):
-        kernel = select_kernel(self, x)
-        if kernel is not None:
-            return kernel.run(x)
-        original = self.parametrizations.weight.original
-        if isinstance(original, Quantized) and torch.is_grad_enabled() and not is_transformed():
-            # W' would be kept for backward, in many times the memory of the weight.
-            return checkpoint(super().forward, x, use_reentrant=False)
-        return super().forward(x)
+        kernel = select_kernel(self, x) or Kernel('torch', super().forward, keeps_weight=True)
+        if kernel.keeps_weight and _is_in_few_bits(self):
+            return run_again(kernel.run, x)
+        return kernel.run(x)
+
+
+class Rebuilt(Fast):
+    """A layer that no kernel fits, whose weight is stored in a fraction of the memory of W'."""
+
+    def forward(self, *args, **kwargs):
+        return run_again(super().forward, *args, **kwargs)
 
 
 def enable(layer: nn.Module, execution: str = AUTO) -> None:
     """Let a layer with one adapter on its weight select a kernel in each forward.
 
-    Other layers are left unchanged. ``execution`` is one of :data:`mmpeft.execution.CHOICES`.
+    Of other layers W' is not kept where W is in few bits; they are left unchanged where it is not.
+    ``execution`` is one of :data:`mmpeft.execution.CHOICES`.
     """
-    known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
-    if execution == PLAIN or is_changed(layer) or type(layer).forward not in known:
+    if execution == PLAIN or is_changed(layer) or not parametrize.is_parametrized(layer, 'weight'):
         return
-    if parametrize.is_parametrized(layer, 'weight') and has_one_adapter(layer):
+    known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+    if type(layer).forward in known and has_one_adapter(layer):
         spec, geometry = layer.parametrizations.weight[0].spec, None
         if not isinstance(layer, nn.Linear):
             geometry = ConvGeometry.of(layer, spec)
         change_class(layer, Adapted, execution=execution, geometry=geometry)
+    elif _is_in_few_bits(layer):
+        change_class(layer, Rebuilt, execution=execution)
 
 
 def enable_frozen(root: nn.Module) -> None:
@@ -72,3 +76,8 @@ def is_enabled(layer: nn.Module) -> bool:
 def execution_of(layer: nn.Module) -> str:
     """How a layer with an adapter was enabled."""
     return getattr(layer, 'execution', PLAIN)
+
+
+def _is_in_few_bits(layer):
+    chain = layer.parametrizations.weight
+    return isinstance(getattr(chain, 'original', None), Quantized)

@@ -15,11 +15,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from mmpeft.transforms import is_transformed
 
 from .classes import Fast, change_class
 from .frozen import Activation
-from .function import is_transformed
+from .recompute import run_again
 
 SPEED, BALANCED, SMALL = MEMORY = 'speed', 'balanced', 'small'
 PLAIN_DATA = Tensor | int | float | complex | str | bytes | type(None) | torch.dtype | torch.device
@@ -40,7 +41,7 @@ class RecomputedBlock(Fast):
                 stacklevel=2,
             )
             return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run_again(run, *args, **kwargs)
 
 
 def keep_less(root: nn.Module, memory: str, blocks: Iterable[nn.Module]) -> None:

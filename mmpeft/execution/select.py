@@ -32,10 +32,17 @@ KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
 class Kernel(NamedTuple):
-    """A fast forward of one layer: its name for a reader, and the output by the input."""
+    """A fast forward of one layer.
+
+    Attributes:
+        name: For a reader.
+        run: The output by the input.
+        keeps_weight: Whether it keeps W' for backward.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
+    keeps_weight: bool = False
 
 
 def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
@@ -65,7 +72,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if 'depthwise' in spec.kinds:
         pays = trains and not transformed and depthwise.pays(layer, geometry, x)
         run = partial(_run_depthwise, layer, geometry)
-        return Kernel('kernel gradient as a convolution', run) if pays else None
+        return Kernel('kernel gradient as a convolution', run, True) if pays else None
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
     adapter.check_sharding()
@@ -207,9 +214,9 @@ def _run_linear(layer, geometry, form, branch, x):
 
 
 def _run_scaled(layer, original, geometry, form, x):
-    x, weight, bias = _in_one_dtype(x, original, layer.bias)
     if geometry is not None:
-        x, geometry = geometry.padded(x)
+        x, geometry = geometry.padded(x)  # which autocast may compute in float32
+    x, weight, bias = _in_one_dtype(x, original, layer.bias)
     beside = layer.execution == BRANCH
     if layer.execution == AUTO:
         beside = x.numel() < original.numel()
@@ -222,8 +229,8 @@ def _compose(up, core):
 
 
 def _run_conv(layer, geometry, form, branch, x):
-    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
     x, geometry = geometry.padded(x)
+    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
     with outside_autocast(x.device.type):
         form = form.dropped(layer.parametrizations.weight[0].spec).with_core(layer.kernel_size)
     function = TuckerConv(geometry, form.scale, branch)
@@ -231,8 +238,8 @@ def _run_conv(layer, geometry, form, branch, x):
 
 
 def _run_depthwise(layer, geometry, x):
-    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     x, geometry = geometry.padded(x)
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     return depthwise.DepthwiseConv(geometry)(x, weight, bias)
 
 

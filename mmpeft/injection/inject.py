@@ -70,8 +70,9 @@ def inject(
             before them are done again in backward; ``'small'``: the inputs of blocks, which run
             again as a whole. Outputs and gradients are the same. Of several injections the one
             that keeps least counts.
-        frozen_dtype: Store the frozen weights of linear layers in few bits by torchao: ``'int8'``,
-            ``'fp8'`` or ``'nf4'``; as they are if None. The adapters belong to the rounded weights.
+        frozen_dtype: Store the frozen weights of linear layers and convolutions in few bits by
+            torchao: ``'int8'``, ``'fp8'`` or ``'nf4'``; as they are if None. The adapters belong to
+            the rounded weights.
         sensitivity: From :func:`mmpeft.sensitivity` with the same method and targets. The method's
             budget is distributed by it (:mod:`~mmpeft.injection.distribution`), within
             ``targets.max_share`` or, without it, the size of each weight. One rank for all if None.

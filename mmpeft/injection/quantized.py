@@ -5,9 +5,18 @@ from types import MethodType
 
 from torch import nn
 
+from mmpeft import execution
 from mmpeft.errors import UsageError
-from mmpeft.quantization import Quantized, adopted, can_quantize, check_format, quantize
+from mmpeft.quantization import (
+    Quantized,
+    adopted,
+    can_quantize,
+    check_format,
+    multiplies,
+    quantize,
+)
 
+from .site import adapters_of
 from .ties import holders
 from .weights import PARAMETRIZATIONS, join, layers, lineage, original_of, weights_of
 
@@ -18,7 +27,10 @@ LIBRARIES = 'bitsandbytes', 'torchao', 'torch.ao.nn.quantized', 'torch.ao.nn.int
 def to_quantize(
     model: nn.Module, path: str, dtype: str, trained: Iterable[nn.Parameter]
 ) -> list[list[tuple[nn.Module, str]]]:
-    """The frozen linear weights of a target module that a format can store.
+    """The frozen weights of linear layers and convolutions of a target that a format can store.
+
+    Layers that compute something else from their weight are left out: :func:`~.multiplies` says
+    which, and those that another library parametrizes.
 
     Args:
         model: With its weights.
@@ -42,24 +54,30 @@ def to_quantize(
             if isinstance(weight, Quantized):
                 _check_same(join(path, below, name), weight, dtype)
                 present = True
-            if name != 'weight' or 'linear' not in spec.kinds or id(weight) in trained:
+            if name != 'weight' or id(weight) in trained or not _multiplies(layer, spec):
                 continue
             if type(weight) is not nn.Parameter or not can_quantize(weight, dtype):
                 continue
-            if name in getattr(layer, PARAMETRIZATIONS, ()):
+            if adapters_of(layer, name):
                 raise UsageError(
                     f'{join(path, below, name)} has an adapter already, which was made for the '
                     f'weight as it is. Give frozen_dtype={dtype!r} to the first mmpeft.inject.'
                 )
+            if name in getattr(layer, PARAMETRIZATIONS, ()):
+                continue
             inside.add((layer, name))
             found[id(weight)] = [(layer, name) for _, layer, name in held[id(weight)]]
     found = [places for places in found.values() if inside.issuperset(places)]
     if not found and not present:
         raise UsageError(
-            f'frozen_dtype={dtype!r}: {path or "the model"!r} has no linear layer whose weight is '
-            'frozen and can be stored so. Leave frozen_dtype out.'
+            f'frozen_dtype={dtype!r}: {path or "the model"!r} has no linear layer or '
+            'convolution whose weight is frozen and can be stored so. Leave frozen_dtype out.'
         )
     return found
+
+
+def _multiplies(layer, spec):
+    return 'linear' in spec.kinds or execution.is_enabled(layer) or multiplies(layer)
 
 
 def _check_same(name, weight, dtype):

@@ -13,7 +13,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.quantization import can_quantize, check_format, quantize, stored_parts
+from mmpeft.quantization import can_quantize, check_format, multiplies, quantize, stored_parts
 from mmpeft.registry import MODELS
 
 from .timm_weights import name_in, read_weights
@@ -54,11 +54,11 @@ class TimmBackbone(BaseModule):
         drop_path: Stochastic depth rate of the deepest block.
         with_cp: Recompute activations in backward. timm uses the form without
             reentrance, which a frozen stem needs.
-        frozen_dtype: Hold the weights of the network's linear layers in few bits, ``'int8'``,
-            ``'fp8'`` or ``'nf4'``, as :func:`mmpeft.inject` does by its argument of this name.
-            Those of a ``checkpoint`` are rounded as they are read, one after another, and are
-            never whole in memory where the file is a ``.safetensors`` one. Needs accelerate.
-            Only for weights that do not train.
+        frozen_dtype: Hold the weights of the network's linear layers and convolutions in few
+            bits, ``'int8'``, ``'fp8'`` or ``'nf4'``, as :func:`mmpeft.inject` does by its argument
+            of this name. Those of a ``checkpoint`` are rounded as they are read, one after another,
+            and are never whole in memory where the file is a ``.safetensors`` one. Needs
+            accelerate. Only for weights that do not train.
         init_cfg: As in :class:`mmengine.model.BaseModule`.
         **kwargs: For :func:`timm.create_model`, such as ``patch_size=16`` for a
             transformer with patches of 14.
@@ -155,18 +155,20 @@ class TimmBackbone(BaseModule):
                 ) from error
 
     def _in_few_bits(self, dtype):
-        """timm's network with linear weights in few bits, and zeros where a file is read later."""
+        """timm's network with weights in few bits, and zeros where a file is read later."""
         check_format(dtype)
         reads = bool(self.checkpoint) and torch.get_default_device().type != 'meta'
         with _without_parameters() if reads else nullcontext():
             network = self._network()
-        if not any(isinstance(layer, nn.Linear) for layer in network.modules()):
+        layers = filter(multiplies, network.modules())
+        stored = {layer for layer in layers if can_quantize(layer.weight, dtype)}
+        if not stored:
             raise UsageError(
-                f'frozen_dtype={dtype!r}: {self.name!r} has no linear layer whose weight can be '
-                'stored so. Leave frozen_dtype out.'
+                f'frozen_dtype={dtype!r}: {self.name!r} has no linear layer or convolution whose '
+                'weight can be stored so. Leave frozen_dtype out.'
             )
         for layer in network.modules():
-            if isinstance(layer, nn.Linear) and can_quantize(layer.weight, dtype):
+            if layer in stored:
                 layer.weight = nn.Parameter(quantize(layer.weight, dtype), requires_grad=False)
             for name, value in layer._parameters.items() if reads else ():
                 if value is not None:

@@ -1,6 +1,7 @@
 """Frozen weights in few bits."""
 
 from .formats import FORMATS
+from .layers import multiplies
 from .tensor import (
     Quantized,
     adopted,
@@ -19,6 +20,7 @@ __all__ = [
     'can_quantize',
     'check_format',
     'dequantized',
+    'multiplies',
     'quantize',
     'stored_in',
     'stored_parts',

@@ -1,5 +1,6 @@
 """Formats of few bits: what is stored of a matrix W (O, I), and its values again.
 
+A kernel (O, I, *kernel) is stored as its matrix, of a row for each element of its first axis.
 torchao quantizes, and what bitsandbytes has quantized is read. The values are computed here: in one
 pass, also in compiled code and on tensors without data, and equal to the libraries' own to the last
 bit.
@@ -25,7 +26,7 @@ class Rows:
 
     def accepts(self, weight: Tensor) -> bool:
         """Whether a weight can be stored so."""
-        return weight.ndim == 2
+        return weight.ndim > 1
 
     def pack(self, weight: Tensor) -> Parts:
         """What is stored of a weight."""
@@ -33,7 +34,7 @@ class Rows:
 
         whole = self.dtype == torch.int8
         kind = quantization.Int8Tensor if whole else quantization.Float8Tensor
-        packed = kind.from_hp(weight, granularity=quantization.PerRow())
+        packed = kind.from_hp(weight.flatten(1), granularity=quantization.PerRow())
         # torchao divides rows of zeros by their largest element.
         data = packed.qdata.view(torch.uint8).masked_fill(packed.scale == 0, 0)
         return dict(qdata=data, scale=packed.scale)
@@ -41,7 +42,7 @@ class Rows:
     def unpack(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The weight, not yet rounded to its dtype."""
         scale = parts['scale']
-        return parts['qdata'].view(self.dtype).to(scale.dtype) * scale
+        return (parts['qdata'].view(self.dtype).to(scale.dtype) * scale).view(shape)
 
 
 class NF4:
@@ -53,13 +54,13 @@ class NF4:
 
     def accepts(self, weight: Tensor) -> bool:
         """Whether a weight can be stored so."""
-        return weight.ndim == 2 and weight.numel() % 64 == 0
+        return weight.ndim > 1 and weight.numel() % 64 == 0
 
     def pack(self, weight: Tensor) -> Parts:
         """What is stored of a weight."""
         from torchao.quantization import to_nf4
 
-        weight = weight.contiguous()
+        weight = weight.flatten(1).contiguous()
         packed = to_nf4(weight, 64, gcd(weight.numel() // 64, 256))
         parts = {name: getattr(packed, name) for name in packed.__tensor_flatten__()[0]}
         # torchao divides blocks of zeros by their largest element; code 7 stands for zero.

@@ -54,7 +54,9 @@ class Quantized(Tensor):
         """A new plain tensor."""
         return READABLE[self.format].unpack(self.parts, self.shape).to(self.dtype)
 
-    def with_parts(self, change: Callable[[Tensor], Tensor], dtype=None) -> 'Quantized':
+    def with_parts(
+        self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> 'Quantized':
         """The same format with other parts."""
         parts = {name: change(part) for name, part in self.parts.items()}
         return Quantized(parts, self.format, self.shape, dtype or self.dtype)
@@ -106,7 +108,7 @@ class Quantized(Tensor):
 
 
 def quantize(weight: Tensor, dtype: str) -> Quantized:
-    """A weight (O, I) in few bits.
+    """A weight (O, I), or a kernel (O, I, *kernel), in few bits.
 
     Args:
         weight: Of floating-point numbers.
@@ -235,16 +237,25 @@ def _equal(one, other):
     if not isinstance(other, Quantized) or one.format != other.format:
         return torch.equal(dequantized(one), dequantized(other))
     pairs = zip(one.parts.values(), other.parts.values(), strict=True)
-    return one.dtype == other.dtype and all(torch.equal(a, b) for a, b in pairs)
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and all(torch.equal(a, b) for a, b in pairs)
 
 
 def _detach(tensor):
     return tensor.with_parts(Tensor.detach)
 
 
+def _view(tensor, shape):
+    shape = torch.empty(tensor.shape, device='meta').view(shape).shape
+    if len(shape) < 2 or shape[0] != tensor.shape[0]:
+        return tensor.values().view(shape)
+    return Quantized(tensor.parts, tensor.format, shape, tensor.dtype)
+
+
 KEEPING = {
     aten.detach.default: _detach,
     aten.alias.default: _detach,
+    aten.view.default: _view,
     aten.clone.default: lambda tensor, **kwargs: tensor.with_parts(Tensor.clone),
     aten._to_copy.default: _to,
     aten.empty_like.default: _empty_like,

@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 from mmpeft.errors import UsageError
 from mmpeft.injection.blocks import blocks
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.weights import join
+from mmpeft.injection.weights import join, plain_key
 from mmpeft.injection.wrappers import local_part, unwrapped
 from mmpeft.methods import WeightAdapter
+from mmpeft.quantization import Quantized
 
 
 def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -20,10 +21,10 @@ def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UsageError: There are none, or a method or a frozen weight cannot be sharded.
     """
-    for path, adapter in named_adapters(model).items():
-        if adapter.in_few_bits:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Quantized):
             raise UsageError(
-                f'The frozen weight of {path!r} is stored in few bits, which sharding would make '
+                f'{plain_key(name)} is stored in few bits, which sharding would make '
                 'whole. Leave out --shard (shard=True), which few bits can make unnecessary, or '
                 'frozen_dtype.'
             )

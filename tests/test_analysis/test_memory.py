@@ -94,6 +94,20 @@ def test_weights_in_few_bits(method):
     assert sizes[0] == sizes[1] < sizes[2] - linear
 
 
+def test_convolutions_in_few_bits_take_what_is_stored():
+    """Of each weight a byte for each element, and a scale for each row."""
+
+    def build(dtype='int8'):
+        return TimmBackbone('test_resnet', frozen_dtype=dtype)
+
+    whole, sizes = build(None), []
+    for model in (build(), built_without_data(build)[0]):
+        sizes.append(sum(p.nbytes for p in model.parameters()))
+    convolutions = [m.weight for m in whole.modules() if isinstance(m, nn.Conv2d)]
+    saved = sum(3 * w.numel() - 4 * len(w) for w in convolutions)
+    assert sizes == [sum(p.nbytes for p in whole.parameters()) - saved] * 2 and saved > 0
+
+
 def test_saved_bytes_of_a_layer():
     layer = nn.Sequential(nn.Linear(8, 4))
     x = torch.randn(16, 8, requires_grad=True)

@@ -7,7 +7,7 @@ import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.errors import UsageError
 from mmpeft.quantization import Quantized, quantize
-from tests.test_injection.test_quantized import adapted, images, net, noisy
+from tests.test_injection.test_quantized import BOTH, adapted, images, net, noisy
 
 LORA = dict(type='LoRA', rank=2)
 
@@ -30,11 +30,11 @@ def test_an_adapter_file_is_of_what_is_stored(file):
     loaded = mmpeft.load_adapter(empty(), path)
     assert torch.equal(loaded(images()), model(images()))
     assert fingerprint(model).startswith('nf4-') and fingerprint(loaded) == fingerprint(model)
-    mmpeft.inject(exact := net(), LORA, dict(kinds=('linear',)), unfreeze='head')
+    mmpeft.inject(exact := net(), LORA, BOTH, unfreeze='head')
     with pytest.raises(UsageError, match='another frozen base: fingerprint nf4-'):
         mmpeft.load_adapter(exact, path)
     mmpeft.load_adapter(exact, path, check_base=False)
-    assert (exact(images()) - model(images())).norm() < 0.1 * model(images()).norm()
+    assert (exact(images()) - model(images())).norm() < 0.2 * model(images()).norm()
 
 
 def test_a_plain_checkpoint_is_rounded_into_the_base(file):

@@ -243,6 +243,16 @@ def test_dropout_is_that_of_the_plain_form(name, case):
             assert_equal(dict(y=found), dict(y=model(x)), 1e-10)
 
 
+@pytest.mark.parametrize('name, way', [('ia3', execution.AUTO), ('flora', execution.BRANCH)])
+def test_borders_that_autocast_reflects_in_float32(name, way):
+    case = TABLE['conv2d_reflect']
+    model, x = adapted(case, METHODS[name], torch.float32, way), case.input(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = model(x)
+        with plain(model):
+            assert (found - (expected := model(x))).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize(
     'name, moved', [('lora_channel', 3e-4), ('flora', 1e-4), ('liera', 1e-3), ('dora', 3e-4)]

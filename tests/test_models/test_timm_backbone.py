@@ -264,8 +264,9 @@ def test_accelerate_is_asked_for(tmp_path, monkeypatch):
         TimmBackbone(**TINY, frozen_dtype='int7')
     with pytest.raises(UsageError, match='init_cfg draws weights, which few bits do not keep'):
         TimmBackbone(**LINEAR, frozen_dtype='int8', init_cfg=dict(type='TruncNormal'))
-    with pytest.raises(UsageError, match="'convnextv2_atto' has no linear layer whose weight"):
-        TimmBackbone(**TINY, frozen_dtype='int8')
+    standardized = dict(name='resnetv2_50x1_bit', channels=(128,) * 4, stem_chs=32)
+    with pytest.raises(UsageError, match='has no linear layer or convolution whose weight can be'):
+        TimmBackbone(**standardized, frozen_dtype='int8')
 
 
 @pytest.mark.slow

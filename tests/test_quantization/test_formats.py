@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmpeft.quantization import FORMATS, can_quantize, quantize
+from mmpeft.quantization import FORMATS, Quantized, can_quantize, quantize
 
 DTYPES = torch.float32, torch.bfloat16
 
@@ -66,4 +66,16 @@ def test_bytes_and_shapes():
     assert sizes['int8'] == sizes['fp8'] == elements + 4 * 96
     assert sizes['nf4'] == elements // 2 + blocks + 2 * (blocks // 64 + 1 + 16)
     assert not can_quantize(torch.zeros(5, 5), 'nf4') and can_quantize(torch.zeros(5, 5), 'int8')
-    assert not any(can_quantize(torch.zeros(8, 8, 1, 1), kind) for kind in FORMATS)
+    assert all(can_quantize(torch.zeros(8, 1, 2, 4), kind) for kind in FORMATS)
+    assert not any(can_quantize(torch.zeros(64), kind) for kind in FORMATS)
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+def test_a_kernel_is_stored_as_its_matrix(kind):
+    kernel = weight().view(96, 8, 4, 4)
+    found = quantize(kernel.contiguous(memory_format=torch.channels_last), kind)
+    matrix = quantize(weight(), kind)
+    assert torch.equal(found.values(), matrix.values().view(96, 8, 4, 4))
+    assert found.nbytes == matrix.nbytes and torch.equal(found.flatten(1), matrix)
+    assert isinstance(found.flatten(1), Quantized) and not torch.equal(found, matrix)
+    assert torch.equal(found.flatten(), matrix.values().flatten())

@@ -87,6 +87,44 @@ def test_a_linear_layer(kind, compute):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+CONVOLUTIONS = dict(
+    conv1d=lambda: nn.Conv1d(16, 32, 3, stride=2, padding='valid'),
+    grouped=lambda: nn.Conv2d(64, 32, 3, groups=4, padding='same', bias=False),
+    dilated=lambda: nn.Conv2d(8, 16, (3, 2), dilation=2, padding=2, padding_mode='circular'),
+    depthwise=lambda: nn.Conv2d(64, 64, 7, padding=3, groups=64),
+    conv3d=lambda: nn.Conv3d(8, 16, 2, stride=(1, 2, 1), padding=1),
+    transposed=lambda: nn.ConvTranspose2d(
+        32, 16, 3, stride=2, padding=1, output_padding=1, groups=2
+    ),
+)
+
+
+@pytest.mark.parametrize('case', CONVOLUTIONS)
+def test_a_convolution(case):
+    """Equal to that by the values, two derivatives too; the values are not kept for backward."""
+    torch.manual_seed(0)
+    plain = CONVOLUTIONS[case]()
+    conv = copy.deepcopy(plain).requires_grad_(False)
+    conv.weight = nn.Parameter(quantize(plain.weight, list(FORMATS)[len(case) % 3]), False)
+    plain.weight = nn.Parameter(conv.weight.values(), False)
+    x = torch.randn(2, conv.in_channels, *(9,) * (plain.weight.ndim - 2))
+    assert saved_bytes(conv, x.requires_grad_()) == saved_bytes(plain, x)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(conv(x), plain(x))
+    if x.ndim == 4:
+        last = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(conv.to(memory_format=torch.channels_last)(last), plain(x))
+    low = copy.deepcopy(conv).bfloat16(), copy.deepcopy(plain).bfloat16()
+    assert torch.equal(*(layer(x.bfloat16()) for layer in low))
+    results = []
+    for layer in (conv.double(), plain.double()):
+        exact = x.detach().double().requires_grad_()
+        y = layer(exact)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), exact, create_graph=True)
+        results.append((y, dx, *torch.autograd.grad(dx.square().sum(), exact)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_neither_values_nor_input_are_kept():
     fc = layer('nf4')
     assert saved_bytes(fc, torch.randn(5, 64, requires_grad=True))[0] == 0
