@@ -1,4 +1,4 @@
-"""How the step over the floor grows: with the rank, the image and the network."""
+"""How step and saved bytes over the floor's grow: with the rank, the image and the network."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,19 +16,23 @@ class Curves:
     Attributes:
         title: What stays as it is.
         label: What grows.
+        measure: ``'step'``, or ``'saved'`` for the bytes kept for backward.
         lines: Ratios by variant, then by rank or size.
         members: Workloads that they are made of.
     """
 
     title: str
     label: str
+    measure: str = 'step'
     lines: dict[str, dict[float, float]] = field(default_factory=dict)
     members: set[str] = field(default_factory=set)
 
     def add(self, x: float | None, result: Result, floor: Result) -> None:
         """Add a point."""
         if result.rounds and x is not None:
-            self.lines.setdefault(result.variant, {})[x] = median(result.ratios(floor))
+            step = self.measure == 'step'
+            ratio = median(result.ratios(floor)) if step else result.saved / floor.saved
+            self.lines.setdefault(result.variant, {})[x] = ratio
             self.members.add(result.workload)
 
     def points(self) -> list[float]:
@@ -36,18 +40,18 @@ class Curves:
         return sorted(set().union(*self.lines.values()))
 
 
-def by_rank(workloads: Workloads) -> list[Curves]:
+def by_rank(workloads: Workloads, measure: str = 'step') -> list[Curves]:
     """Curves of the workloads that were measured at several ranks."""
     found = []
     for results in workloads.values():
-        curves = Curves(results[FLOOR].text, 'rank')
+        curves = Curves(results[FLOOR].text, 'rank', measure)
         for result in results.values():
             curves.add(result.rank, result, results[FLOOR])
         found.append(curves)
     return [curves for curves in found if len(curves.points()) > 1]
 
 
-def by_size(workloads: Workloads) -> list[Curves]:
+def by_size(workloads: Workloads, measure: str = 'step') -> list[Curves]:
     """Curves of timm networks at several image sizes, and of several networks of one family.
 
     Variants that were not measured at all sizes are left out.
@@ -64,7 +68,7 @@ def by_size(workloads: Workloads) -> list[Curves]:
             (f'{model}, batch of {batch}', 'side of the image', int(height)),
             (f'{family}, {size}', 'millions of parameters', round(floor.parameters / 1e6, 1)),
         ):
-            curves = found.setdefault((title, label), Curves(title, label))
+            curves = found.setdefault((title, label), Curves(title, label, measure))
             for result in results.values():
                 if result is not floor:
                     curves.add(x, result, floor)

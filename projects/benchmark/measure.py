@@ -3,6 +3,7 @@
     python projects/benchmark/measure.py --quick
     python projects/benchmark/measure.py [--workloads ...] [--variants ...] [--ranks 8 16 32]
     python projects/benchmark/measure.py --evaluate     # forward passes without gradients
+    python projects/benchmark/measure.py --memory       # steps that keep more and less for backward
 
 All variants of a workload step in turn in one process, A B C A B C ..., and
 each is compared with the floor of the same round: the network frozen, with
@@ -42,7 +43,7 @@ def main():
         torch.set_num_threads(args.threads)
     chosen = [workloads.find(name) for name in dict.fromkeys(args.workloads)]
     where = environment(args.device) | dict(amp=args.amp, seed=args.seed)
-    done = Run('evaluate' if args.evaluate else 'train', where)
+    done = Run('evaluate' if args.evaluate else 'memory' if args.memory else 'train', where)
     failed = []
     try:
         for workload in chosen:
@@ -60,7 +61,9 @@ def parse_args(arguments=None):
     )
     add = parser.add_argument
     free = ', or any timm network as MODEL:HEIGHTxWIDTH:BATCH'
-    add('--evaluate', action='store_true', help='forward passes in evaluation mode')
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--evaluate', action='store_true', help='forward passes in evaluation mode')
+    mode.add_argument('--memory', action='store_true', help="what is kept, by mmpeft's memory")
     add('--workloads', nargs='+', metavar='NAME', help=', '.join(workloads.WORKLOADS) + free)
     add('--variants', nargs='+', metavar='NAME', help=', '.join(variants.VARIANTS))
     add('--ranks', nargs='+', type=int, default=[16], metavar='R')
@@ -79,7 +82,8 @@ def parse_args(arguments=None):
     args.device = args.device or ('cuda' if has_gpu else 'cpu')
     on_cpu = args.device == 'cpu'
     args.workloads = args.workloads or workloads.names(args.device, args.quick)
-    args.variants = args.variants or (variants.QUICK if args.quick else variants.ALL)
+    usual = variants.MEMORY if args.memory else variants.QUICK if args.quick else variants.ALL
+    args.variants = args.variants or usual
     args.rounds = args.rounds or (4 if args.quick else 7)
     args.steps = args.steps or (1 if on_cpu else 5)
     args.amp = args.amp or ('none' if on_cpu else 'bfloat16')

@@ -79,7 +79,7 @@ class Run:
     """Results with what they were measured on.
 
     Attributes:
-        mode: ``'train'`` or ``'evaluate'``.
+        mode: ``'train'``, ``'evaluate'`` or ``'memory'``.
         where: Machine, versions and settings.
         results: In the order of measuring.
     """

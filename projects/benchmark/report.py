@@ -58,6 +58,7 @@ def parse_args():
 def tables(runs) -> str:
     """All tables as Markdown: of each workload, of all together, of the growth."""
     training, evaluated = by_workload(runs), by_workload(runs, 'evaluate')
+    memory = by_workload(runs, 'memory')
     alone = single(training)
     times = {}
     for each in runs:
@@ -66,6 +67,10 @@ def tables(runs) -> str:
     blocks += [step_table(results) for results in (*alone.values(), *evaluated.values())]
     blocks += [comparison(alone)] if len(alone) > 1 else []
     blocks += [curves_table(curves) for curves in by_rank(training) + by_size(training)]
+    for measure in ('step', 'saved'):
+        blocks += [memory_table(single(memory), measure)] if single(memory) else []
+        grown = by_rank(memory, measure) + by_size(memory, measure)
+        blocks += [curves_table(curves) for curves in grown]
     return '\n\n'.join(blocks)
 
 
@@ -114,6 +119,25 @@ def compare(results: dict[str, Result], of: str, to: str, measure: str) -> str:
     return f'{own / other:.2f}' if other > 0 else ''
 
 
+def memory_table(workloads: dict[str, dict[str, Result]], measure: str) -> str:
+    """The step, or what is saved for backward, over the floor's: a row a variant."""
+    names = dict.fromkeys(name for results in workloads.values() for name in results)
+    rows = [
+        [name, *(_over_floor(results, name, measure) for results in workloads.values())]
+        for name in names
+        if name != FLOOR
+    ]
+    what = dict(step='step', saved='saved for backward')[measure]
+    return table(f"{what} over the floor's, by memory", ['', *workloads], rows)
+
+
+def _over_floor(results, name, measure):
+    own, floor = results.get(name), results[FLOOR]
+    if own is None or not own.rounds:
+        return ''
+    return ratio(own.ratios(floor)) if measure == 'step' else f'{own.saved / floor.saved:.2f}'
+
+
 def curves_table(curves: Curves) -> str:
     """The step over the floor, one row a variant and one column a rank or size."""
     points = curves.points()
@@ -121,7 +145,7 @@ def curves_table(curves: Curves) -> str:
         [name, *(f'{line[x]:.2f}' if x in line else '' for x in points)]
         for name, line in curves.lines.items()
     ]
-    title = f'step over the floor by {curves.label}: {curves.title}'
+    title = f'{curves.measure} over the floor by {curves.label}: {curves.title}'
     return table(title, ['', *(f'{x:g}' for x in points)], rows)
 
 

@@ -11,6 +11,7 @@ layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize,
 with ``_all`` on all layers without groups, LyCORIS' on all layers.
 ``*_merged`` and ``*_branch`` put updates into the weight, or beside the layer,
 and ``ia3`` scales channels: what gpu_check.py compares ``auto`` with.
+``*_balanced`` and ``*_small`` are mmpeft's modes of memory.
 """
 
 import warnings
@@ -48,12 +49,14 @@ def layers(model: nn.Module, with_groups=True, with_kernels=True) -> list[str]:
     ]
 
 
-def inject(model, rank, type, kinds=('conv', 'linear'), execution='auto', **arguments):
+def inject(
+    model, rank, type, kinds=('conv', 'linear'), execution='auto', memory='speed', **arguments
+):
     """mmpeft's adapters."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*adapters have more parameters')
         method = dict(type=type, **arguments) | (dict(rank=rank) if rank else {})
-        mmpeft.inject(model, method, dict(kinds=kinds), execution=execution)
+        mmpeft.inject(model, method, dict(kinds=kinds), execution=execution, memory=memory)
     return model
 
 
@@ -122,6 +125,10 @@ VARIANTS |= {
     for name in ('flora', 'lora', 'ia3')
     for way in ('merged', 'branch')
 }
+VARIANTS |= {
+    f'flora_{memory}': partial(VARIANTS['flora'], memory=memory) for memory in ('balanced', 'small')
+}
+MEMORY = 'frozen', 'full', 'flora', 'flora_balanced', 'flora_small', 'lora_channel', 'peft_lora'
 QUICK = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera')
 QUICK += ('flora_plain', 'published_flora', 'peft_lora', 'lycoris_locon')
 WITHOUT_RANK = (FLOOR, 'frozen', 'full', *(name for name in VARIANTS if name.startswith('ia3')))

@@ -125,6 +125,21 @@ def test_stored_results_are_those_shown(call, toy, tmp_path, capsys):
         records.read(tmp_path / 'none.jsonl')
 
 
+@pytest.mark.slow
+def test_memory_beside_time(call, tmp_path, capsys):
+    done = call('--memory', '--workloads', TINY, '--rounds', 1, '--ranks', 2)
+    assert done.mode == 'memory'
+    floor, *others = done.results
+    assert [result.variant for result in others] == list(variants.MEMORY)
+    kept = {result.variant: result.saved for result in others}
+    assert kept['flora'] > kept['flora_balanced'] > kept['flora_small'] > 0
+    step, saved = capsys.readouterr().out.split('saved for backward over')
+    for text, ratio in (step, others[2].ratios(floor)[0]), (saved, kept['flora'] / floor.saved):
+        (row,) = [line for line in text.splitlines() if line.startswith('| flora@2 ')]
+        assert f' {ratio:.2f} |' in row
+    assert [path.name for path in plots.draw([done], tmp_path)] == ['memory.png']
+
+
 def test_results_survive_an_interruption(call, toy, monkeypatch, capsys):
     in_turn = measure.in_turn
 
@@ -382,6 +397,13 @@ def test_growth_with_rank_image_and_network():
     assert images.lines == dict(full={32: 1.5, 64: 1.25})
     assert networks.lines == dict(full={1.0: 1.25, 2.0: 1.125})
     assert list(growth.single(found)) == ['alone:32x32:1']
+    for results in found.values():
+        for number, result in enumerate(results.values()):
+            result.saved = 8 + 2 * number
+    assert [curves.lines for curves in growth.by_size(found, 'saved')] == [
+        dict(full={32: 1.25, 64: 1.25}),
+        dict(full={1.0: 1.25, 2.0: 1.25}),
+    ]
     table = report.curves_table(images)
     assert '|      |   32 |   64 |' in table and '| full | 1.50 | 1.25 |' in table
 
