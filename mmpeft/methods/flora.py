@@ -6,10 +6,11 @@ over the modes of the stored weight, so that a kernel keeps its axes. The core
 starts at zero, the factors Gaussian. The paper leaves the Gaussian's width
 open: here it is 1 / sqrt(J_n) for a factor of J_n columns, with which an Adam
 step on the core moves W by about ``scale`` times the learning rate whatever
-the rank. The factor of a mode of size 1 starts at 1.
+the rank. The factor of a mode of size 1 starts at 1. ``zero`` has another start.
 """
 
 from math import prod, sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class FLoRA(Ranked, DeltaMethod):
         scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4. If None it
             is 4, and for a Lie update what follows from 4.
         init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
+        zero: What starts at zero: ``'core'`` as in the paper, so that at first the core alone has a
+            gradient, or ``'factor0'`` as B of LoRA. The core is then Gaussian in its place.
     """
 
     card = Card(
@@ -72,6 +75,7 @@ class FLoRA(Ranked, DeltaMethod):
     rank: int | tuple[int, ...] = 8
     kernel_rank: int = 2
     init_std: float | None = None
+    zero: Literal['core', 'factor0'] = 'core'
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +102,9 @@ class FLoRA(Ranked, DeltaMethod):
         factors = {'core': weight.new_zeros(ranks)}
         for mode, (size, rank) in enumerate(zip(spec.shape, ranks, strict=True)):
             factors[f'factor{mode}'] = mode_factor(weight, size, rank, self.init_std)
+        if self.zero == 'factor0':
+            factors['core'] = gaussian(weight, *ranks, std=self.init_std or ranks[0] ** -0.5)
+            factors['factor0'] = torch.zeros_like(factors['factor0'])
         return factors
 
     def first_step(self, spec):

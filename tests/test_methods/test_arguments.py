@@ -50,6 +50,7 @@ REFUSED = [
     (dict(type='FLoRA', rank=[2, 0]), 'FLoRA: rank=(2, 0) must be a positive integer'),
     (dict(type='FLoRA', rank=()), 'FLoRA: rank=() must be a positive integer'),
     (dict(type='FLoRA', kernel_rank=0), 'FLoRA: kernel_rank=0 must be a positive integer.'),
+    (dict(type='FLoRA', zero='factor1'), "FLoRA: zero='factor1' is unknown. Write one of 'core', "),
     (dict(type='FLoRA', kernel_rank=1.5), 'FLoRA: kernel_rank=1.5 must be one integer.'),
     (dict(type='VeRA', seed=-1), 'VeRA: seed=-1 must be an integer from 0 to 2^32 - 1.'),
     (dict(type='VeRA', seed=2**32), 'VeRA: seed=4294967296 must be'),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import mmpeft
 from mmpeft.methods.flora import FLoRA
 from tests.adapting import adapted, close, count, spec_of, weights_of_all_layers
 
@@ -62,6 +63,20 @@ def test_flora_starts_with_a_zero_core_and_gaussian_factors():
         assert abs(factors[name].mean().item()) < 0.005
     fixed = FLoRA(rank=50, init_std=0.02).init(layer.weight.detach(), spec_of(layer))
     assert abs(fixed['factor0'].std().item() / 0.02 - 1) < 0.03
+
+
+def test_flora_may_start_with_a_zero_factor():
+    """As LoRA does: at first the whole factor has a gradient, where a core has few numbers."""
+    layer = nn.Conv2d(200, 300, 3)
+    factors = FLoRA(rank=50, zero='factor0').init(layer.weight.detach(), spec_of(layer))
+    assert [name for name, value in factors.items() if not value.any()] == ['factor0']
+    assert abs(factors['core'].std().item() * 50**0.5 - 1) < 0.03
+    model = nn.Sequential(nn.Linear(6, 5))
+    mmpeft.inject(model, dict(type='FLoRA', rank=2, zero='factor0'))
+    model(torch.randn(3, 6)).square().sum().backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    moved = {name.rpartition('.')[2]: bool(gradient.any()) for name, gradient in trained.items()}
+    assert moved == dict(core=False, factor0=True, factor1=False)
 
 
 def test_an_adam_step_on_floras_core_moves_weights_alike_at_every_rank():

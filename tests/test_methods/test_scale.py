@@ -24,6 +24,7 @@ METHODS = dict(
     loralib=dict(type='LoRA', rank=4, layout='loralib'),
     flora=dict(type='FLoRA', rank=16, kernel_rank=2),
     flora_unit=dict(type='FLoRA', rank=16, kernel_rank=2, init_std=1.0),
+    flora_factor=dict(type='FLoRA', rank=16, kernel_rank=2, zero='factor0'),
     liera=dict(type='LieRA', rank=4),
     liera_exact=dict(type='LieRA', rank=4, layout='loralib', update='lie_exact'),
     flora_lie=dict(type='FLoRA', rank=16, update='lie'),
@@ -75,8 +76,7 @@ def test_the_constant_over_many_starts(name):
         weight, spec, squares = layer.weight.double(), spec_of(layer), []
         for _ in range(400):
             factors = method.init(weight, spec)
-            zero = 'core' if 'core' in factors else 'lora_B'
-            assert not factors[zero].any()
+            (zero,) = (name for name, value in factors.items() if not value.any())
             factors[zero] = torch.randint_like(factors[zero], 2) * 2 - 1
             squares.append(method.delta(factors, spec).square().mean().item())
         assert method.first_step(spec) == pytest.approx(np.sqrt(np.mean(squares)), rel=0.1)
@@ -88,7 +88,8 @@ def test_the_first_step_changes_outputs_as_predicted(name, weights):
     """On fresh isotropic inputs, by rate * s * c / rms(W), or rate * s * c of a Lie update.
 
     The few numbers of FLoRA's factors on the axes of a kernel, in one draw, move it by up to a
-    factor of 4, and weights that few elements dominate under a Lie update by 2.
+    factor of 4, and weights that few elements dominate under a Lie update by 2. A Gaussian core of
+    few numbers is not isotropic.
     """
     for layer, (make, size) in LAYERS.items():
         torch.manual_seed(1)
@@ -107,7 +108,7 @@ def test_the_first_step_changes_outputs_as_predicted(name, weights):
         elif 'lie' in name and weights is realistic:
             assert 1 / 2 < ratio < 2, layer
         else:
-            assert ratio == pytest.approx(1, rel=0.15), layer
+            assert ratio == pytest.approx(1, rel=0.3 if name == 'flora_factor' else 0.15), layer
 
 
 class Network(nn.Module):

@@ -16,6 +16,7 @@ OTHER = (
     'ssb',
     'ssl',
     'houlsby',
+    'flora_factor',
     'lora_loralib',
     'lora_auto',
     'flora_auto',
@@ -26,6 +27,7 @@ OTHER = (
 # What no file of configs/_base_/methods holds: a setting of one that is there.
 SETTINGS = dict(
     liera_exact=('liera', dict(update='lie_exact')),
+    flora_factor=('flora', dict(zero='factor0')),
     lora_loralib=('lora', dict(layout='loralib')),
     lora_auto=('lora', dict(scale='auto')),
     flora_auto=('flora', dict(scale='auto')),
