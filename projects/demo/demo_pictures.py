@@ -19,6 +19,7 @@ from matplotlib import pyplot  # noqa: E402
 
 LOWEST_SCORE = 0.4
 FONT = 6
+MARGIN = 0.25  # of a picture's width, the room that a name takes; its height is a third of that
 
 
 class Seen(NamedTuple):
@@ -56,7 +57,7 @@ def draw_sheet(experiments, path, number=6):
         model = init_model(experiment.config, experiment.checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             predict(model, files, Path(folder))
-            rows[experiment.method] = [found_in(Path(folder), Path(file)) for file in files]
+            rows[experiment.title] = [found_in(Path(folder), Path(file)) for file in files]
     figure, axes = pyplot.subplots(
         len(rows), number, figsize=(1.6 * number, 1.6 * len(rows)), dpi=200, squeeze=False
     )
@@ -115,7 +116,7 @@ def corners_of(box):
 
 
 def draw(axis, image, seen, meta):
-    """Draw one picture: thin outlines, names beside the objects."""
+    """Draw one picture: thin outlines, and names below the objects, or above for want of room."""
     colours = np.array(meta.get('palette') or pyplot.get_cmap('tab10').colors)[:, :3]
     colours = colours / 255 if colours.max() > 1 else colours
     axis.imshow(image)
@@ -134,9 +135,12 @@ def draw(axis, image, seen, meta):
             continue
         if not seen.masks:
             axis.fill(*(corners - 0.5).T, fill=False, edgecolor=colours[label], linewidth=0.7)
-        (left, _), (_, bottom) = corners.min(0), corners.max(0)
+        (left, top), (right, bottom) = corners.min(0), corners.max(0)
+        height, width = image.shape[:2]
+        x, side = (left, 'left') if left < (1 - MARGIN) * width else (right, 'right')
+        y, edge = (bottom, 'top') if bottom < (1 - MARGIN / 3) * height else (top, 'bottom')
         axis.text(
-            *(left - 0.5, bottom - 0.5), name, fontsize=FONT - 1.5, color='white',
-            va='top', clip_on=True,
+            *(x - 0.5, y - 0.5), name, fontsize=FONT - 1, color='white',
+            ha=side, va=edge, clip_on=True,
             bbox=dict(facecolor=colours[label] / 2, alpha=0.8, linewidth=0, pad=0.4),
         )  # fmt: skip

@@ -104,6 +104,7 @@ class Experiment:
 
     Attributes:
         cfg: The composed config.
+        title: The method's type, for pictures.
         merges: Whether the adapters can be folded into the weights.
         folder: Holds all files.
         config: The composed config as a file, once the training has begun.
@@ -117,7 +118,9 @@ class Experiment:
         self.data = FOLDERS.get(data)
         self.source = config_of(task, data)
         self.cfg = compose(self.source, method)
-        self.merges = all(METHODS.build(m).merges for m in methods_in(find_hook(self.cfg)))
+        parts = list(methods_in(find_hook(self.cfg)))
+        self.title = ' + '.join(part['type'] for part in parts)
+        self.merges = all(METHODS.build(part).merges for part in parts)
         self.steps = self.cfg.train_cfg.max_iters
         name = task if data == 'digits' else f'{data}_{task}'
         self.folder = WORK / f'{method_name(method)}_{name}_seed{seed}'

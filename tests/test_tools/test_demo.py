@@ -69,7 +69,7 @@ def test_every_task_can_be_run(data, task, scope, experiment):
     cfg = run.cfg
     assert cfg.test_dataloader.dataset.data_root.startswith(f'{run.data}/')
     assert cfg.default_scope == scope
-    assert cfg.default_hooks.peft.method.type == 'LoRA'
+    assert cfg.default_hooks.peft.method.type == run.title == 'LoRA'
     assert cfg.train_cfg.max_iters == (400 if task == 'internvit' else 600)
     base = experiment.BASES[experiment.TASKS[data][task]]
     assert cfg.model.backbone.checkpoint == str(base)
@@ -258,4 +258,19 @@ def test_a_picture_shows_what_was_seen(kind, pictures):
         rows, columns = np.nonzero(red[:178])  # below it stands the name
         assert abs(rows.min() - 80) <= 3 and abs(columns.min() - 48) <= 3
         assert abs(columns.max() - 208) <= 3 and not red[90:160, 60:190].any()
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize('box', [[4, 6, 30, 40], [44, 30, 64, 64], [0, 30, 20, 64]])
+def test_names_stay_within_the_picture(box, pictures):
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(1.6, 1.6), dpi=200)
+    axis = figure.add_axes([0, 0, 1, 1])
+    seen = pictures.Seen([0], [pictures.corners_of(box)], [])
+    pictures.draw(axis, np.zeros((64, 64, 3), np.uint8), seen, dict(classes=['instrument']))
+    (name,) = axis.texts
+    drawn, box = name.get_window_extent(), axis.transData.transform(np.reshape(box, (2, 2)) - 0.5)
+    assert -1 <= drawn.x0 < drawn.x1 <= 321 and -1 <= drawn.y0 < drawn.y1 <= 321
+    assert drawn.y1 <= box[1, 1] + 1 or drawn.y0 >= box[0, 1] - 1, 'beside the object, not on it'
     pyplot.close(figure)
