@@ -46,7 +46,7 @@ print(*sorted(model.state_dict()))
 def requirements(*files):
     """The requirements in files of requirements/, as name -> Requirement."""
     lines = [line.split('#')[0].strip() for file in files for line in file.read_text().splitlines()]
-    found = [Requirement(line) for line in lines if line]
+    found = [Requirement(line) for line in lines if line and not line.startswith('--')]
     return {canonicalize_name(need.name): need for need in found}
 
 
