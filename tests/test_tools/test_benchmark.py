@@ -438,9 +438,11 @@ def test_plots_of_stored_results(tmp_path):
     for run in runs:
         run.results = [r for r in run.results if r.variant in ('floor', 'full', 'flora')]
     names = [path.name for path in plots.draw(runs, tmp_path)]
-    assert names == [f'train_step{part}.png' for part in ('', '_ranks', '_sizes')] + [
-        'evaluation.png'
-    ]
+    train, memory = (
+        [f'{name}{part}.png' for part in ('', '_ranks', '_sizes')]
+        for name in ('train_step', 'memory')
+    )
+    assert names == [*train, 'evaluation.png', *memory]
     assert all((ROOT / 'docs/images' / name).is_file() for name in names)
 
 
