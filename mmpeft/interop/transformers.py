@@ -90,6 +90,7 @@ class PEFTTrainer(Trainer):
 
     They resume a run, and ``load_best_model_at_end`` takes the adapter of the best one. The base
     may be in few bits (``frozen_dtype``), which the Trainer's own checkpoints cannot hold.
+    DeepSpeed writes checkpoints of its own, which hold the base too.
 
     Args:
         model: After :func:`mmpeft.inject`.

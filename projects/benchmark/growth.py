@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from records import FLOOR, Result, median
+from records import FLOOR, Result
 
 IMAGES = re.compile(r'(\w+), (\d+ x (\d+)x\d+)$')
 Workloads = dict[str, dict[str, Result]]
@@ -16,7 +16,7 @@ class Curves:
     Attributes:
         title: What stays as it is.
         label: What grows.
-        measure: ``'step'``, or ``'saved'`` for the bytes kept for backward.
+        measure: Of :data:`records.MEASURES`.
         lines: Ratios by variant, then by rank or size.
         members: Workloads that they are made of.
     """
@@ -30,9 +30,7 @@ class Curves:
     def add(self, x: float | None, result: Result, floor: Result) -> None:
         """Add a point."""
         if result.rounds and x is not None:
-            step = self.measure == 'step'
-            ratio = median(result.ratios(floor)) if step else result.saved / floor.saved
-            self.lines.setdefault(result.variant, {})[x] = ratio
+            self.lines.setdefault(result.variant, {})[x] = result.over(floor, self.measure)
             self.members.add(result.workload)
 
     def points(self) -> list[float]:

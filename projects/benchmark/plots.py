@@ -5,10 +5,9 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from growth import by_rank, by_size, single
-from records import FLOOR, PHASES, by_workload, median
+from records import FLOOR, MEASURES, PHASES, by_workload, median
 
 matplotlib.use('Agg')
-MEASURES = dict(step='step', saved='saved for backward')
 COLOURS = dict(zip(PHASES, ('#4c78a8', '#9ecae9', '#d9d9d9'), strict=True))
 
 
@@ -100,7 +99,7 @@ def points(ax, content):
     for results, marker in zip(workloads.values(), 'osD^vP*X', strict=False):
         floor = results[FLOOR]
         found = [result for result in results.values() if result.rounds and result is not floor]
-        ratios = [_ratio(result, floor, measure) for result in found]
+        ratios = [result.over(floor, measure) for result in found]
         rows = [names.index(result.variant) for result in found]
         ax.plot(ratios, rows, marker, alpha=0.8, label=floor.text)
     ax.set_yticks(range(len(names)), names, fontsize=8)
@@ -117,10 +116,6 @@ def points(ax, content):
             fontsize=8,
             frameon=False,
         )
-
-
-def _ratio(result, floor, measure):
-    return median(result.ratios(floor)) if measure == 'step' else result.saved / floor.saved
 
 
 def lines(ax, curves):

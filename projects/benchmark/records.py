@@ -22,6 +22,7 @@ from mmpeft.errors import MissingFileError, UsageError
 FLOOR = 'floor'
 PHASES = ('forward', 'backward', 'optimizer')
 STEP = PHASES[:2]
+MEASURES = dict(step='step', saved='saved for backward')
 PACKAGES = ('torch', 'timm', 'peft', 'lycoris-lora')
 
 
@@ -72,6 +73,10 @@ class Result:
         """
         pairs = zip(self.seconds(phases), base.seconds(phases), strict=False)
         return [own / other for own, other in pairs if other > 0]
+
+    def over(self, floor: 'Result', measure: str) -> float:
+        """The median step, or the saved bytes, over the floor's; one of :data:`MEASURES`."""
+        return median(self.ratios(floor)) if measure == 'step' else self.saved / floor.saved
 
 
 @dataclass

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from growth import Curves, by_rank, by_size, single
-from records import FLOOR, PHASES, Result, by_workload, median, quartiles, read
+from records import FLOOR, MEASURES, PHASES, Result, by_workload, median, quartiles, read
 
 from mmpeft.engine.launch import run
 from mmpeft.errors import UsageError
@@ -67,7 +67,7 @@ def tables(runs) -> str:
     blocks += [step_table(results) for results in (*alone.values(), *evaluated.values())]
     blocks += [comparison(alone)] if len(alone) > 1 else []
     blocks += [curves_table(curves) for curves in by_rank(training) + by_size(training)]
-    for measure in ('step', 'saved'):
+    for measure in MEASURES:
         blocks += [memory_table(single(memory), measure)] if single(memory) else []
         grown = by_rank(memory, measure) + by_size(memory, measure)
         blocks += [curves_table(curves) for curves in grown]
@@ -127,15 +127,12 @@ def memory_table(workloads: dict[str, dict[str, Result]], measure: str) -> str:
         for name in names
         if name != FLOOR
     ]
-    what = dict(step='step', saved='saved for backward')[measure]
-    return table(f"{what} over the floor's, by memory", ['', *workloads], rows)
+    return table(f"{MEASURES[measure]} over the floor's, by memory", ['', *workloads], rows)
 
 
 def _over_floor(results, name, measure):
     own, floor = results.get(name), results[FLOOR]
-    if own is None or not own.rounds:
-        return ''
-    return ratio(own.ratios(floor)) if measure == 'step' else f'{own.saved / floor.saved:.2f}'
+    return f'{own.over(floor, measure):.2f}' if own and own.rounds else ''
 
 
 def curves_table(curves: Curves) -> str:
