@@ -23,7 +23,7 @@ from records import FLOOR, Result, read  # noqa: E402
 from report import ratio  # noqa: E402
 from transfer_study.methods import METHODS  # noqa: E402
 from transfer_study.plan import finals  # noqa: E402
-from transfer_study.report import CLAIMS, scores  # noqa: E402
+from transfer_study.report import CLAIMS, Elsewhere, also_run, elsewhere_table, scores  # noqa: E402
 from transfer_study.trial import Trial  # noqa: E402
 
 from mmpeft.analysis.seeds import Scores, below_best, differences, interval  # noqa: E402
@@ -42,11 +42,13 @@ class Study(NamedTuple):
         title: Task, backbone and budget.
         scores: Test scores in points, by method and seed.
         parameters: That train in the backbone, by method.
+        also_run: What was run at other settings than the chosen ones.
     """
 
     title: str
     scores: dict[str, Scores]
     parameters: dict[str, int]
+    also_run: list[Elsewhere] = []
 
 
 def transfer_studies() -> Iterator[Study]:
@@ -60,7 +62,8 @@ def transfer_studies() -> Iterator[Study]:
             counts = {m: finals(base, m, SEEDS, records)[0]['parameters'] for m in found}
             title = f'{base.task}, {base.backbone}, at most {budget:,} parameters in adapters'
             if len(found) > 1:
-                yield Study(title, found, counts)
+                also = also_run(base, list(METHODS), SEEDS, records)
+                yield Study(title, found, counts, also)
 
 
 def glue_study() -> Study:
@@ -101,10 +104,11 @@ def ranking(study: Study) -> str:
         if name in below:
             d = below[name]
             shown = 'shown' if d.verdict == 'lower' else 'not shown'
-            gap = f'{d.mean:+.2f} ± {d.half:.2f}, {shown} (p = {d.p:.3f})'
+            gap = f'{d.mean:+.2f} ± {d.half:.2f}, {shown} ({d.p_value})'
         rows.append([name, f'{study.parameters[name]:,}', f'{mean:.2f} ± {half:.2f}', gain, gap])
     head = ['method', 'parameters', 'score', 'over frozen', 'below the best']
-    return f'**{study.title}**, {spans(study)}\n\n{table(head, rows)}\n\n{advice(study)}'
+    lines = [f'**{study.title}**, {spans(study)}', '', table(head, rows), '', advice(study)]
+    return '\n'.join(lines + elsewhere_table(study.also_run))
 
 
 def spans(study: Study) -> str:
@@ -135,7 +139,7 @@ def claims(found: list[Study]) -> str:
             for d in differences(study.scores, [(claim.better, claim.worse)])
         ]
         rows += [
-            [*cells, title, f'{d.mean:+.2f} ± {d.half:.2f} (p = {d.p:.3f})', d.verdict]
+            [*cells, title, f'{d.mean:+.2f} ± {d.half:.2f} ({d.p_value})', d.verdict]
             for title, d in tried
         ] or [[*cells, '', '', 'not run yet']]
     return table(['ordering', 'reported', 'tried on', 'found, points', 'verdict'], rows)

@@ -41,6 +41,11 @@ class Difference(NamedTuple):
             return 'no difference shown'
         return 'higher' if self.mean > 0 else 'lower'
 
+    @property
+    def p_value(self) -> str:
+        """``'p = 0.012'``, or ``'p < 0.001'``."""
+        return f'p = {self.p:.3f}' if self.p >= 0.001 else 'p < 0.001'
+
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95% interval by Student's t, NaN for a single value."""

@@ -34,7 +34,7 @@ from transfer_study import report
 from transfer_study.backbones import BACKBONES
 from transfer_study.classification import sized
 from transfer_study.methods import MAIN, METHODS
-from transfer_study.plan import pending, size_of
+from transfer_study.plan import elsewhere, pending, size_of
 from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
 
@@ -81,12 +81,19 @@ def versions() -> dict[str, str]:
     return found | dict(mmpeft=done.stdout.strip() or importlib.metadata.version('mmpeft'))
 
 
+def left(args: argparse.Namespace, records: dict[str, dict]) -> list[Trial]:
+    """The trials without a record that can start."""
+    if args.at:
+        return list(elsewhere(args.base, args.methods, args.seeds, records, args.at))
+    return list(pending(args.base, args.methods, args.seeds, records))
+
+
 def work(args: argparse.Namespace) -> None:
     """Run trials until none is left that can start."""
     stamp = versions()
     while True:
         records = read_records(args.records)
-        waiting = list(pending(args.base, args.methods, args.seeds, records))
+        waiting = left(args, records)
         if not waiting:
             return
         for trial in waiting:
@@ -171,6 +178,14 @@ def amount(text: str) -> int | float:
     return value
 
 
+def setting(text: str) -> tuple[str, int | float]:
+    """``'rate=3e-3'`` as an argument of a trial."""
+    key, _, value = text.partition('=')
+    if key not in ('epochs', 'rate', 'scale'):
+        raise ValueError
+    return key, int(value) if key == 'epochs' else float(value)
+
+
 def fitting(base: Trial, methods: list[str]) -> list[str]:
     """The methods that the budget allows; prints which ones it does not, and why."""
     with torch.device('meta'):
@@ -200,6 +215,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--main', action='store_true', help=f'only {", ".join(MAIN)}')
     parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument(
+        '--at',
+        type=setting,
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help="final runs of tuned methods with another 'rate', 'scale' or 'epochs'",
+    )
     parser.add_argument('--workers', type=int, default=1, help='processes of one thread')
     parser.add_argument('--slurm', metavar='PARTITION', help='submit the workers to Slurm')
     parser.add_argument('--hours', type=int, default=24, help='longest time of a Slurm job')
@@ -207,6 +230,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--count', type=int, default=3, help='trials that are run again')
     parser.add_argument('--draw', type=int, default=0, help='seed that chooses them')
     args = parser.parse_args(arguments)
+    args.at = dict(args.at)
     known = list(TASKS[args.task].backbones)
     args.backbone = args.backbone or known[0]
     if args.backbone not in known:
@@ -253,7 +277,7 @@ def main() -> None:
         return
     records = read_records(args.records)
     if args.command == 'status':
-        for trial in pending(args.base, args.methods, args.seeds, records):
+        for trial in left(args, records):
             print(describe(trial))
         hours = sum(record['seconds'] for record in records.values()) / 3600
         print(f'{len(records)} trials in {hours:.1f} core-hours')

@@ -99,6 +99,41 @@ def test_the_report_pairs_seeds_and_tests_differences(study, base):
     assert f'+{gaps.mean():.2f} ± {half:.2f}' in claim and 'higher' in claim
 
 
+def test_other_settings_run_to_the_end_beside_the_chosen_one(study, base):
+    from transfer_study.plan import finals, pending
+    from transfer_study.report import also_run, tables
+
+    args, records = study.parse(['run', '--methods', 'lora', '--seeds', '3', '--at', 'rate=1']), {}
+    assert args.at == dict(rate=1) and study.left(args, records) == []
+    methods = ['frozen', 'lora', 'flora']
+    while waiting := list(pending(base, methods, 3, records)):
+        records |= {trial.id: outcome(trial) for trial in waiting}
+    tuned = [r['id'] for r in finals(base, 'lora', 3, records)]
+    chosen = records[tuned[0]]['trial']
+    for text in (['epochs=48'], ['rate=3e-4', 'scale=16']):
+        args = study.parse(['run', '--methods', 'lora', '--seeds', '3', '--at', *text])
+        waiting = study.left(args, records)
+        wanted = chosen | args.at | dict(stage='final')
+        assert [asdict(t) for t in waiting] == [wanted | dict(seed=seed) for seed in range(3)]
+        records |= {t.id: outcome(t) | dict(accuracy=0.5 + 0.1 * t.seed) for t in waiting}
+        assert study.left(args, records) == []
+    assert [r['id'] for r in finals(base, 'lora', 3, records)] == tuned
+    first, second = also_run(base, methods, 3, records)
+    assert (first.setting, second.setting) == (
+        'lora, epochs 48',
+        'lora, rate 0.0003, scale 16',
+    )
+    assert list(first.scores.values()) == pytest.approx([50, 60, 70])
+    gaps = np.array([50, 60, 70]) - 100 * records[tuned[0]]['accuracy']
+    p = 2 * stats.ttest_1samp(gaps, 0).pvalue  # of two
+    assert (first.gap.mean, first.gap.p) == pytest.approx((gaps.mean(), p))
+    half = gaps.mean() - stats.ttest_1samp(gaps, 0).confidence_interval().low
+    row = f'60.00 ± 24.84 | 3 | {gaps.mean():+.2f} ± {half:.2f} (p = {p:.3f})'
+    assert f'| lora, epochs 48 | {row} |' in tables(base, methods, 3, records)
+    with pytest.raises(SystemExit):
+        study.parse(['run', '--at', 'seed=3'])
+
+
 def test_a_failed_trial_is_not_chosen(base):
     from transfer_study.plan import best
 

@@ -128,8 +128,30 @@ def pending(base: Trial, methods: list[str], seeds: int, records: Records) -> It
                 break
 
 
+def elsewhere(
+    base: Trial, methods: list[str], seeds: int, records: Records, at: dict
+) -> Iterator[Trial]:
+    """Final runs without a record of tuned methods, but with some arguments of the trial ``at``."""
+    for method in methods:
+        first = start(base, method, records)
+        for trial in chosen_runs(first, seeds, records) if first else []:
+            if (moved := replace(trial, **at)).id not in records:
+                yield moved
+
+
 def finals(base: Trial, method: str, seeds: int, records: Records) -> list[dict]:
     """The records of a method's final runs, by seed, as far as there are any."""
     first = start(base, method, records)
     runs = chosen_runs(first, seeds, records) if first else []
     return [records[t.id] for t in runs if t.id in records]
+
+
+def others(base: Trial, method: str, seeds: int, records: Records) -> dict[Trial, list[dict]]:
+    """Records of final runs at settings that tuning did not choose, by setting (of seed 0)."""
+    runs, found = finals(base, method, seeds, records), {}
+    for record in records.values() if runs else ():
+        trial = Trial(**record['trial'])
+        free = {key: getattr(trial, key) for key in ('rate', 'scale', 'epochs', 'seed')}
+        if trial == replace(Trial(**runs[0]['trial']), **free) and record not in runs:
+            found.setdefault(replace(trial, seed=0), []).append(record)
+    return found

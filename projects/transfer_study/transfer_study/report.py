@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from mmpeft.analysis.seeds import Scores, differences, interval
+from mmpeft.analysis.seeds import Difference, Scores, differences, interval
 from mmpeft.analysis.vtab import ppt
 
-from .plan import Records, finals
+from .plan import Records, finals, others
 from .tasks import TASKS
 from .trial import Trial
 
@@ -92,13 +92,43 @@ def scores(base: Trial, methods: list[str], seeds: int, records: Records) -> dic
     return {method: by_seed for method, by_seed in found.items() if by_seed}
 
 
+class Elsewhere(NamedTuple):
+    """Final runs of a method at a setting that tuning did not choose.
+
+    Attributes:
+        setting: The method, and in what the setting differs from the chosen one.
+        scores: Test scores in percent by seed.
+        gap: The difference from the chosen setting; None where fewer than two seeds have both.
+    """
+
+    setting: str
+    scores: Scores
+    gap: Difference | None
+
+
+def also_run(base: Trial, methods: list[str], seeds: int, records: Records) -> list[Elsewhere]:
+    """What was run at other settings than the chosen ones, p-values adjusted over all."""
+    metric, chosen = TASKS[base.task].metric, scores(base, methods, seeds, records)
+    found, pairs = {}, []
+    for method in chosen:
+        tuned = finals(base, method, seeds, records)[0]['trial']
+        for trial, runs in others(base, method, seeds, records).items():
+            keys = [key for key in ('epochs', 'rate', 'scale') if getattr(trial, key) != tuned[key]]
+            changes = ', '.join(f'{key} {getattr(trial, key):g}' for key in keys)
+            name = f'{method}, {changes}'
+            found[name] = {r['trial']['seed']: 100 * r[metric] for r in runs if metric in r}
+            pairs.append((name, method))
+    gaps = {gap.better: gap for gap in differences(chosen | found, pairs)}
+    return [Elsewhere(name, values, gaps.get(name)) for name, values in found.items()]
+
+
 def compare(pairs: list[tuple[str, str]], by_seed: dict[str, Scores]) -> list[str]:
     """A table of paired differences, p-values adjusted over it; empty without a pair of seeds."""
     rows = [
-        f'| {d.better} - {d.worse} | {d.mean:+.2f} ± {d.half:.2f} | {d.p:.3f} | {d.verdict} |'
+        f'| {d.better} - {d.worse} | {d.mean:+.2f} ± {d.half:.2f} | {d.p_value} | {d.verdict} |'
         for d in differences(by_seed, pairs)
     ]
-    head = ['', '| difference | points | p (Holm) | verdict |', '| --- | ---: | ---: | --- |']
+    head = ['', '| difference | points | corrected | verdict |', '| --- | ---: | ---: | --- |']
     return head + rows if rows else []
 
 
@@ -120,6 +150,17 @@ def score_table(base: Trial, methods: list[str], seeds: int, records: Records) -
     return lines
 
 
+def elsewhere_table(runs: list[Elsewhere]) -> list[str]:
+    """A row a setting that tuning did not choose; empty without any."""
+    rows = []
+    for run in runs:
+        mean, half = interval(list(run.scores.values()))
+        gap = f'{run.gap.mean:+.2f} ± {run.gap.half:.2f} ({run.gap.p_value})' if run.gap else ''
+        rows.append(f'| {run.setting} | {mean:.2f} ± {half:.2f} | {len(run.scores)} | {gap} |')
+    head = ['', '| also run | score | seeds | over the chosen setting |', '|---|---|---|---|']
+    return head + rows if rows else []
+
+
 def tables(base: Trial, methods: list[str], seeds: int, records: Records) -> str:
     """The report in Markdown."""
     by_seed = scores(base, methods, seeds, records)
@@ -127,6 +168,7 @@ def tables(base: Trial, methods: list[str], seeds: int, records: Records) -> str
     lines += score_table(base, methods, seeds, records)
     lines += compare([(c.better, c.worse) for c in CLAIMS], by_seed)
     lines += compare([(m, 'frozen') for m in by_seed if m != 'frozen'], by_seed)
+    lines += elsewhere_table(also_run(base, methods, seeds, records))
     failed = sum(bool(record['failed']) for record in records.values())
     hours = sum(record['seconds'] for record in records.values()) / 3600
     lines += ['', f'{len(records)} trials, {failed} failed, {hours:.1f} core-hours.']
