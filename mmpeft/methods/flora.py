@@ -6,7 +6,9 @@ over the modes of the stored weight, so that a kernel keeps its axes. The core
 starts at zero, the factors Gaussian. The paper leaves the Gaussian's width
 open: here it is 1 / sqrt(J_n) for a factor of J_n columns, with which an Adam
 step on the core moves W by about ``scale`` times the learning rate whatever
-the rank. The factor of a mode of size 1 starts at 1. ``zero`` has another start.
+the rank. The factor of a mode of size 1 starts at 1. ``zero='factor0'`` starts as
+LoRA does, with a zero factor of the first mode beside a Gaussian core; the others
+are then 1 / sqrt(I_n) wide, as A of LoRA is by its inputs.
 """
 
 from math import prod, sqrt
@@ -59,9 +61,9 @@ class FLoRA(Ranked, DeltaMethod):
         kernel_rank: Of each kernel mode (r_3 in the paper), capped likewise.
         scale: s in Eq. 5; the paper chooses among 0.04, 0.4 and 4. If None it
             is 4, and for a Lie update what follows from 4.
-        init_std: Standard deviation of the factors; 1 / sqrt(J_n) if None.
+        init_std: Standard deviation of what starts Gaussian; as above if None.
         zero: What starts at zero: ``'core'`` as in the paper, so that at first the core alone has a
-            gradient, or ``'factor0'`` as B of LoRA. The core is then Gaussian in its place.
+            gradient, or ``'factor0'``, which alone has one then. The core is as wide in its place.
     """
 
     card = Card(
@@ -98,20 +100,25 @@ class FLoRA(Ranked, DeltaMethod):
         return tuple(min(r, size) for r, size in zip(rank, spec.shape, strict=True))
 
     def init(self, weight, spec) -> Factors:
-        ranks = self.ranks(spec)
+        ranks, stds = self.ranks(spec), self.stds(spec)
         factors = {'core': weight.new_zeros(ranks)}
-        for mode, (size, rank) in enumerate(zip(spec.shape, ranks, strict=True)):
-            factors[f'factor{mode}'] = mode_factor(weight, size, rank, self.init_std)
+        for mode, (size, rank, std) in enumerate(zip(spec.shape, ranks, stds, strict=True)):
+            factors[f'factor{mode}'] = mode_factor(weight, size, rank, std)
         if self.zero == 'factor0':
-            factors['core'] = gaussian(weight, *ranks, std=self.init_std or ranks[0] ** -0.5)
+            factors['core'] = gaussian(weight, *ranks, std=stds[0])
             factors['factor0'] = torch.zeros_like(factors['factor0'])
         return factors
 
+    def stds(self, spec: WeightSpec) -> tuple[float, ...]:
+        """Standard deviations of the factors, or of the core in the place of the first."""
+        ranks = self.ranks(spec)
+        widths = ranks if self.zero == 'core' else (ranks[0], *spec.shape[1:])
+        return tuple(self.init_std or width**-0.5 for width in widths)
+
     def first_step(self, spec):
-        """An entry sums products of the factors' entries over the core, with signs."""
-        pairs = zip(spec.shape, self.ranks(spec), strict=True)
-        stds = [(self.init_std or rank**-0.5) * sqrt(rank) for size, rank in pairs if size > 1]
-        return prod(stds)
+        """An entry sums products of what starts Gaussian over the core, with signs."""
+        modes = zip(spec.shape, self.ranks(spec), self.stds(spec), strict=True)
+        return prod(std * sqrt(rank) for size, rank, std in modes if size > 1)
 
     def gains(self, weight, gradient, spec):
         """From the core of dL/d(dW): what the leading vectors of each mode capture of it."""

@@ -71,6 +71,9 @@ def test_flora_may_start_with_a_zero_factor():
     factors = FLoRA(rank=50, zero='factor0').init(layer.weight.detach(), spec_of(layer))
     assert [name for name, value in factors.items() if not value.any()] == ['factor0']
     assert abs(factors['core'].std().item() * 50**0.5 - 1) < 0.03
+    assert abs(factors['factor1'].std().item() * 200**0.5 - 1) < 0.03
+    fixed = FLoRA(rank=50, zero='factor0', init_std=0.02).init(layer.weight, spec_of(layer))
+    assert all(abs(fixed[n].std().item() / 0.02 - 1) < 0.03 for n in ('core', 'factor1'))
     model = nn.Sequential(nn.Linear(6, 5))
     mmpeft.inject(model, dict(type='FLoRA', rank=2, zero='factor0'))
     model(torch.randn(3, 6)).square().sum().backward()
