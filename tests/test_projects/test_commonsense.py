@@ -14,6 +14,7 @@ from sklearn import datasets
 
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError
 from tests.test_projects.language import save_llama
 
@@ -132,15 +133,15 @@ def test_shares_of_the_papers_rows(project, base):
     whole = sum(p.numel() for p in model.parameters())
     assert whole == dict(llama_7b=6_738_415_616, llama3_8b=8_030_261_248)[base]
     for _, config, rate, adapters, share, papers in rows:
-        cfg = project.recipe.read_recipe(PROJECT / 'configs' / f'{config.strip("`")}.py')
+        cfg = read_recipe(PROJECT / 'configs' / f'{config.strip("`")}.py')
         assert cfg.training.learning_rate == float(rate)
         small = llama_on_meta(base, layers=2)
-        found = 16 * project.recipe.adapt(small, cfg, empty=True).adapters
+        found = 16 * adapt(small, cfg, empty=True).adapters
         assert f'{found:,}' == adapters and f'{found / whole:.2%}' == share
         assert papers in (share, f'{found / (found + whole):.2%}')
         rank = 16 if 'r16' in config else 32
         assert papers == {16: ('0.42%', '0.35%'), 32: ('0.83%', '0.70%')}[rank][base != 'llama_7b']
-    summary = project.recipe.adapt(model, cfg, empty=True)  # of r = 32, with all layers
+    summary = adapt(model, cfg, empty=True)  # of r = 32, with all layers
     assert (summary.adapters, summary.base, len(summary.rows)) == (found, whole, 160)
 
 
@@ -149,14 +150,14 @@ def test_the_other_configs(project):
     doras = dict(re.findall(r'`(dora_\w+)` \(([\d,]+) = ', text))
     for config, expected in doras.items():
         base = config.partition('_r')[2][3:]
-        cfg = project.recipe.read_recipe(PROJECT / f'configs/{config}.py')
-        found = 16 * project.recipe.adapt(llama_on_meta(base, 2), cfg, empty=True).adapters
+        cfg = read_recipe(PROJECT / f'configs/{config}.py')
+        found = 16 * adapt(llama_on_meta(base, 2), cfg, empty=True).adapters
         assert f'{found:,}' == expected
     configs = sorted((PROJECT / 'configs').glob('*.py'))
     assert len(configs) == 5 * 2 * 2 and len(doras) == 4
     for path in configs:
         name, rank, base = re.fullmatch(r'(\w+)_r(\d\d)_(llama_7b|llama3_8b)', path.stem).groups()
-        cfg = project.recipe.read_recipe(path)
+        cfg = read_recipe(path)
         method = mmpeft.METHODS.build(cfg.peft.method.to_dict())
         assert type(method).__name__.lower() == name and method.rank == int(rank)
         assert method.scaling == (1 if name in ('pissa', 'milora') else 2)
@@ -204,9 +205,9 @@ def test_from_training_to_the_table(project, material, tmp_path, capsys):
     asked = [*beside.iterdir()]
     assert len(asked) == 2
     assert all((answers / path.name).read_text() == path.read_text() for path in asked)
-    cfg = project.recipe.read_recipe(run / 'recipe.py')
+    cfg = read_recipe(run / 'recipe.py')
     words, model = project.recipe.load_base(cfg)
-    project.recipe.adapt(model.eval(), cfg, empty=True)
+    adapt(model.eval(), cfg, empty=True)
     mmpeft.load_adapter(model, run / 'adapter.safetensors')
     ids = words('How many samples has iris?', return_tensors='pt')['input_ids']
     with torch.no_grad():
@@ -259,8 +260,8 @@ def test_few_bits(project, material, tmp_path):
 
 
 def test_another_method(project):
-    cfg = project.recipe.read_recipe(LORA, method='flora', options={'peft.method.rank': 4})
-    summary = project.recipe.adapt(llama_on_meta('llama_7b', 1), cfg, empty=True)
+    cfg = read_recipe(LORA, method='flora', options={'peft.method.rank': 4})
+    summary = adapt(llama_on_meta('llama_7b', 1), cfg, empty=True)
     assert {row.method for row in summary.rows} == {'FLoRA(scale=4.0, rank=4)'}
     assert {row.name.split('.')[-2] for row in summary.rows} == {
         f'{name}_proj' for name in ('q', 'k', 'v', 'up', 'down')

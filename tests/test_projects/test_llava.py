@@ -15,6 +15,7 @@ from skimage import data
 
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError
 from tests.test_projects.language import small_llama_config, train_tokenizer
 
@@ -126,7 +127,7 @@ def test_a_first_turn_that_is_no_question_is_left_out(project, material, tmp_pat
 
 
 def test_labels_are_the_answers_alone(project, material):
-    cfg = project.recipe.read_recipe(FLORA, model=str(material / 'llava'))
+    cfg = read_recipe(FLORA, model=str(material / 'llava'))
     processor, _ = project.recipe.load_base(cfg)
     words = processor.tokenizer
     items = [
@@ -174,8 +175,8 @@ def test_shares(project, method):
             hf.LlavaConfig(vision, hf.LlamaConfig(vocab_size=32064))
         )
     whole = sum(p.numel() for p in model.parameters())
-    cfg = project.recipe.read_recipe(PROJECT / f'configs/{method}_r128_llava_7b.py')
-    found = project.recipe.adapt(model, cfg, empty=True)
+    cfg = read_recipe(PROJECT / f'configs/{method}_r128_llava_7b.py')
+    found = adapt(model, cfg, empty=True)
     assert len(found.rows) == 7 * 32 and found.unfrozen == 20_979_712 and whole == 7_063_427_072
     row = next(
         line.strip('| ').split(' | ')
@@ -224,9 +225,9 @@ def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
     project.evaluation.main([str(run), '--no-merge', *decode])
     (beside,) = set(run.glob('train-*.jsonl')) - {merged}
     assert beside.read_text() == merged.read_text()
-    cfg = project.recipe.read_recipe(run / 'recipe.py')
+    cfg = read_recipe(run / 'recipe.py')
     processor, model = project.recipe.load_base(cfg)
-    project.recipe.adapt(model.eval(), cfg, empty=True)
+    adapt(model.eval(), cfg, empty=True)
     mmpeft.load_adapter(model, run / 'adapter.safetensors')
     rows = project.conversations.Conversations(items(material), cfg.images, processor, 512)
     batch = project.conversations.Collator(processor.tokenizer)([*rows])
@@ -284,9 +285,7 @@ def test_assembly(script, project, material, tmp_path):
     parts = assembly.assemble(*folders, tmp_path / 'mm_projector.bin', torch.float32)
     for part in parts:
         part.save_pretrained(tmp_path / 'whole')
-    cfg = project.recipe.read_recipe(
-        FLORA, model=str(tmp_path / 'whole'), options=dict(dtype='float32')
-    )
+    cfg = read_recipe(FLORA, model=str(tmp_path / 'whole'), options=dict(dtype='float32'))
     processor, model = project.recipe.load_base(cfg)
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
     image = Image.open(material / 'images/chelsea.png')

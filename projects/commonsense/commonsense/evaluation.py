@@ -11,10 +11,11 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError, near
 
 from .protocol import SETS, extract_answer, prompt, read_set
-from .recipe import adapt, add_arguments, load_base, read_recipe
+from .recipe import add_arguments, load_base
 
 
 @torch.no_grad()

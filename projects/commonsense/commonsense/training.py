@@ -10,11 +10,12 @@ from mmengine.config import Config
 from transformers.integrations import deepspeed
 from transformers.trainer_utils import get_last_checkpoint
 
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import UsageError
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
 from .protocol import WHERE, prompt, read_items
-from .recipe import adapt, add_arguments, load_base, read_recipe
+from .recipe import add_arguments, load_base
 
 
 def encode(
@@ -47,7 +48,7 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     """Train by a recipe; writes ``adapter.safetensors`` and ``recipe.py`` into ``work_dir``.
 
     Args:
-        cfg: See :func:`~.recipe.read_recipe`.
+        cfg: See :func:`~mmpeft.engine.recipe.read_recipe`.
         work_dir: For checkpoints too.
         resume: Go on from its last checkpoint, if there is one.
 

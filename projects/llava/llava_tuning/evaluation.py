@@ -10,10 +10,11 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError
 
 from .conversations import open_image, read_conversations, render
-from .recipe import adapt, add_arguments, load_base, read_recipe
+from .recipe import add_arguments, load_base
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import transformers
 from mmengine.config import Config
 from transformers.trainer_utils import get_last_checkpoint
 
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
 from .conversations import Collator, Conversations, read_conversations
-from .recipe import adapt, add_arguments, load_base, read_recipe
+from .recipe import add_arguments, load_base
 
 
 def build_optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -31,7 +32,7 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     """Train by a recipe; writes ``adapter.safetensors`` and ``recipe.py`` into ``work_dir``.
 
     Args:
-        cfg: See :func:`~.recipe.read_recipe`.
+        cfg: See :func:`~mmpeft.engine.recipe.read_recipe`.
         work_dir: For checkpoints too.
         resume: Go on from its last checkpoint, if there is one.
 

@@ -1,0 +1,58 @@
+"""Recipes of runs without a Runner: configs with ``peft`` of a method file, and ``targets``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from torch import nn
+
+from mmpeft.errors import UsageError, near
+from mmpeft.injection.inject import inject
+from mmpeft.injection.summary import Summary
+
+from .config import read_config
+from .method_argument import read_method
+
+
+def read_recipe(
+    config: str | Path, method: str | None = None, options: Mapping | None = None, **given
+) -> Config:
+    """Read a recipe.
+
+    Args:
+        config: The file.
+        method: In place of the config's, as ``--method`` of the tools takes it.
+        options: By dotted keys.
+        given: Further keys; None leaves the config's.
+
+    Raises:
+        UsageError: A file, method or key does not exist.
+    """
+    cfg = read_config(config)
+    options = {k: v for k, v in given.items() if v is not None} | dict(options or {})
+    for key in options:
+        if key.split('.')[0] not in cfg:
+            raise UsageError(f'--cfg-options: there is no {key!r}. {near(key, cfg)}')
+    if method is not None:
+        cfg.peft = ConfigDict(read_method(method))
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+def adapt(model: nn.Module, cfg: Config, **arguments) -> Summary:
+    """Inject a recipe's method where the recipe says.
+
+    Args:
+        model: With its pretrained weights.
+        cfg: With ``peft``, ``targets`` and ``frozen_dtype``; ``unfreeze`` if it has it.
+        arguments: Further ones of :func:`mmpeft.inject`.
+    """
+    peft = cfg.peft
+    return inject(
+        model,
+        peft.method.to_dict(),
+        cfg.targets.to_dict() | dict(peft.get('targets') or {}),
+        unfreeze=(*cfg.get('unfreeze', ()), *(peft.get('unfreeze') or ())),
+        frozen_dtype=cfg.frozen_dtype,
+        **arguments,
+    )
