@@ -24,6 +24,9 @@ methods = dict(
     lora=dict(method='lora', arguments=budget, rates=rates),
     dora=dict(method='dora', arguments=budget, rates=rates),
     flora=dict(method='flora', arguments=dict(budget, scale='auto'), rates=rates),
+    flora_factor=dict(
+        method='flora', arguments=dict(budget, scale='auto', zero='factor0'), rates=rates
+    ),
     liera=dict(method='liera', arguments=budget, rates=rates),
 )
 del rates, budget

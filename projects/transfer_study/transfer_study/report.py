@@ -72,6 +72,10 @@ CLAIMS = (
     Claim('ssb', 'ssl', 'Subspace tuning, Table 2', 'RoBERTa-base on GLUE: 84.34 to 82.51'),
     Claim('ssb', 'ia3', 'Subspace tuning, Table 2', 'RoBERTa-base on GLUE: 84.34 to 83.91'),
     *(
+        Claim('flora_factor', name, 'docs/methods.md', "not claimed: FLoRA(zero='factor0')")
+        for name in ('flora', 'lora')
+    ),
+    *(
         Claim(f'{name}_auto', name, 'docs/scale.md', 'not claimed: a rule beside a tuned scale')
         for name in ('lora', 'flora', 'liera')
     ),
