@@ -8,7 +8,7 @@ Scores are those of projects/transfer_study and projects/glue, costs those of do
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class Study(NamedTuple):
     title: str
     scores: dict[str, Scores]
     parameters: dict[str, int]
-    also_run: list[Elsewhere] = []
+    also_run: Sequence[Elsewhere] = ()
 
 
 def transfer_studies() -> Iterator[Study]:

@@ -7,8 +7,8 @@ starts at zero, the factors Gaussian. The paper leaves the Gaussian's width
 open: here it is 1 / sqrt(J_n) for a factor of J_n columns, with which an Adam
 step on the core moves W by about ``scale`` times the learning rate whatever
 the rank. The factor of a mode of size 1 starts at 1. ``zero='factor0'`` starts as
-LoRA does, with a zero factor of the first mode beside a Gaussian core; the others
-are then 1 / sqrt(I_n) wide, as A of LoRA is by its inputs.
+LoRA does, with a zero factor of the first mode, and a Gaussian core in its place,
+1 / sqrt(J_1) wide. The other factors are then 1 / sqrt(I_n) wide, as A of LoRA is by its inputs.
 """
 
 from math import prod, sqrt
@@ -63,7 +63,7 @@ class FLoRA(Ranked, DeltaMethod):
             is 4, and for a Lie update what follows from 4.
         init_std: Standard deviation of what starts Gaussian; as above if None.
         zero: What starts at zero: ``'core'`` as in the paper, so that at first the core alone has a
-            gradient, or ``'factor0'``, which alone has one then. The core is as wide in its place.
+            gradient, or ``'factor0'``, the factor of the first mode, which then alone has one.
     """
 
     card = Card(

@@ -34,7 +34,7 @@ from transfer_study import report
 from transfer_study.backbones import BACKBONES
 from transfer_study.classification import sized
 from transfer_study.methods import MAIN, METHODS
-from transfer_study.plan import elsewhere, pending, size_of
+from transfer_study.plan import elsewhere, pending, size_of, tuned
 from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
 
@@ -267,6 +267,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     warnings.filterwarnings('ignore', '.*more parameters than the weight')
+    if args.at:
+        known = read_records(args.records)
+        for method in args.methods:
+            if not tuned(args.base, method, args.seeds, known):
+                raise SystemExit(f'{method} is not tuned yet: run it without --at first.')
     if args.command in ('run', 'status'):
         args.methods = fitting(args.base, args.methods)
     if args.command == 'run':

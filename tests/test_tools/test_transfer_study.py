@@ -134,6 +134,13 @@ def test_other_settings_run_to_the_end_beside_the_chosen_one(study, base):
         study.parse(['run', '--at', 'seed=3'])
 
 
+def test_a_method_that_is_not_tuned_runs_nowhere_else(study, tmp_path, monkeypatch):
+    given = '--methods', 'lora', '--records', str(tmp_path / 'none.jsonl'), '--at', 'rate=1'
+    monkeypatch.setattr('sys.argv', ['study.py', 'run', *given])
+    with pytest.raises(SystemExit, match='lora is not tuned yet: run it without --at first'):
+        study.main()
+
+
 def test_a_failed_trial_is_not_chosen(base):
     from transfer_study.plan import best
 

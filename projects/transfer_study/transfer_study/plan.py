@@ -128,22 +128,25 @@ def pending(base: Trial, methods: list[str], seeds: int, records: Records) -> It
                 break
 
 
+def tuned(base: Trial, method: str, seeds: int, records: Records) -> list[Trial]:
+    """A method's final runs, by seed; none while its setting is not chosen."""
+    first = start(base, method, records)
+    return chosen_runs(first, seeds, records) if first else []
+
+
 def elsewhere(
     base: Trial, methods: list[str], seeds: int, records: Records, at: dict
 ) -> Iterator[Trial]:
     """Final runs without a record of tuned methods, but with some arguments of the trial ``at``."""
     for method in methods:
-        first = start(base, method, records)
-        for trial in chosen_runs(first, seeds, records) if first else []:
+        for trial in tuned(base, method, seeds, records):
             if (moved := replace(trial, **at)).id not in records:
                 yield moved
 
 
 def finals(base: Trial, method: str, seeds: int, records: Records) -> list[dict]:
     """The records of a method's final runs, by seed, as far as there are any."""
-    first = start(base, method, records)
-    runs = chosen_runs(first, seeds, records) if first else []
-    return [records[t.id] for t in runs if t.id in records]
+    return [records[t.id] for t in tuned(base, method, seeds, records) if t.id in records]
 
 
 def others(base: Trial, method: str, seeds: int, records: Records) -> dict[Trial, list[dict]]:

@@ -1,5 +1,6 @@
 """Tables from the records: scores with their intervals, and paired differences with a test."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmpeft.analysis.seeds import Difference, Scores, differences, interval
@@ -119,9 +120,11 @@ def also_run(base: Trial, methods: list[str], seeds: int, records: Records) -> l
         for trial, runs in others(base, method, seeds, records).items():
             keys = [key for key in ('epochs', 'rate', 'scale') if getattr(trial, key) != tuned[key]]
             changes = ', '.join(f'{key} {getattr(trial, key):g}' for key in keys)
-            name = f'{method}, {changes}'
-            found[name] = {r['trial']['seed']: 100 * r[metric] for r in runs if metric in r}
-            pairs.append((name, method))
+            values = {r['trial']['seed']: 100 * r[metric] for r in runs if metric in r}
+            if values:
+                name = f'{method}, {changes}'
+                found[name] = values
+                pairs.append((name, method))
     gaps = {gap.better: gap for gap in differences(chosen | found, pairs)}
     return [Elsewhere(name, values, gaps.get(name)) for name, values in found.items()]
 
@@ -154,7 +157,7 @@ def score_table(base: Trial, methods: list[str], seeds: int, records: Records) -
     return lines
 
 
-def elsewhere_table(runs: list[Elsewhere]) -> list[str]:
+def elsewhere_table(runs: Sequence[Elsewhere]) -> list[str]:
     """A row a setting that tuning did not choose; empty without any."""
     rows = []
     for run in runs:
