@@ -1,0 +1,48 @@
+"""Recipes: what is read, what replaces it, and what is adapted."""
+
+import pytest
+from torch import nn
+
+from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.errors import UsageError
+
+TEXT = """
+_base_ = 'mmpeft::_base_/methods/lora.py'
+peft = dict(method=dict(rank=3))
+targets = dict(include=('0',))
+unfreeze = ('2.bias',)
+frozen_dtype = None
+model = 'small'
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / 'recipe.py'
+    path.write_text(TEXT)
+    return path
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def test_a_recipe_adapts_where_it_says(file):
+    model = network()
+    summary = adapt(model, read_recipe(file))
+    assert [row.name for row in summary.rows] == ['0.weight'] and summary.adapters == 3 * 11
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {'2.bias'} == {name for name in trained if 'parametrizations' not in name}
+
+
+def test_what_replaces_a_recipe(file):
+    cfg = read_recipe(file, 'bitfit', model='large', data=None)
+    assert cfg.peft.method.type == 'BitFit' and cfg.model == 'large' and 'data' not in cfg
+    assert [row.name for row in adapt(network(), cfg).rows] == ['0.bias']
+    cfg = read_recipe(file, options={'peft.method.rank': 2, 'model': 'other'}, model='large')
+    assert cfg.peft.method.rank == 2 and cfg.model == 'other'
+
+
+def test_a_key_that_no_recipe_has(file):
+    with pytest.raises(UsageError, match="there is no 'modle.x'.*Did you mean 'model'"):
+        read_recipe(file, options={'modle.x': 1})
