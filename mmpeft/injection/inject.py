@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mmpeft.errors import UsageError, near
 from mmpeft.execution import AUTO, BALANCED, CHOICES, MEMORY, PLAIN, SPEED
@@ -81,8 +82,9 @@ def inject(
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
             does not fit, an argument is unknown, prompts and a method that convolves an image's
             tokens would meet in a block, the target has weights in few bits
-            of other libraries than torchao and bitsandbytes, or in formats that quantize inputs
-            too, or the model is sharded or wrapped for DDP already. It is unchanged.
+            of other libraries than torchao and bitsandbytes, in formats that quantize inputs
+            too, or without a shape so far, or the model is sharded or wrapped for DDP already. It
+            is unchanged.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -90,7 +92,7 @@ def inject(
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     _check_memory(memory, execution)
     unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
-    target_module(model, targets.module)
+    _check_shapes(target_module(model, targets.module))
     _check_beside_earlier(model, method, targets.module)
     adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
@@ -124,6 +126,15 @@ def _check_memory(memory, execution):
         raise UsageError(
             "memory='balanced' does products again by mmpeft's own layers, and execution='plain' "
             "leaves torch's. Take execution='auto', or memory='small'."
+        )
+
+
+def _check_shapes(root):
+    lazy = [name for name, weight in root.named_parameters() if is_lazy(weight)]
+    if lazy:
+        raise UsageError(
+            f'{len(lazy)} parameters, such as {lazy[0]}, get their shapes from the first input. '
+            'Call the model once before mmpeft.inject.'
         )
 
 

@@ -194,3 +194,11 @@ def test_what_follows_from_the_weights_follows_from_those_of_the_base(empty):
         (2, expected),
         (1, expected),
     ]
+
+
+def test_layers_without_a_shape_are_refused_until_the_first_input():
+    net = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4))
+    with pytest.raises(UsageError, match=r'2 parameters, such as 0\.weight.*Call the model once'):
+        mmpeft.inject(net, dict(type='LoRA', rank=2))
+    net(torch.ones(1, 3))
+    assert len(mmpeft.inject(net, dict(type='LoRA', rank=2)).rows) == 2
