@@ -180,7 +180,7 @@ def kind_for(layer: nn.Module) -> type | None:
 
 def _is_passed_through(layer, x):
     """Whether a gradient flows through a layer to its input, and none to its parameters."""
-    if is_transformed() or not (torch.is_grad_enabled() and x.requires_grad):
+    if is_transformed() or x.is_nested or not (torch.is_grad_enabled() and x.requires_grad):
         return False
     own = layer.parameters(recurse=False)
     return not parametrize.is_parametrized(layer) and not any(p.requires_grad for p in own)

@@ -49,7 +49,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     """
     chain = layer.parametrizations.weight
     adapter, *others = chain
-    if others or not isinstance(adapter, WeightAdapter):
+    if others or x.is_nested or not isinstance(adapter, WeightAdapter):
         return None
     original, spec, geometry = chain.original, adapter.spec, layer.geometry
     trains, transformed = torch.is_grad_enabled(), is_transformed()
