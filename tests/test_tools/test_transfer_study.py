@@ -11,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from submitit.core.utils import DelayedSubmission
 from torch import nn
 
+import mmpeft
+
 
 @pytest.fixture(scope='module', autouse=True)
 def study(script):
@@ -264,6 +266,17 @@ def test_trials_of_every_method_on_a_small_network(study, base, monkeypatch):
         assert records[method]['held_loss'] != records['frozen']['held_loss'], method
     again = module.classify(trial)
     assert again | dict(seconds=0) == record | dict(seconds=0)
+
+
+@pytest.mark.parametrize('name', ['lora_kernels', 'flora_kernels'])
+def test_kernels_are_adapted_alone(study, name):
+    from transfer_study.methods import METHODS
+
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 4)
+    net = nn.Sequential(*layers)
+    mmpeft.inject(net, METHODS[name]['method'] | dict(rank=4), METHODS[name]['targets'])
+
+    assert {key.partition('.')[0] for key in mmpeft.adapter_state_dict(net)} == {'0', '2'}
 
 
 def test_missing_material_names_the_command(tmp_path, script):

@@ -17,6 +17,8 @@ OTHER = (
     'ssl',
     'houlsby',
     'flora_factor',
+    'lora_kernels',
+    'flora_kernels',
     'lora_loralib',
     'lora_auto',
     'flora_auto',
@@ -24,8 +26,10 @@ OTHER = (
     'lora_sensitivity',
     'flora_sensitivity',
 )
-# What no file of configs/_base_/methods holds: a setting of one that is there.
+# What no file of configs/_base_/methods holds: a setting of one that is there, or other targets.
 SETTINGS = dict(
+    lora_kernels=('lora', {}),
+    flora_kernels=('flora', {}),
     liera_exact=('liera', dict(update='lie_exact')),
     flora_factor=('flora', dict(zero='factor0')),
     lora_loralib=('lora', dict(layout='loralib')),
@@ -35,6 +39,10 @@ SETTINGS = dict(
     lora_sensitivity=('lora', {}),
     flora_sensitivity=('flora', {}),
 )
+# Convolutions whose kernels are larger than 1x1.
+TARGETS = dict.fromkeys(
+    ('lora_kernels', 'flora_kernels'), dict(kinds='conv', exclude_kinds='pointwise')
+)
 # Whose ranks go by the sensitivity of the loss, where the others have one for all weights.
 MEASURED = ('lora_sensitivity', 'flora_sensitivity')
 
@@ -43,7 +51,8 @@ def hook_arguments(name: str) -> dict:
     """``method``, ``targets`` and ``unfreeze`` of PEFTHook for a name above."""
     file, changes = SETTINGS.get(name, (name, {}))
     hook = read_method(file)
-    return hook | dict(method=hook['method'] | changes)
+    targets = (hook.get('targets') or {}) | TARGETS.get(name, {})
+    return hook | dict(method=hook['method'] | changes, targets=targets)
 
 
 METHODS = {name: hook_arguments(name) for name in MAIN + OTHER}

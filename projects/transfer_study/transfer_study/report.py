@@ -76,6 +76,12 @@ CLAIMS = (
         Claim('flora_factor', name, 'docs/methods.md', "not claimed: FLoRA(zero='factor0')")
         for name in ('flora', 'lora')
     ),
+    Claim(
+        'flora_kernels',
+        'lora_kernels',
+        'FLoRA, Table 1',
+        'the first row again, here on kernels larger than 1x1 alone',
+    ),
     *(
         Claim(f'{name}_auto', name, 'docs/scale.md', 'not claimed: a rule beside a tuned scale')
         for name in ('lora', 'flora', 'liera')
