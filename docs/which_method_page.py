@@ -129,18 +129,20 @@ def advice(study: Study) -> str:
 
 
 def claims(found: list[Study]) -> str:
-    """The papers' orderings, and each as it was found."""
+    """The papers' orderings, and each as it was found; p-values adjusted over those of a study."""
+    pairs = [(claim.better, claim.worse) for claim in CLAIMS]
+    gaps = [
+        (study.title.split(', at most')[0], difference)
+        for study in found
+        for difference in differences(study.scores, pairs)
+    ]
     rows = []
-    for claim in CLAIMS:
+    for claim, pair in zip(CLAIMS, pairs, strict=True):
         cells = [f'{claim.better} over {claim.worse}', f'{claim.reported} ({claim.source})']
-        tried = [
-            (study.title.split(', at most')[0], d)
-            for study in found
-            for d in differences(study.scores, [(claim.better, claim.worse)])
-        ]
         rows += [
             [*cells, title, f'{d.mean:+.2f} ± {d.half:.2f} ({d.p_value})', d.verdict]
-            for title, d in tried
+            for title, d in gaps
+            if (d.better, d.worse) == pair
         ] or [[*cells, '', '', 'not run yet']]
     return table(['ordering', 'reported', 'tried on', 'found, points', 'verdict'], rows)
 

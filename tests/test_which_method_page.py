@@ -58,6 +58,17 @@ def test_claims(tool, study):
     assert all('not run yet' in row[4] for row in rows if row is not first)
 
 
+def test_p_values_of_orderings_are_corrected_for_their_number(tool, study):
+    def found():
+        row = next(line for line in tool.claims([study]).splitlines() if 'flora over lora' in line)
+        return float(row.partition('(p = ')[2].partition(')')[0])
+
+    study.scores['flora'] = {0: 75.0, 1: 77.0, 2: 77.1}
+    alone = found()
+    study.scores['liera'] = {0: 80.9, 1: 81.0, 2: 83.0}
+    assert found() == pytest.approx(2 * alone, abs=0.0015)
+
+
 def test_costs_are_ratios_of_one_run(tool):
     head, _, frozen, *rows = tool.costs().splitlines()
     assert head.count('H100') == 3 and head.count('CPU') >= 3
