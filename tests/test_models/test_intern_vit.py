@@ -376,13 +376,10 @@ def memory_of_loading(folder, arch, frozen_dtype, dtype, count):
         'peak = kib("VmHWM")\n'
         'print("RESULT", 1024 * (peak - start), 1024 * (peak - built))\n'
     )
-    run = subprocess.run(
-        [sys.executable, script],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-    )
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    environment['MALLOC_MMAP_THRESHOLD_'] = '65536'  # what is freed is given back at once
+    call = [sys.executable, script]
+    run = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     sizes = [path.stat().st_size for path in folder.glob('*.safetensors')]
     return *map(int, run.stdout.split('RESULT')[1].split()), sum(sizes), max(sizes)
 
