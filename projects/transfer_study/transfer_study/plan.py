@@ -1,6 +1,6 @@
 """Which trials are to be run, from the records that there are.
 
-Every method gets the same effort. Twelve candidates train for a few epochs on a part of the
+One rule holds for every method. Twelve candidates train for a few epochs on a part of the
 training images, the best four train longer on two draws, and the one of the highest mean score on
 the images that are held out (of the lowest mean loss, where scores are equal) is trained on all
 training images with each seed. Where it lies at an edge of what was tried, what lies past the edge
