@@ -27,8 +27,8 @@ COMPARED = (
     ('LieRA on all layers over full fine-tuning', 'liera', 'full', 'step'),
     ('LieRA, exact over first order', 'liera_exact', 'liera', 'step'),
     ("FLoRA on all layers over peft's LoRA on matrices", 'flora', 'peft_lora', 'step'),
-    ("FLoRA over peft's LoRA on matrices, saved", 'flora_linear', 'peft_lora', 'saved'),
-    ("LoRA over peft's LoRA on matrices, saved", 'lora_linear', 'peft_lora', 'saved'),
+    ("FLoRA on all layers over peft's LoRA on matrices, saved", 'flora', 'peft_lora', 'saved'),
+    ("LoRA on matrices over peft's, saved", 'lora_linear', 'peft_lora', 'saved'),
 )
 
 
@@ -64,7 +64,8 @@ def tables(runs) -> str:
     for each in runs:
         times.setdefault(each.machine(), []).append(each.time())
     blocks = [f'{machine}; {", ".join(when)}.' for machine, when in times.items()]
-    blocks += [step_table(results) for results in (*alone.values(), *evaluated.values())]
+    blocks += [step_table(results) for results in alone.values()]
+    blocks += [evaluation_table(evaluated)] if evaluated else []
     blocks += [comparison(alone)] if len(alone) > 1 else []
     blocks += [curves_table(curves) for curves in by_rank(training) + by_size(training)]
     for measure in MEASURES:
@@ -75,7 +76,7 @@ def tables(runs) -> str:
 
 
 def step_table(results: dict[str, Result]) -> str:
-    """All figures of a workload; those of evaluation are forward passes alone."""
+    """All figures of a workload."""
     floor = results[FLOOR]
     cells = {
         'trains, M': lambda r: f'{r.trained / 1e6:.2f}',
@@ -88,14 +89,30 @@ def step_table(results: dict[str, Result]) -> str:
         'GFLOP': lambda r: f'{r.operations / 1e9:,.1f}',
         'peak, MiB': lambda r: f'{r.peak / 2**20:,.1f}',
     }
-    evaluates = 'backward' not in floor.rounds
-    left_out = {*list(cells)[2:5], 'saved, MiB', 'GFLOP'} if evaluates else set()
-    left_out |= {'peak, MiB'} if floor.peak is None else set()
-    cells = {column: cell for column, cell in cells.items() if column not in left_out}
+    if floor.peak is None:
+        del cells['peak, MiB']
     rows = [[r.name, *(c(r) for c in cells.values())] for r in results.values() if r.rounds]
-    title = 'evaluation of ' * evaluates + f'{floor.workload}: {floor.text}'
+    title = f'{floor.workload}: {floor.text}; {floor.parameters / 1e6:.1f} M parameters'
     notes = [f'{r.name}: skipped, {r.skipped}.' for r in results.values() if r.skipped]
-    return table(f'{title}; {floor.parameters / 1e6:.1f} M parameters', ['', *cells], rows, notes)
+    return table(title, ['', *cells], rows, notes)
+
+
+def evaluation_table(workloads: dict[str, dict[str, Result]]) -> str:
+    """A forward pass without gradients over the floor's: a row a variant."""
+    names = dict.fromkeys(name for results in workloads.values() for name in results)
+    rows = [
+        [name, *(_forward_over_floor(results, name) for results in workloads.values())]
+        for name in names
+    ]
+    title = "evaluation: a forward pass over the floor's, whose milliseconds are in the first row"
+    return table(title, ['', *workloads], rows)
+
+
+def _forward_over_floor(results, name):
+    own, floor = results.get(name), results[FLOOR]
+    if name == FLOOR:
+        return f'{median(floor.seconds()) * 1e3:,.1f} ms'
+    return spread(own.ratios(floor)) if own and own.rounds else ''
 
 
 def comparison(workloads: dict[str, dict[str, Result]]) -> str:
@@ -104,7 +121,7 @@ def comparison(workloads: dict[str, dict[str, Result]]) -> str:
         [text, *(compare(results, *how) for results in workloads.values())]
         for text, *how in COMPARED
     ]
-    title = 'compared; saved: the bytes kept for backward beyond those of the floor'
+    title = 'compared; saved: the bytes kept for backward'
     return table(title, ['', *workloads], [row for row in rows if any(row[1:])])
 
 
@@ -115,8 +132,7 @@ def compare(results: dict[str, Result], of: str, to: str, measure: str) -> str:
         return ''
     if measure == 'step':
         return ratio(found[of].ratios(found[to]))
-    own, other = (found[name].saved - found[FLOOR].saved for name in (of, to))
-    return f'{own / other:.2f}' if other > 0 else ''
+    return f'{found[of].saved / found[to].saved:.2f}'
 
 
 def memory_table(workloads: dict[str, dict[str, Result]], measure: str) -> str:
