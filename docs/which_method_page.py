@@ -125,7 +125,7 @@ def advice(study: Study) -> str:
     if len(level) == 1:
         return f'{level[0]} is shown to be above all others.'
     listed = ', '.join(f'{name} ({study.parameters[name]:,})' for name in level)
-    return f'Level with the best as far as these seeds show, fewest parameters first: {listed}.'
+    return f'Not shown to be below the best, fewest parameters first: {listed}.'
 
 
 def claims(found: list[Study]) -> str:
@@ -181,11 +181,11 @@ def tables() -> str:
     found = studies()
     return '\n\n'.join(
         [
-            '## What gained how much',
+            '## What each method gained',
             *map(ranking, found),
             '## What it costs',
-            'The time of a training step over that of the frozen network in torch, and in brackets '
-            'the bytes saved for backward over its own; rank 16, all layers.',
+            'The time of a training step, and in brackets the bytes saved for backward, as multiples of '
+            "the frozen network's in torch; rank 16, all layers.",
             costs(),
             '## What the papers report, and what was found',
             claims(found),
