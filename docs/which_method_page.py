@@ -184,8 +184,8 @@ def tables() -> str:
             '## What each method gained',
             *map(ranking, found),
             '## What it costs',
-            'The time of a training step, and in brackets the bytes saved for backward, as multiples of '
-            "the frozen network's in torch; rank 16, all layers.",
+            'The time of a training step, and in brackets the bytes saved for backward, as '
+            "multiples of the frozen network's in torch; rank 16, all layers.",
             costs(),
             '## What the papers report, and what was found',
             claims(found),
