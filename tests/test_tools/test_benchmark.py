@@ -438,11 +438,10 @@ def test_plots_of_stored_results(tmp_path):
     for run in runs:
         run.results = [r for r in run.results if r.variant in ('floor', 'full', 'flora')]
     names = [path.name for path in plots.draw(runs, tmp_path)]
-    train, memory = (
-        [f'{name}{part}.png' for part in ('', '_ranks', '_sizes')]
-        for name in ('train_step', 'memory')
-    )
-    assert names == [*train, 'evaluation.png', *memory]
+    memory = [f'memory{part}.png' for part in ('', '_ranks', '_sizes')]
+    assert names == ['train_step.png', 'evaluation.png', *memory]
+    page = (ROOT / 'docs/performance.md').read_text()
+    assert all(f'](images/{name})' in page for name in names)
     assert all((ROOT / 'docs/images' / name).is_file() for name in names)
 
 
