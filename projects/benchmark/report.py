@@ -98,21 +98,17 @@ def step_table(results: dict[str, Result]) -> str:
 
 
 def evaluation_table(workloads: dict[str, dict[str, Result]]) -> str:
-    """A forward pass without gradients over the floor's: a row a variant."""
-    names = dict.fromkeys(name for results in workloads.values() for name in results)
-    rows = [
-        [name, *(_forward_over_floor(results, name) for results in workloads.values())]
-        for name in names
-    ]
+    """A forward pass without gradients over the floor's; on a GPU its peak memory too."""
+
+    def cell(own, floor):
+        if own.name == FLOOR:
+            return f'{median(own.seconds()) * 1e3:,.1f} ms'
+        return spread(own.ratios(floor)) + (f' ({own.peak / floor.peak:.2f})' if own.peak else '')
+
     title = "evaluation: a forward pass over the floor's, whose milliseconds are in the first row"
-    return table(title, ['', *workloads], rows)
-
-
-def _forward_over_floor(results, name):
-    own, floor = results.get(name), results[FLOOR]
-    if name == FLOOR:
-        return f'{median(floor.seconds()) * 1e3:,.1f} ms'
-    return spread(own.ratios(floor)) if own and own.rounds else ''
+    if any(results[FLOOR].peak for results in workloads.values()):
+        title += '; in brackets memory at the peak'
+    return variants_table(title, workloads, cell)
 
 
 def comparison(workloads: dict[str, dict[str, Result]]) -> str:
@@ -136,19 +132,23 @@ def compare(results: dict[str, Result], of: str, to: str, measure: str) -> str:
 
 
 def memory_table(workloads: dict[str, dict[str, Result]], measure: str) -> str:
-    """The step, or what is saved for backward, over the floor's: a row a variant."""
+    """The step, or what is saved for backward, over the floor's."""
+    title = f"{MEASURES[measure]} over the floor's, by memory"
+    return variants_table(title, workloads, lambda own, floor: f'{own.over(floor, measure):.2f}')
+
+
+def variants_table(title: str, workloads: dict[str, dict[str, Result]], cell) -> str:
+    """A row a variant and a column a workload; ``cell(own, floor)`` says what is in it."""
     names = dict.fromkeys(name for results in workloads.values() for name in results)
-    rows = [
-        [name, *(_over_floor(results, name, measure) for results in workloads.values())]
-        for name in names
-        if name != FLOOR
-    ]
-    return table(f"{MEASURES[measure]} over the floor's, by memory", ['', *workloads], rows)
 
+    def text(results, name):
+        own = results.get(name)
+        return cell(own, results[FLOOR]) if own and own.rounds else ''
 
-def _over_floor(results, name, measure):
-    own, floor = results.get(name), results[FLOOR]
-    return f'{own.over(floor, measure):.2f}' if own and own.rounds else ''
+    rows = [[name, *(text(results, name) for results in workloads.values())] for name in names]
+    skipped = {r.name: r.skipped for each in workloads.values() for r in each.values() if r.skipped}
+    notes = [f'{name}: skipped, {why}.' for name, why in skipped.items()]
+    return table(title, ['', *workloads], [row for row in rows if any(row[1:])], notes)
 
 
 def curves_table(curves: Curves) -> str:

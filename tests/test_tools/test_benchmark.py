@@ -347,6 +347,18 @@ def test_ratios_are_within_a_round():
     assert step.median_of(3) == dict(forward=3.0)
 
 
+def test_evaluation_has_one_table_that_says_what_is_missing():
+    results = [
+        result_of('floor', [0.5, 1.0], peak=100),
+        result_of('flora', [0.6, 1.2], rank=8, peak=103),
+        result_of('peft_lora', rank=8, skipped='peft is not installed'),
+    ]
+    results[2].rounds = {}
+    text = report.evaluation_table(dict(toy={result.name: result for result in results}))
+    assert 'in brackets memory at the peak' in text and '1,500.0 ms' in text
+    assert '1.20 ±0.00 (1.03)' in text and 'peft_lora@8: skipped, peft is not installed.' in text
+
+
 def test_figures_that_are_compared():
     results = [
         result_of('floor', [1.0, 2.0], saved=100),
