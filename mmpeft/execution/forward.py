@@ -1,85 +1,96 @@
 """The forward of an adapted layer by each kernel: its tensors in one dtype and the kernel's layout.
 
-Of every function ``layer`` has one adapter on its weight, ``geometry`` is that of a convolution
-and None for a linear layer, ``form`` is the adapter's normal form, and ``x`` is (..., in) or
-(N, in, *size). ``branch``: the update is computed beside the layer instead of in its weight.
+Of every function ``form`` is the adapter's normal form, and ``x`` is (..., in) or (N, in, *size).
+``branch``: the update is computed beside the layer instead of in its weight.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.methods.adapter import SHARDED
 from mmpeft.methods.normal_form import NormalForm, Scales
 from mmpeft.methods.precision import outside_autocast
-from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry
+from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry, WeightSpec
 
 from .conv import TuckerConv
 from .cpu.depthwise import DepthwiseConv
 from .linear import AdaptedLinear
-from .matmul import ChannelsLast, flat, is_low, layout_of, unflat
+from .matmul import ChannelsLast, flat, is_low, layout_of, times, unflat
 from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
 from .scaled import ScaledLayer
 
-Geometry = ConvGeometry | None
+
+class Layer(NamedTuple):
+    """What a kernel reads of a layer whose weight has one adapter.
+
+    Attributes:
+        weight: W, as it is stored.
+        bias: (out,) or None.
+        spec: The role of the weight.
+        geometry: Of a convolution; None for a linear layer.
+        is_away_later: Whether backward may find W sharded where a later layer needs it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    spec: WeightSpec
+    geometry: ConvGeometry | None
+    is_away_later: bool
 
 
-def composed(layer: nn.Module, form: NormalForm, x: Tensor) -> Tensor:
+def composed(layer: Layer, form: NormalForm, x: Tensor) -> Tensor:
     """The layer with an additive update beside it, by torch's operations alone."""
-    chain, geometry = layer.parametrizations.weight, layer.geometry
+    geometry, kernel_size = layer.geometry, layer.spec.kernel_size
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all products
     with outside_autocast(x.device.type):
-        form = form.dropped(chain[0].spec)
+        form, core = form.dropped(layer.spec), None
         if geometry is None:
             up, down = form.matrices()
-            core = None
         else:
-            form = form.with_core(layer.kernel_size)
+            form = form.with_core(kernel_size)
             up, core, down = form.up, form.core, form.down
-        up = up * form.scale
-    up, core, down = (t if t is None else t.to(x.dtype) for t in (up, core, down))
+        up = times(up, form.scale)
+    up, core, down = (t if t is None else cast(t, x.dtype) for t in (up, core, down))
     if geometry is None:
         narrow = F.linear(F.linear(x, down), up)
-        return F.linear(x, chain.original, layer.bias) + narrow
-    ones, pointwise = (1,) * len(layer.kernel_size), CONVOLUTIONS[len(layer.kernel_size)]
+        return F.linear(x, layer.weight, layer.bias) + narrow
+    ones, pointwise = (1,) * len(kernel_size), CONVOLUTIONS[len(kernel_size)]
     narrow = x if down is None else pointwise(x, down.view(*down.shape, *ones))
     narrow = pointwise(geometry.convolve(narrow, core), up.view(*up.shape, *ones))
-    return geometry.convolve(x, chain.original, layer.bias) + narrow
+    return geometry.convolve(x, layer.weight, layer.bias) + narrow
 
 
-def beside(layer: nn.Module, form: NormalForm, x: Tensor) -> Tensor:
+def beside(layer: Layer, form: NormalForm, x: Tensor) -> Tensor:
     """A linear layer with an additive update beside it, where no gradient is wanted."""
-    up, down = form.matrices()
-    y = F.linear(x, layer.parametrizations.weight.original, layer.bias)
-    narrow = F.linear(x, down)
-    y.view(-1, len(up)).addmm_(narrow.view(-1, len(down)), up.T, alpha=form.scale)
+    up, down = form.dropped(layer.spec).matrices()
+    y, narrow = F.linear(x, layer.weight, layer.bias), F.linear(x, down)
+    y.view(-1, up.shape[0]).addmm_(narrow.view(-1, down.shape[0]), up.T, alpha=form.scale)
     return y
 
 
-def built(layer: nn.Module, geometry: Geometry, form: NormalForm, x: Tensor) -> Tensor:
+def built(layer: Layer, form: NormalForm, x: Tensor) -> Tensor:
     """The layer as it is, for a weight that no gradient is wanted of."""
-    original = layer.parametrizations.weight.original
-    x, weight, bias = _in_one_dtype(x, original, layer.bias)
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     with outside_autocast(x.device.type):
-        adapted = form.built(original).to(weight.dtype)
-        run = F.linear if geometry is None else geometry.convolve
+        adapted = form.dropped(layer.spec).built(layer.weight).to(weight.dtype)
+        run = F.linear if layer.geometry is None else layer.geometry.convolve
         return run(x, adapted, bias)
 
 
-def linear(
-    layer: nn.Module, geometry: Geometry, form: NormalForm, branch: bool, x: Tensor
-) -> Tensor:
+def linear(layer: Layer, form: NormalForm, branch: bool, x: Tensor) -> Tensor:
     """A linear layer, or a convolution whose kernel has one element, by :class:`AdaptedLinear`."""
+    original, bias, spec, geometry, is_away_later = layer
     layout = ChannelsLast
     if geometry is not None:
         layout, (x, size) = layout_of(x), _flat_at(x, geometry.stride)
-    original = layer.parametrizations.weight.original.flatten(1)
-    x, weight, bias = _in_one_dtype(x, original, layer.bias)
+        original = original.flatten(1)
+    x, weight, bias = _in_one_dtype(x, original, bias)
     with outside_autocast(x.device.type):
-        form = form.dropped(layer.parametrizations.weight[0].spec)
+        form = form.dropped(spec)
         up, down = form.matrices()
         if up is not form.up:
             tag_for_recompute(up, _compose, form.up, form.core)
@@ -89,34 +100,33 @@ def linear(
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)
     y = run(x, weight, bias, up, down, ratio)
-    if ratio is None and SHARDED not in layer.__dict__:  # with a ratio y is kept
+    if ratio is None and not is_away_later:  # with a ratio y is kept
         offer_product(y, run, x, weight, bias, up, down, ratio)
     return y
 
 
-def scaled(layer: nn.Module, geometry: Geometry, form: Scales, branch: bool, x: Tensor) -> Tensor:
+def scaled(layer: Layer, form: Scales, branch: bool, x: Tensor) -> Tensor:
     """A layer whose channels are scaled, by :class:`ScaledLayer`."""
+    geometry = layer.geometry
     if geometry is not None:
         x, geometry = geometry.padded(x)  # which autocast may compute in float32
-    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
-    function = ScaledLayer(geometry, getattr(layer, 'groups', 1), branch)
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
+    function = ScaledLayer(geometry, layer.spec.groups, branch)
     return function(x, weight, bias, form.outputs, form.inputs)
 
 
-def conv(
-    layer: nn.Module, geometry: ConvGeometry, form: NormalForm, branch: bool, x: Tensor
-) -> Tensor:
+def conv(layer: Layer, form: NormalForm, branch: bool, x: Tensor) -> Tensor:
     """A convolution without groups, by :class:`TuckerConv`."""
-    x, geometry = geometry.padded(x)
-    x, weight, bias = _in_one_dtype(x, layer.parametrizations.weight.original, layer.bias)
+    x, geometry = layer.geometry.padded(x)
+    x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     with outside_autocast(x.device.type):
-        form = form.dropped(layer.parametrizations.weight[0].spec).with_core(layer.kernel_size)
+        form = form.dropped(layer.spec).with_core(layer.spec.kernel_size)
     function = TuckerConv(geometry, form.scale, branch)
     return function(x, weight, bias, form.up, form.core, form.down)
 
 
 def depthwise(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> Tensor:
-    """A depthwise convolution under any method, by :class:`DepthwiseConv`."""
+    """A depthwise convolution with an adapted weight, by :class:`DepthwiseConv`."""
     x, geometry = geometry.padded(x)
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     return DepthwiseConv(geometry)(x, weight, bias)
@@ -151,6 +161,6 @@ def _picked(stride, x):
 def _in_one_dtype(x, weight, bias):
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = cast(x, dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     return x, weight, bias

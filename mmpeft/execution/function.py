@@ -1,8 +1,6 @@
 """The base of all fast forms: one autograd function around hand-written gradients."""
 
 from collections.abc import Callable
-from functools import partial
-from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -12,7 +10,7 @@ from torch.autograd import Function
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.transforms import is_transformed
 
-from .recompute import save_or_recompute
+from .recompute import restored, saved_or_recomputed
 
 
 class FastFunction:
@@ -51,29 +49,26 @@ class _Recorded(Function):
     def forward(ctx, function, x, *tensors):
         with outside_autocast(x.device.type):
             y, saved = function.forward(x, *tensors)
-        # No view, since in-place activations refuse views. If one changes the output, it changes
-        # the saved y too, whose memory is the same, and autograd does not notice.
-        output = torch.ops.aten._unsafe_view(y, y.shape)
-        ctx.function, ctx.changed = function, None
-        if saved and saved[-1] is y:
-            ctx.changed = changes_of(output)
-        parts = [save_or_recompute(x, function.recomputes_input), *map(save_or_recompute, tensors)]
-        ctx.restores = [(restore, len(kept)) for restore, kept in parts]
-        ctx.save_for_backward(*(t for _, kept in parts for t in kept), *saved)
+        output, keeps_output = y, bool(saved) and saved[-1] is y
+        if keeps_output or y._is_view():
+            # No view, since in-place activations refuse views. If one changes the output, it
+            # changes the saved y too, whose memory is the same, and autograd does not notice.
+            output = y.data
+        ctx.function, ctx.changed = function, changes_of(output) if keeps_output else None
+        ctx.restores, kept = saved_or_recomputed((x, *tensors), function.recomputes_input)
+        ctx.save_for_backward(*kept, *saved)
         return output
 
     @staticmethod
     def backward(ctx, dy):
-        needs, tensors = ctx.needs_input_grad[1:], iter(ctx.saved_tensors)
+        _, *needs = ctx.needs_input_grad
+        later = ctx.function.asks_for_input and not torch.is_grad_enabled()
         with outside_autocast(dy.device.type):
-            x, *others = [partial(restore, *islice(tensors, n)) for restore, n in ctx.restores]
-            later = ctx.function.asks_for_input and not torch.is_grad_enabled()
-            arguments = [x if later else x(), *(restore() for restore in others)]
+            arguments, saved = restored(ctx.restores, ctx.saved_tensors, later)
             if torch.is_grad_enabled():
                 return None, *_of_reference(ctx.function, needs, dy, arguments)
-            saved = [*tensors]
             if ctx.changed is not None and ctx.changed():
-                saved[-1] = None
+                saved = *saved[:-1], None
             found = ctx.function.gradients(needs, dy, *arguments, *saved)
         return None, *found, *(None,) * (len(needs) - len(found))
 

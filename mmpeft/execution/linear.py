@@ -18,7 +18,8 @@ from mmpeft.methods.normal_form import NormalForm
 from mmpeft.quantization import dequantized
 
 from .function import FastFunction
-from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float
+from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float, times, times_
+from .recompute import cast
 
 
 @dataclass(eq=False)
@@ -48,22 +49,23 @@ class AdaptedLinear(FastFunction):
         layout, weight = self.layout, dequantized(weight)
         if self.branch:
             narrow = layout.matmul(x, down)
-            return matmul_add(layout, x, weight, narrow, up * self.scale, bias), (None,)
+            return matmul_add(layout, x, weight, narrow, times(up, self.scale), bias), (None,)
         adapted = self._adapted(weight, up, down, ratio)
         if is_low(x) and not takes_float(x):
             y = layout.matmul(x, adapted.sub_(weight).to(x.dtype), bias)
             y = layout.accumulate(y, x, weight)
         else:
-            bias = None if bias is None else bias.to(adapted.dtype)
-            y = layout.matmul(x.to(adapted.dtype), adapted, bias).to(x.dtype)
+            dtype = adapted.dtype
+            bias = None if bias is None else cast(bias, dtype)
+            y = cast(layout.matmul(cast(x, dtype), adapted, bias), x.dtype)
         return y, (None if ratio is None else y,)
 
     def gradients(self, needs, dy, x, weight, bias, up, down, ratio, y):
         layout, scale, dtype, dy = self.layout, self.scale, up.dtype, dy.contiguous()
         need_x, _, need_bias, need_up, need_down, need_ratio = needs
-        rows = up * scale if ratio is None else up * (scale * ratio)[:, None]
-        positions, need_up = dy.numel() // len(weight), need_up or need_ratio
-        sizes = positions, *weight.shape, len(down), need_up + need_down
+        rows = times(up, scale) if ratio is None else up * (scale * ratio)[:, None]
+        (out, features), need_up = weight.shape, need_up or need_ratio
+        sizes = dy.numel() // out, out, features, down.shape[0], need_up + need_down
         thin = self.update == 'additive' and thin_pays(*sizes)
         if need_x or need_ratio or not thin:
             weight = dequantized(weight)
@@ -71,20 +73,20 @@ class AdaptedLinear(FastFunction):
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
         if (thin and need_down) or (need_x and self.branch):
-            inner = layout.matmul(dy, rows.to(dy.dtype).T)
+            inner = layout.matmul(dy, cast(rows, dy.dtype).T)
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
         if thin and need_up:
-            narrow = layout.matmul(x, down.to(x.dtype))
-            d_up = layout.weight_grad(dy, narrow).to(dtype).mul_(scale)
+            narrow = layout.matmul(x, cast(down, x.dtype))
+            d_up = times_(cast(layout.weight_grad(dy, narrow), dtype), scale)
         if thin and need_down:
-            d_down = layout.weight_grad(inner, x).to(dtype)
+            d_down = cast(layout.weight_grad(inner, x), dtype)
         if not thin or (need_ratio and (y is None or has_zeros(ratio))):
-            dense = layout.weight_grad(dy, x).to(dtype)
+            dense = cast(layout.weight_grad(dy, x), dtype)
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
-                d_up = linear(dense, down).mul_(scale) if need_up else None
+                d_up = times_(linear(dense, down), scale) if need_up else None
                 d_down = linear(rows.T, dense.T) if need_down else None
             if need_ratio:
                 d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
@@ -97,7 +99,7 @@ class AdaptedLinear(FastFunction):
             dx = matmul_add(layout, dy, weight.T, inner, down.T)
         elif need_x:
             adapted = self._adapted(weight, up, down, ratio) if adapted is None else adapted
-            dx = layout.matmul(dy, adapted.to(dy.dtype).T)
+            dx = layout.matmul(dy, cast(adapted, dy.dtype).T)
         return dx, None, d_bias if need_bias else None, d_up, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, down, ratio):
@@ -117,7 +119,9 @@ class AdaptedLinear(FastFunction):
             memory = None if torch.compiler.is_compiling() else delta
             return torch.addcmul(weight, weight, delta, value=self.scale, out=memory)
         if ratio is None:
-            return linear(up * self.scale, down.T).add_(weight)
+            same = cast(weight, up.dtype)
+            add = torch.addmm if same is weight else Tensor.addmm_
+            return add(same, up, down, alpha=self.scale)
         ratio = ratio[:, None]
         return linear(up * (self.scale * ratio), down.T).addcmul_(weight, ratio)
 

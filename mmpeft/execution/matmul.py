@@ -28,7 +28,7 @@ def takes_float(x: Tensor) -> bool:
 
     On a CPU without units for them the latter are many times slower.
     """
-    return x.device.type == 'cpu' and not AMX
+    return x.is_cpu and not AMX
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,6 +36,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if onednn.pays(x, weight):
         return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def times(x: Tensor, scale: float) -> Tensor:
+    """x times a number; x itself for 1."""
+    return x if scale == 1 else x * scale
+
+
+def times_(x: Tensor, scale: float) -> Tensor:
+    """The same in the memory of x."""
+    return x if scale == 1 else x.mul_(scale)
 
 
 class ChannelsLast:
@@ -49,19 +59,20 @@ class ChannelsLast:
     @staticmethod
     def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """y (..., O) + x (..., I) through (O, I), in the memory of y and rounded once."""
-        return y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(y.shape)
+        y.view(-1, y.shape[-1]).addmm_(_rows(x), weight.T)
+        return y
 
     @staticmethod
     def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         """The sum over positions of dy (..., O) times x (..., I): (O, I)."""
-        dy, x = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]).T
-        return onednn.weight_grad(dy, x) if onednn.pays(dy, x) else dy @ x.T
+        dy, x = _rows(dy).T, _rows(x)
+        return onednn.weight_grad(dy, x.T) if onednn.pays(dy, x.T) else dy @ x
 
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over positions of the product of two maps (..., C): (C,)."""
-        one, other = (x.reshape(-1, x.shape[-1]) for x in (one, other))
-        rows = _rows(one)
+        one, other = _rows(one), _rows(other)
+        rows = _cached(one)
         total = one.new_zeros(min(rows, len(one)), one.shape[1], dtype=dtype)
         for a, b in zip(one.split(rows), other.split(rows), strict=True):
             total[: len(a)].addcmul_(a, b)
@@ -70,7 +81,7 @@ class ChannelsLast:
     @staticmethod
     def bias_grad(dy: Tensor) -> Tensor:
         """The sum over positions of dy (..., O): (O,)."""
-        return dy.reshape(-1, dy.shape[-1]).sum(0)
+        return _rows(dy).sum(0)
 
 
 class ChannelsFirst:
@@ -106,7 +117,7 @@ class ChannelsFirst:
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
         one, other, images = one.flatten(0, 1), other.flatten(0, 1), one.shape[:2]
-        rows = _rows(one)
+        rows = _cached(one)
         pairs = zip(one.split(rows), other.split(rows), strict=True)
         return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in pairs]).view(images).sum(0)
 
@@ -129,8 +140,13 @@ def _images(y: Tensor, count: int) -> Tensor:
     return y.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
 
 
-def _rows(x: Tensor) -> int:
-    """As many as a processor's cache holds."""
+def _rows(x: Tensor) -> Tensor:
+    """A map (..., C) as a matrix."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _cached(x: Tensor) -> int:
+    """As many rows as a processor's cache holds."""
     return max(1, CACHED // max(1, x.shape[1])) if x.device.type == 'cpu' else max(1, len(x))
 
 

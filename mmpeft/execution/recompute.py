@@ -5,8 +5,9 @@ follows saves its output: twice the same content. A tag on the output says how
 it follows from what is saved anyway, and the layer saves that.
 """
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from mmpeft.transforms import is_transformed
 
 NAME = '_mmpeft_recompute'
 OFFER = '_mmpeft_product'
+
+
+class Recipe(NamedTuple):
+    """How backward gets a tensor: by a function of as many of the tensors that are saved."""
+
+    restore: Callable[..., Tensor]
+    count: int
 
 
 class Again:
@@ -62,7 +70,8 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
 
 def is_tagged(x: Tensor | None) -> bool:
     """Whether a tensor has a tag and was not changed since."""
-    return hasattr(x, NAME) and getattr(x, NAME)[-1] == x._version
+    tag = getattr(x, NAME, None)
+    return tag is not None and tag[-1] == x._version
 
 
 def offer_product(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> None:
@@ -82,33 +91,63 @@ def accept_product(y: Tensor) -> bool:
     return True
 
 
-def save_or_recompute(x: Tensor, allowed: bool = True) -> tuple[Callable, tuple[Tensor, ...]]:
-    """A function that returns a tensor in backward, and its arguments, which are to be saved."""
-    if not allowed or not is_tagged(x):
-        return _itself, (x,)
-    again, tensors, _ = getattr(x, NAME)
-    restore, again.has_reader = again if again.has_reader else again.last, True
-    return restore, tensors
+def saved_or_recomputed(
+    tensors: Iterable[Tensor | None], first: bool = True
+) -> tuple[list[Recipe | None], list[Tensor | None]]:
+    """How backward gets each tensor, and what is saved for all of them.
+
+    The recipe is None where the tensor itself is saved, as the first one is without ``first``.
+    """
+    recipes, kept = [], []
+    for tensor in tensors:
+        if not (is_tagged(tensor) and (first or recipes)):
+            recipes.append(None)
+            kept.append(tensor)
+            continue
+        again, parts, _ = getattr(tensor, NAME)
+        restore, again.has_reader = again if again.has_reader else again.last, True
+        recipes.append(Recipe(restore, len(parts)))
+        kept += parts
+    return recipes, kept
+
+
+def restored(
+    recipes: list[Recipe | None], kept: Sequence[Tensor | None], later: bool = False
+) -> tuple[list, Sequence[Tensor | None]]:
+    """The tensors of :func:`saved_or_recomputed`, and what else is kept behind them.
+
+    ``later`` gives a function in place of the first tensor, which returns it.
+    """
+    tensors, start = [], 0
+    for recipe in recipes:
+        restore, count = (_itself, 1) if recipe is None else recipe
+        end = start + count
+        if later and not tensors:
+            tensors.append(partial(restore, *kept[start:end]))
+        else:
+            tensors.append(kept[start] if recipe is None else restore(*kept[start:end]))
+        start = end
+    return tensors, kept[start:]
 
 
 def through(
     function: Callable[..., Tensor], *tensors: Tensor | None
-) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]:
+) -> tuple[Callable[..., Tensor], list[Tensor | None]]:
     """``function(*tensors)`` as a function of what is saved for the tensors, and its arguments."""
-    parts = [save_or_recompute(tensor) for tensor in tensors]
-    counts = [(restore, len(kept)) for restore, kept in parts]
+    recipes, kept = saved_or_recomputed(tensors)
 
     def again(*kept):
-        kept = iter(kept)
-        return function(*(restore(*islice(kept, count)) for restore, count in counts))
+        return function(*restored(recipes, kept)[0])
 
-    return again, tuple(tensor for _, kept in parts for tensor in kept)
+    return again, kept
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, its tag with it."""
+    if x.dtype == dtype:
+        return x
     y = x.to(dtype)
-    if y is x or not is_tagged(x):
+    if not is_tagged(x):
         return y
     function, kept = through(lambda t: t.to(dtype), x)
     return tag_for_recompute(y, function, *kept)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from mmpeft.methods import WeightAdapter
+from mmpeft.methods.adapter import SHARDED
 from mmpeft.methods.normal_form import NormalForm, Scales
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.quantization import Quantized
@@ -18,6 +19,7 @@ from mmpeft.transforms import is_transformed
 
 from . import forward
 from .cpu import depthwise
+from .forward import Layer
 from .linear import thin_pays
 from .matmul import is_low
 
@@ -52,6 +54,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if others or x.is_nested or not isinstance(adapter, WeightAdapter):
         return None
     original, spec, geometry = chain.original, adapter.spec, layer.geometry
+    parts = Layer(original, layer.bias, spec, geometry, SHARDED in layer.__dict__)
     trains, transformed = torch.is_grad_enabled(), is_transformed()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
@@ -66,7 +69,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         branch = layer.execution == BRANCH
         if layer.execution == AUTO:
             branch = x.numel() < original.numel()
-        run = partial(forward.scaled, layer, geometry, form, branch)
+        run = partial(forward.scaled, parts, form, branch)
         return Kernel('scaled channels', run)
     if 'depthwise' in spec.kinds:
         pays = trains and not transformed and depthwise.pays(layer, geometry, x)
@@ -87,28 +90,28 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         passes = 2 if trains else 1
         branch = transformed or branch_pays(positions, passes, out, features, *kernel_size)
     if transformed or layer.execution == COMPOSED:
-        run = partial(forward.composed, layer, form)
+        run = partial(forward.composed, parts, form)
         return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
     exact = not (trains or _is_rounded(x, original))
     if exact and not (branch and is_thin):
-        run = partial(forward.built, layer, geometry, form.dropped(spec))
+        run = partial(forward.built, parts, form)
         return None if parametrize._cache_enabled else Kernel('weight built in one pass', run)
     if exact and geometry is None and x.dtype == original.dtype == form.up.dtype:
-        run = partial(forward.beside, layer, form.dropped(spec))
+        run = partial(forward.beside, parts, form)
         return Kernel(f'thin products, {WHERE[1]}', run)
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        parts = form.up, form.core, form.down
-        sides = min(2, sum(t is not None and t.requires_grad for t in parts))
+        factors = form.up, form.core, form.down
+        sides = min(2, sum(t is not None and t.requires_grad for t in factors))
         thin = thin_pays(positions, out, features, form.rank, sides) and form.update == 'additive'
         branch = branch and is_thin
         name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
-        return Kernel(name, partial(forward.linear, layer, geometry, form, branch))
+        return Kernel(name, partial(forward.linear, parts, form, branch))
     if not is_thin:
         return None
     if trains and layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
         return None
     branch = branch and form.core is not None and form.down is not None
-    run = partial(forward.conv, layer, geometry, form, branch)
+    run = partial(forward.conv, parts, form, branch)
     return Kernel(f'thin convolutions, {WHERE[branch]}', run)
 
 

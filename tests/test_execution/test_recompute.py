@@ -11,7 +11,8 @@ from torch import nn
 import mmpeft
 from mmpeft.execution.recompute import (
     cast,
-    save_or_recompute,
+    restored,
+    saved_or_recomputed,
     tag_for_recompute,
     through,
 )
@@ -49,9 +50,9 @@ def test_a_norms_output_is_not_kept(norm):
 def test_an_input_that_was_changed_is_kept_itself():
     x = torch.randn(4, 3, requires_grad=True)
     y = tag_for_recompute(F.gelu(x), F.gelu, x)
-    assert save_or_recompute(y)[1] == (x,)
+    assert saved_or_recomputed([y])[1] == [x]
     y = y.add_(1)
-    assert save_or_recompute(y)[1] == (y,)
+    assert saved_or_recomputed([y])[1] == [y]
 
     class Shifted(nn.Module):
         def __init__(self):
@@ -70,15 +71,14 @@ def test_an_input_that_was_changed_is_kept_itself():
 def test_a_tag_follows_a_cast():
     x = torch.randn(4, 3, requires_grad=True)
     y = cast(tag_for_recompute(F.gelu(x), F.gelu, x), torch.bfloat16)
-    function, tensors = save_or_recompute(y)
-    assert tensors == (x,) and torch.equal(function(*tensors), y)
+    recipes, kept = saved_or_recomputed([y])
+    assert kept == [x] and torch.equal(restored(recipes, kept)[0][0], y)
 
 
 def test_what_needs_no_gradient_has_no_tag():
     x = torch.randn(4, 3)
     y = tag_for_recompute(F.gelu(x), F.gelu, x)
-    function, tensors = save_or_recompute(y)
-    assert tensors == (y,) and function(y) is y
+    assert saved_or_recomputed([y]) == ([None], [y])
 
 
 def test_backward_computes_a_map_once_for_all_that_need_it():
@@ -90,12 +90,12 @@ def test_backward_computes_a_map_once_for_all_that_need_it():
 
     x = torch.randn(4, 3, requires_grad=True)
     y = tag_for_recompute(2 * x, double, x)
-    first, kept = save_or_recompute(y)
+    first, kept = saved_or_recomputed([y])
     second, others = through(torch.neg, y)
     with torch.no_grad():
         for passes in (1, 2):
             assert torch.equal(second(*others), -2 * x)
-            assert torch.equal(first(*kept), 2 * x) and len(calls) == passes
+            assert torch.equal(restored(first, kept)[0][0], 2 * x) and len(calls) == passes
     assert y._mmpeft_recompute[0].value is None  # nothing is held after backward
 
 
