@@ -1,10 +1,12 @@
-"""Convolutions with an adapted kernel whose dense gradient is never formed.
+"""Convolutions with an adapted kernel W' that do not keep it.
 
 For W' = W + s dW with dW[o, i, k] = sum_ab U[o, a] G[a, b, k] V[b, i], the
 gradients need r channels at both ends of a convolution instead of all:
 
     dG = the kernel gradient between V x and U^T dy
     dU = dy against G * (V x),      dV = x against G^T * (U^T dy)
+
+Where that does not pay, the dense gradient is formed, and not kept either.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.spec import ConvGeometry
 
 from .function import FastFunction
-from .matmul import flat, layout_of, unflat
+from .matmul import flat, layout_of, times, times_, unflat
+from .recompute import cast
 
 
 @dataclass(eq=False)
@@ -32,48 +35,70 @@ class TuckerConv(FastFunction):
         scale: s
         branch: Compute the update as three thin convolutions beside the layer, whose outputs
             are kept for backward, instead of in W. Only with V.
+        thin: Compute the gradients by thin convolutions, as a branch does, instead of from the
+            dense one.
     """
 
     geometry: ConvGeometry
     scale: float
     branch: bool
+    thin: bool = True
 
     def forward(self, x, weight, bias, up, core, down):
         if not self.branch:
             adapted = self._adapted(x, weight, up, core, down)
             return self.geometry.convolve(x, adapted, bias), (None, None)
         narrow = _mix(down, x)
-        inner = self.geometry.convolve(narrow, core.to(x.dtype))
-        y = _accumulate(self.geometry.convolve(x, weight, bias), up * self.scale, inner)
+        inner = self.geometry.convolve(narrow, cast(core, x.dtype))
+        y = self.geometry.convolve(x, weight, bias)
+        _accumulate(y, times(up, self.scale), inner)
         return y, (narrow, inner)
 
     def gradients(self, needs, dy, x, weight, bias, up, core, down, narrow, inner):
-        geometry, kernel, dtype = self.geometry, core.to(x.dtype), up.dtype
+        find = self._by_thin_convolutions if self.branch or self.thin else self._from_dense
+        dx, *factors = find(needs[0], dy, x, weight, up, core, down, narrow, inner)
+        d_bias = dy.sum([d for d in range(dy.ndim) if d != 1]) if needs[2] else None
+        return dx, None, d_bias, *factors
+
+    def _by_thin_convolutions(self, need_x, dy, x, weight, up, core, down, narrow, inner):
+        geometry, kernel, dtype = self.geometry, cast(core, x.dtype), up.dtype
         dx = d_down = None
         if narrow is None:
             narrow = _mix(down, x)
             inner = geometry.convolve(narrow, kernel)
-        d_inner = _mix(up.T * self.scale, dy)
+        d_inner = _mix(times(up.T, self.scale), dy)
         need_both = [down is not None, True]
         d_narrow, d_core = convolution_gradients(geometry, d_inner, narrow, kernel, need_both)
-        d_up = _weight_grad(dy, inner).to(dtype).mul_(self.scale)
+        d_up = times_(cast(_weight_grad(dy, inner), dtype), self.scale)
         if down is not None:
-            d_down = _weight_grad(d_narrow, x).to(dtype)
-        if needs[0]:
+            d_down = cast(_weight_grad(d_narrow, x), dtype)
+        if need_x:
             frozen = weight if self.branch else self._adapted(x, weight, up, core, down)
             dx, _ = convolution_gradients(geometry, dy, x, frozen, [True, False])
-            dx = _accumulate(dx, down.T, d_narrow) if self.branch else dx
-        d_bias = dy.sum([d for d in range(dy.ndim) if d != 1]) if needs[2] else None
-        return dx, None, d_bias, d_up, d_core.to(dtype), d_down
+            if self.branch:
+                _accumulate(dx, down.T, d_narrow)
+        return dx, d_up, cast(d_core, dtype), d_down
+
+    def _from_dense(self, need_x, dy, x, weight, up, core, down, *_):
+        adapted, needs = self._adapted(x, weight, up, core, down), [need_x, True]
+        dx, dense = convolution_gradients(self.geometry, dy, x, adapted, needs)
+        dense = cast(dense.flatten(1), up.dtype)
+        d_up = times_(dense @ _spread(core, down).T, self.scale)
+        d_core, d_down = times(up.T, self.scale) @ dense, None
+        if down is not None:
+            within = d_core.view(core.shape[0], down.shape[1], -1)
+            d_down = (core.flatten(2) @ within.mT).sum(0)
+            d_core = down @ within
+        return dx, d_up, d_core.view(core.shape), d_down
 
     def reference(self, x, weight, bias, up, core, down):
         form = NormalForm(up, core, down, scale=self.scale)
         return self.geometry.convolve(x, form.apply(weight).to(x.dtype), bias)
 
     def _adapted(self, x, weight, up, core, down):
-        spread = core.flatten(1) if down is None else (down.T @ core.flatten(2)).flatten(1)
-        adapted = torch.addmm(weight.flatten(1).to(up.dtype), up, spread, alpha=self.scale)
-        return adapted.view(weight.shape).to(x.dtype)
+        frozen, spread = cast(weight.flatten(1), up.dtype), _spread(core, down)
+        adapted = torch.addmm(frozen, up, spread, alpha=self.scale)
+        return cast(adapted.view(weight.shape), x.dtype)
 
 
 def convolution_gradients(
@@ -90,8 +115,13 @@ def convolution_gradients(
     two are needed; the other is None.
     """
     how = geometry.stride, geometry.zeros, geometry.dilation, False, [0] * len(geometry.stride)
-    gradients = torch.ops.aten.convolution_backward
+    gradients = torch.ops.aten.convolution_backward.default
     return gradients(dy, x, weight, None, *how, groups, [*needs, False])[:2]
+
+
+def _spread(core, down):
+    """G and V as one matrix (a, I * kernel)."""
+    return core.flatten(1) if down is None else (down.T @ core.flatten(2)).flatten(1)
 
 
 def _mix(matrix, x):
@@ -99,15 +129,14 @@ def _mix(matrix, x):
     if matrix is None:
         return x
     layout = layout_of(x)
-    y = layout.matmul(flat(x, layout), matrix.to(x.dtype))
+    y = layout.matmul(flat(x, layout), cast(matrix, x.dtype))
     return unflat(y, layout, x.shape[2:])
 
 
 def _accumulate(y, matrix, x):
-    """y + the channels of x through a matrix, in the memory of y."""
+    """Add the channels of x through a matrix to y."""
     layout = layout_of(y)
-    layout.accumulate(flat(y, layout), flat(x, layout), matrix.to(y.dtype))
-    return y
+    layout.accumulate(flat(y, layout), flat(x, layout), cast(matrix, y.dtype))
 
 
 def _weight_grad(dy, x):

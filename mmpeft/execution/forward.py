@@ -91,17 +91,14 @@ def linear(layer: Layer, form: NormalForm, branch: bool, x: Tensor) -> Tensor:
     x, weight, bias = _in_one_dtype(x, original, bias)
     with outside_autocast(x.device.type):
         form = form.dropped(spec)
-        up, down = form.matrices()
-        if up is not form.up:
-            tag_for_recompute(up, _compose, form.up, form.core)
         ratio = form.ratio(original)
-    if form.update == 'additive' and ratio is None:
-        branch, up, down = branch or is_low(x), cast(up, x.dtype), cast(down, x.dtype)
+    branch = branch or (is_low(x) and form.update == 'additive' and ratio is None)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)
-    y = run(x, weight, bias, up, down, ratio)
+    tensors = x, weight, bias, *form.chain(), ratio
+    y = run(*tensors)
     if ratio is None and not is_away_later:  # with a ratio y is kept
-        offer_product(y, run, x, weight, bias, up, down, ratio)
+        offer_product(y, run, *tensors)
     return y
 
 
@@ -115,13 +112,13 @@ def scaled(layer: Layer, form: Scales, branch: bool, x: Tensor) -> Tensor:
     return function(x, weight, bias, form.outputs, form.inputs)
 
 
-def conv(layer: Layer, form: NormalForm, branch: bool, x: Tensor) -> Tensor:
+def conv(layer: Layer, form: NormalForm, branch: bool, thin: bool, x: Tensor) -> Tensor:
     """A convolution without groups, by :class:`TuckerConv`."""
     x, geometry = layer.geometry.padded(x)
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     with outside_autocast(x.device.type):
         form = form.dropped(layer.spec).with_core(layer.spec.kernel_size)
-    function = TuckerConv(geometry, form.scale, branch)
+    function = TuckerConv(geometry, form.scale, branch, thin)
     return function(x, weight, bias, form.up, form.core, form.down)
 
 
@@ -130,10 +127,6 @@ def depthwise(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> Tensor:
     x, geometry = geometry.padded(x)
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     return DepthwiseConv(geometry)(x, weight, bias)
-
-
-def _compose(up, core):
-    return up @ core.flatten(1)
 
 
 def _flat_at(x, stride):

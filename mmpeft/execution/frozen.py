@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.utils import parametrize
 
 from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import Quantized
@@ -73,10 +72,8 @@ class ChannelAffine(Function):
     @staticmethod
     def backward(ctx, dy):
         weight, variance = ctx.saved_tensors
-        factor = (variance + ctx.eps).rsqrt()
-        factor = factor if weight is None else factor * weight
-        dx = dy * factor.view(-1, *(1,) * (dy.ndim - 2))
-        return dx.to(dy.dtype), None, None, None, None
+        dx = F.batch_norm(dy, torch.zeros_like(variance), variance, weight, eps=ctx.eps)
+        return dx, None, None, None, None
 
 
 class Recomputable(Fast):
@@ -182,5 +179,7 @@ def _is_passed_through(layer, x):
     """Whether a gradient flows through a layer to its input, and none to its parameters."""
     if is_transformed() or x.is_nested or not (torch.is_grad_enabled() and x.requires_grad):
         return False
-    own = layer.parameters(recurse=False)
-    return not parametrize.is_parametrized(layer) and not any(p.requires_grad for p in own)
+    own = layer._parameters.values()
+    return 'parametrizations' not in layer._modules and not any(
+        p is not None and p.requires_grad for p in own
+    )

@@ -1,9 +1,9 @@
 """Products with an adapted matrix W' that do not keep it.
 
-Autograd forms W' = W + s U V in forward, keeps it, and in backward forms the
-dense gradient dy^T x (O, I) only to multiply it with V and U. Here W' is built
-again in backward, and where the rank is small enough the gradients of U and V
-come from products with x V^T and dy U, r wide.
+Autograd forms W' = W + s U G V in forward, keeps it, and in backward forms the
+dense gradient dy^T x (O, I) only to multiply it with V and U G. Here W' is built
+again in backward, and where the rank is small enough the gradients of the factors
+come from products with x V^T and dy U G, r wide.
 """
 
 import math
@@ -18,17 +18,28 @@ from mmpeft.methods.normal_form import NormalForm
 from mmpeft.quantization import dequantized
 
 from .function import FastFunction
-from .matmul import ChannelsLast, Layout, is_low, linear, matmul_add, takes_float, times, times_
+from .matmul import (
+    ChannelsLast,
+    Layout,
+    is_low,
+    linear,
+    matmul_add,
+    product,
+    takes_float,
+    times,
+    times_,
+)
 from .recompute import cast
 
 
 @dataclass(eq=False)
 class AdaptedLinear(FastFunction):
-    """y = x W'^T + b with W' = W + s U V, W * (1 + s U V) or W * exp(s U V), its rows scaled.
+    """y = x W'^T + b, W' = W + s U G V, W * (1 + s U G V) or W * exp(s U G V), its rows scaled.
 
     Shapes: ``x`` a map of I channels; ``weight`` W (O, I), frozen; ``bias`` b (O,) or None;
-    ``up`` U (O, r); ``down`` V (r, I); ``ratio`` (O,), which multiplies the rows of an additive
-    W', or None. y is a map of O channels, and each gradient has its argument's shape.
+    ``up`` U (O, a); ``core`` G (a, r), or None for the identity; ``down`` V (r, I); ``ratio``
+    (O,), which multiplies the rows of an additive W', or None. y is a map of O channels, and each
+    gradient has its argument's shape.
 
     Attributes:
         layout: Of the maps.
@@ -45,40 +56,47 @@ class AdaptedLinear(FastFunction):
     scale: float
     branch: bool
 
-    def forward(self, x, weight, bias, up, down, ratio):
+    def forward(self, x, weight, bias, up, core, down, ratio):
         layout, weight = self.layout, dequantized(weight)
         if self.branch:
-            narrow = layout.matmul(x, down)
-            return matmul_add(layout, x, weight, narrow, times(up, self.scale), bias), (None,)
-        adapted = self._adapted(weight, up, down, ratio)
+            rows = times(up, self.scale) if core is None else product(up, core, self.scale)
+            above, below = cast(down, x.dtype), cast(rows, x.dtype)
+            narrow = layout.matmul(x, above)
+            return matmul_add(layout, x, weight, narrow, below, bias), (narrow, above, below)
+        up = _composed(up, core)
         if is_low(x) and not takes_float(x):
-            y = layout.matmul(x, adapted.sub_(weight).to(x.dtype), bias)
+            y = layout.matmul(x, cast(self._change(weight, up, down, ratio), x.dtype), bias)
             y = layout.accumulate(y, x, weight)
         else:
-            dtype = adapted.dtype
-            bias = None if bias is None else cast(bias, dtype)
-            y = cast(layout.matmul(cast(x, dtype), adapted, bias), x.dtype)
-        return y, (None if ratio is None else y,)
+            adapted = self._adapted(weight, up, down, ratio)
+            bias = None if bias is None else cast(bias, adapted.dtype)
+            y = cast(layout.matmul(cast(x, adapted.dtype), adapted, bias), x.dtype)
+        return y, () if ratio is None else (y,)
 
-    def gradients(self, needs, dy, x, weight, bias, up, down, ratio, y):
-        layout, scale, dtype, dy = self.layout, self.scale, up.dtype, dy.contiguous()
-        need_x, _, need_bias, need_up, need_down, need_ratio = needs
-        rows = times(up, scale) if ratio is None else up * (scale * ratio)[:, None]
-        (out, features), need_up = weight.shape, need_up or need_ratio
+    def gradients(self, needs, dy, x, weight, bias, first, core, down, ratio, *saved):
+        layout, scale, dtype, dy = self.layout, self.scale, first.dtype, dy.contiguous()
+        need_x, _, need_bias, need_first, need_core, need_down, need_ratio = needs
+        need_up, (out, features) = need_first or need_core or need_ratio, weight.shape
         sizes = dy.numel() // out, out, features, down.shape[0], need_up + need_down
         thin = self.update == 'additive' and thin_pays(*sizes)
         if need_x or need_ratio or not thin:
             weight = dequantized(weight)
-        dx = d_bias = d_up = d_down = d_ratio = inner = adapted = None
+        dx = d_bias = d_up = d_down = d_ratio = adapted = y = narrow = None
+        if self.branch:
+            narrow, above, below = saved
+            inner = layout.matmul(dy, below.T)
+        else:
+            up, y = _composed(first, core), saved[0] if saved else None
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
-        if (thin and need_down) or (need_x and self.branch):
-            inner = layout.matmul(dy, cast(rows, dy.dtype).T)
         if need_bias or (need_ratio and bias is not None):
             d_bias = layout.bias_grad(dy)
         if thin and need_up:
-            narrow = layout.matmul(x, cast(down, x.dtype))
+            narrow = layout.matmul(x, cast(down, x.dtype)) if narrow is None else narrow
             d_up = times_(cast(layout.weight_grad(dy, narrow), dtype), scale)
+        if thin and need_down and not self.branch:
+            rows = times(up, scale) if ratio is None else up * (scale * ratio)[:, None]
+            inner = layout.matmul(dy, cast(rows, dy.dtype).T)
         if thin and need_down:
             d_down = cast(layout.weight_grad(inner, x), dtype)
         if not thin or (need_ratio and (y is None or has_zeros(ratio))):
@@ -86,8 +104,9 @@ class AdaptedLinear(FastFunction):
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
-                d_up = times_(linear(dense, down), scale) if need_up else None
-                d_down = linear(rows.T, dense.T) if need_down else None
+                d_up = product(dense, down.T, scale) if need_up else None
+                rows = _composed(first, core) if ratio is None else up * ratio[:, None]
+                d_down = product(rows.T, dense, scale) if need_down else None
             if need_ratio:
                 d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
         elif need_ratio:
@@ -96,14 +115,17 @@ class AdaptedLinear(FastFunction):
         if ratio is not None and d_up is not None:
             d_up = d_up * ratio[:, None]
         if need_x and self.branch:
-            dx = matmul_add(layout, dy, weight.T, inner, down.T)
+            dx = matmul_add(layout, dy, weight.T, inner, above.T)
         elif need_x:
             adapted = self._adapted(weight, up, down, ratio) if adapted is None else adapted
             dx = layout.matmul(dy, cast(adapted, dy.dtype).T)
-        return dx, None, d_bias if need_bias else None, d_up, d_down, d_ratio
+        d_core = None
+        if core is not None and d_up is not None:
+            d_up, d_core = d_up @ core.T, first.T @ d_up
+        return dx, None, d_bias if need_bias else None, d_up, d_core, d_down, d_ratio
 
-    def reference(self, x, weight, bias, up, down, ratio):
-        adapted = NormalForm(up, None, down, self.update, self.scale).apply(dequantized(weight))
+    def reference(self, x, weight, bias, up, core, down, ratio):
+        adapted = NormalForm(up, core, down, self.update, self.scale).apply(dequantized(weight))
         adapted = adapted if ratio is None else adapted * ratio[:, None]
         x = x if self.layout is ChannelsLast else x.mT
         y = torch.nn.functional.linear(x, adapted.to(x.dtype), bias)
@@ -124,6 +146,17 @@ class AdaptedLinear(FastFunction):
             return add(same, up, down, alpha=self.scale)
         ratio = ratio[:, None]
         return linear(up * (self.scale * ratio), down.T).addcmul_(weight, ratio)
+
+    def _change(self, weight, up, down, ratio):
+        """W' - W, likewise."""
+        if self.update == 'additive':
+            return self._adapted(weight, up, down, ratio).sub_(weight)
+        delta = product(up, down, self.scale)
+        return (delta.expm1_() if self.update == 'lie_exact' else delta).mul_(weight)
+
+
+def _composed(up, core):
+    return up if core is None else up @ core
 
 
 def thin_pays(positions: int, out: int, features: int, rank: int, sides: int = 2) -> bool:

@@ -38,6 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def product(x: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
+    """The product of two matrices, times a number."""
+    if scale == 1:
+        return x @ other
+    return torch.addmm(x.new_empty(()), x, other, beta=0, alpha=scale)
+
+
 def times(x: Tensor, scale: float) -> Tensor:
     """x times a number; x itself for 1."""
     return x if scale == 1 else x * scale

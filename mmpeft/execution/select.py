@@ -25,6 +25,9 @@ from .matmul import is_low
 
 AUTO, PLAIN, MERGED, BRANCH, COMPOSED = CHOICES = 'auto', 'plain', 'merged', 'branch', 'composed'
 WHERE = 'in the weight', 'as a branch'
+DENSE = 'dense gradient, nothing kept'
+# Multiply-adds that a GPU does while Python launches the products of a thin gradient.
+LAUNCHES = 2**34
 KNOWN = Tensor, nn.Parameter, Quantized, FakeTensor
 
 
@@ -104,15 +107,15 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         sides = min(2, sum(t is not None and t.requires_grad for t in factors))
         thin = thin_pays(positions, out, features, form.rank, sides) and form.update == 'additive'
         branch = branch and is_thin
-        name = f'thin products, {WHERE[branch]}' if thin else 'dense gradient, nothing kept'
+        name = f'thin products, {WHERE[branch]}' if thin else DENSE
         return Kernel(name, partial(forward.linear, parts, form, branch))
     if not is_thin:
         return None
-    if trains and layer.execution == AUTO and not tucker_pays(form, out, features, *kernel_size):
-        return None
-    branch = branch and form.core is not None and form.down is not None
-    run = partial(forward.conv, parts, form, branch)
-    return Kernel(f'thin convolutions, {WHERE[branch]}', run)
+    thin = not trains or layer.execution != AUTO
+    thin = thin or tucker_pays(form, x, positions, out, features, *kernel_size)
+    branch = branch and thin and form.core is not None and form.down is not None
+    name = f'thin convolutions, {WHERE[branch]}' if thin else DENSE
+    return Kernel(name, partial(forward.conv, parts, form, branch, thin))
 
 
 def has_one_adapter(layer: nn.Module) -> bool:
@@ -138,8 +141,10 @@ def branch_pays(positions: int, passes: int, out: int, features: int, *kernel_si
     return positions * (out + features) < passes * out * features * prod(kernel_size)
 
 
-def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) -> bool:
-    """Whether thin convolutions are clearly cheaper than the dense gradient, by position.
+def tucker_pays(
+    form: NormalForm, x: Tensor, positions: int, out: int, features: int, *kernel_size: int
+) -> bool:
+    """Whether thin convolutions are clearly cheaper than the dense gradient.
 
     They have few channels, and run at a fraction of a wide convolution's speed.
     """
@@ -149,4 +154,5 @@ def tucker_pays(form: NormalForm, out: int, features: int, *kernel_size: int) ->
     else:
         inner = len(form.down)
         cost = 2 * (rank * out + inner * features) + 3 * taps * rank * inner
-    return 2 * cost < taps * out * features
+    dense = taps * out * features
+    return 2 * cost < dense and (x.is_cpu or positions * (dense - cost) > LAUNCHES)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from mmpeft.errors import UsageError
 
@@ -141,5 +142,5 @@ class FLoRA(Ranked, DeltaMethod):
             if factor.numel() == 1:
                 core = (core * factor.view(())).movedim(2, -1)
             else:
-                core = torch.tensordot(core, factor, dims=([2], [1]))
+                core = linear(core.movedim(2, -1), factor)
         return factors['factor0'], core, factors['factor1'].T

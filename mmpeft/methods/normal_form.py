@@ -53,12 +53,17 @@ class NormalForm:
     magnitude: Tensor | None = None
     detach_norm: bool = False
 
+    def chain(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """U (out, a), G (a, b) or None, and V (b, in) with dW = U G V, for a kernel of 1."""
+        if self.core is None:
+            return self.up, None, self.down
+        core = self.core.flatten(1)
+        return (self.up, None, core) if self.down is None else (self.up, core, self.down)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """U (out, r) and V (r, in) with dW = U V, where the kernel has one element."""
-        if self.core is None:
-            return self.up, self.down
-        core = self.core.flatten(1)
-        return (self.up, core) if self.down is None else (self.up @ core, self.down)
+        up, core, down = self.chain()
+        return up if core is None else up @ core, down
 
     def with_core(self, kernel_size: tuple[int, ...]) -> 'NormalForm':
         """The same, ``down`` as a ``core`` where there is none."""

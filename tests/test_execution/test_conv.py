@@ -28,10 +28,20 @@ def test_second_derivatives(case, name, way):
         assert_equal(found, second_derivatives(model, x), 1e-10)
 
 
-@pytest.mark.parametrize('branch, down', [(False, False), (False, True), (True, True)])
-def test_gradients_by_finite_differences(branch, down):
+@pytest.mark.parametrize(
+    'branch, thin, down',
+    [
+        (False, True, False),
+        (False, True, True),
+        (True, True, True),
+        (False, False, False),
+        (False, False, True),
+    ],
+)
+def test_gradients_by_finite_differences(branch, thin, down):
     torch.manual_seed(0)
-    function = TuckerConv(ConvGeometry((2, 1), ((1, 1), (0, 0)), 'zeros', (1, 1)), 0.5, branch)
+    geometry = ConvGeometry((2, 1), ((1, 1), (0, 0)), 'zeros', (1, 1))
+    function = TuckerConv(geometry, 0.5, branch, thin)
     shapes = [(1, 3, 4, 3), (4, 3, 3, 2), (4,), (4, 2), (2, 2 if down else 3, 3, 2), (2, 3)]
     x, weight, *others = (
         torch.randn(shape, dtype=torch.float64, requires_grad=i != 1)

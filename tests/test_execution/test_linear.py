@@ -137,6 +137,24 @@ def test_small_updates_show_in_low_precision(name, way, amp, dtype, monkeypatch)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
 
 
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_dense_gradient_in_low_precision(amp, monkeypatch):
+    monkeypatch.setattr(matmul, 'AMX', True)
+    case = Layer(lambda: nn.Linear(64, 64), (300, 64))
+    assert not thin_pays(300, 64, 64, 32)
+    model = adapted(case, dict(type='LoRA', rank=32), torch.float32)
+    x = case.input(torch.float32)
+    exact = results(model, x)
+    model = model if amp else model.to(torch.bfloat16)
+    for p in model[0].parametrizations.weight[0].parameters():
+        p.data = p.data.float()
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        found = results(model, x if amp else x.bfloat16())
+    for tensor, expected in exact.items():
+        if expected is not None:
+            assert (found[tensor].float() - expected).norm() <= 0.03 * expected.norm(), tensor
+
+
 def test_nothing_of_the_built_weight_is_kept_for_backward():
     case = Layer(lambda: nn.Linear(64, 48), (2, 64))
     model = adapted(case, dict(type='LoRA', rank=2))
@@ -154,7 +172,7 @@ def test_nothing_of_the_built_weight_is_kept_for_backward():
             model(case.input().requires_grad_())
         return sum(n for key, (n, _) in sizes.items() if key not in own)
 
-    assert kept() == 2 * 64 * 8  # the input
+    assert kept() == 2 * (64 + 2) * 8  # the input, and its product with A
     with plain(model):
         assert kept() >= 48 * 64 * 8
 
@@ -189,6 +207,7 @@ def test_second_derivatives(case, name, way):
 
 
 @pytest.mark.parametrize('layout', [ChannelsLast, ChannelsFirst])
+@pytest.mark.parametrize('with_core', [False, True])
 @pytest.mark.parametrize('rank', [1, 2])  # thin products, and the dense gradient
 @pytest.mark.parametrize(
     'update, branch, with_ratio',
@@ -200,16 +219,18 @@ def test_second_derivatives(case, name, way):
         ('lie_exact', False, False),
     ],
 )
-def test_gradients_by_finite_differences(update, branch, with_ratio, rank, layout):
+def test_gradients_by_finite_differences(update, branch, with_ratio, rank, with_core, layout):
     """Of every argument; W has none."""
     torch.manual_seed(0)
     function = AdaptedLinear(layout, update, 0.5, branch)
-    shapes = [(1, 12, 5), (6, 5), (6,), (6, rank), (rank, 5), (6,)]
+    shapes = [(1, 12, 5), (6, 5), (6,), (6, 3 if with_core else rank), (3, rank), (rank, 5), (6,)]
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=s != (6, 5)) for s in shapes]
     if layout is ChannelsFirst:
         tensors[0] = tensors[0].detach().mT.contiguous().requires_grad_()
     if not with_ratio:
         tensors[-1] = None
+    if not with_core:
+        tensors[4] = None
     assert thin_pays(12, 6, 5, rank) == (rank == 1)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
