@@ -69,9 +69,9 @@ class TuckerConv(FastFunction):
         d_inner = _mix(times(up.T, self.scale), dy)
         need_both = [down is not None, True]
         d_narrow, d_core = convolution_gradients(geometry, d_inner, narrow, kernel, need_both)
-        d_up = times_(cast(_weight_grad(dy, inner), dtype), self.scale)
+        d_up = times_(_weight_grad(dy, inner, dtype), self.scale)
         if down is not None:
-            d_down = cast(_weight_grad(d_narrow, x), dtype)
+            d_down = _weight_grad(d_narrow, x, dtype)
         if need_x:
             frozen = weight if self.branch else self._adapted(x, weight, up, core, down)
             dx, _ = convolution_gradients(geometry, dy, x, frozen, [True, False])
@@ -139,7 +139,7 @@ def _accumulate(y, matrix, x):
     layout.accumulate(flat(y, layout), flat(x, layout), cast(matrix, y.dtype))
 
 
-def _weight_grad(dy, x):
+def _weight_grad(dy, x, dtype):
     """Sum over images and positions of dy times x; (O, I)."""
     layout = layout_of(x)
-    return layout.weight_grad(flat(dy, layout), flat(x, layout))
+    return layout.weight_grad(flat(dy, layout), flat(x, layout), dtype)

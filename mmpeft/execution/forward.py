@@ -20,6 +20,7 @@ from .cpu.depthwise import DepthwiseConv
 from .linear import AdaptedLinear
 from .matmul import ChannelsLast, flat, is_low, layout_of, times, unflat
 from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
+from .row_ratio import row_ratio
 from .scaled import ScaledLayer
 
 
@@ -91,7 +92,7 @@ def linear(layer: Layer, form: NormalForm, branch: bool, x: Tensor) -> Tensor:
     x, weight, bias = _in_one_dtype(x, original, bias)
     with outside_autocast(x.device.type):
         form = form.dropped(spec)
-        ratio = form.ratio(original)
+        ratio = row_ratio(form, original)
     branch = branch or (is_low(x) and form.update == 'additive' and ratio is None)
     function = AdaptedLinear(layout, form.update, form.scale, branch)
     run = function if geometry is None else lambda *t: unflat(function(*t), layout, size)

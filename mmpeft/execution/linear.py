@@ -93,14 +93,17 @@ class AdaptedLinear(FastFunction):
             d_bias = layout.bias_grad(dy)
         if thin and need_up:
             narrow = layout.matmul(x, cast(down, x.dtype)) if narrow is None else narrow
-            d_up = times_(cast(layout.weight_grad(dy, narrow), dtype), scale)
+            d_up = times_(layout.weight_grad(dy, narrow, dtype), scale)
         if thin and need_down and not self.branch:
             rows = times(up, scale) if ratio is None else up * (scale * ratio)[:, None]
             inner = layout.matmul(dy, cast(rows, dy.dtype).T)
         if thin and need_down:
-            d_down = cast(layout.weight_grad(inner, x), dtype)
+            turned = down.stride(0) < down.stride(1)  # so is the gradient of what it is a view of
+            pair = (x, inner) if turned else (inner, x)
+            d_down = layout.weight_grad(*pair, dtype)
+            d_down = d_down.T if turned else d_down
         if not thin or (need_ratio and (y is None or has_zeros(ratio))):
-            dense = cast(layout.weight_grad(dy, x), dtype)
+            dense = layout.weight_grad(dy, x, dtype)
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import onednn
+from .recompute import cast
 
 AMX = torch.cpu._is_amx_tile_supported()
+# Whether a GPU's product in low precision can be given out in float32: torch 2.8 and later.
+ROUNDS_LATER = hasattr(torch.ops.aten.mm, 'dtype')
 # Elements of a part of a map that stays in a processor's cache.
 CACHED = 2**17
 # Positions of an image up to which one product of all images is faster than one an image.
@@ -70,10 +73,12 @@ class ChannelsLast:
         return y
 
     @staticmethod
-    def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-        """The sum over positions of dy (..., O) times x (..., I): (O, I)."""
+    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over positions of dy (..., O) times x (..., I): (O, I), in a dtype."""
         dy, x = _rows(dy).T, _rows(x)
-        return onednn.weight_grad(dy, x.T) if onednn.pays(dy, x.T) else dy @ x
+        if ROUNDS_LATER and dy.is_cuda and dy.dtype != dtype:
+            return torch.mm(dy, x, out_dtype=dtype)
+        return cast(onednn.weight_grad(dy, x.T) if onednn.pays(dy, x.T) else dy @ x, dtype)
 
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,15 +116,15 @@ class ChannelsFirst:
         return y.baddbmm_(weight.expand(len(x), -1, -1), x)
 
     @staticmethod
-    def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not len(dy):
-            return dy.new_zeros(dy.shape[1], x.shape[1])
+            return dy.new_zeros(dy.shape[1], x.shape[1], dtype=dtype)
         if _are_few(x):
-            return linear(_joined(dy), _joined(x))
+            return cast(linear(_joined(dy), _joined(x)), dtype)
         result = linear(dy[0], x[0])
         for one, other in zip(dy[1:], x[1:], strict=True):
             result += linear(one, other)
-        return result
+        return cast(result, dtype)
 
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:

@@ -164,11 +164,14 @@ def in_turn(steps, rounds: int, times: int = 1):
     Yields:
         The result to which seconds were added.
     """
+    gc.collect()
+    gc.freeze()  # the other variants' modules, which no training has beside its own
     for _ in range(rounds):
         for result, step in steps:
             for phase, seconds in step.median_of(times).items():
                 result.rounds.setdefault(phase, []).append(round(seconds, 6))
             yield result
+    gc.unfreeze()
 
 
 if __name__ == '__main__':

@@ -32,13 +32,13 @@ def test_products_in_any_strides(shape, avx512, monkeypatch):
     turned = x.T.contiguous().T, w.T.contiguous().T
     for one, other in [(x, w), turned, (x, turned[1]), (turned[0], w)]:
         close(linear(one, other, bias), product + bias.double())
-        close(ChannelsLast.weight_grad(one, x), square)
+        close(ChannelsLast.weight_grad(one, x, x.dtype), square)
         columns = one.T[None].contiguous()
         close(ChannelsFirst.matmul(columns, other, bias), (product + bias.double()).T[None])
         images = columns.expand(2, -1, -1)
         close(ChannelsFirst.matmul(images, other), product.T.expand(2, -1, -1))
-        close(ChannelsFirst.weight_grad(columns, columns), square)
-        close(ChannelsFirst.weight_grad(images, images), 2 * square)
+        close(ChannelsFirst.weight_grad(columns, columns, columns.dtype), square)
+        close(ChannelsFirst.weight_grad(images, images, images.dtype), 2 * square)
     y = torch.randn(positions, out)
     close(ChannelsLast.accumulate(y.clone(), x, w), y.double() + product)
     wide = y.T[None].contiguous()
@@ -67,7 +67,9 @@ def test_few_positions_of_several_images(images, positions):
     found = ChannelsFirst.matmul(x, w, bias)
     assert found.is_contiguous()
     torch.testing.assert_close(found, product + bias[:, None])
-    torch.testing.assert_close(ChannelsFirst.weight_grad(dy, x), torch.einsum('not,nit->oi', dy, x))
+    torch.testing.assert_close(
+        ChannelsFirst.weight_grad(dy, x, x.dtype), torch.einsum('not,nit->oi', dy, x)
+    )
     y = dy.clone()
     assert ChannelsFirst.accumulate(y, x, w) is y
     torch.testing.assert_close(y, dy + product)
