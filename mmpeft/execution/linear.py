@@ -93,7 +93,7 @@ class AdaptedLinear(FastFunction):
             d_bias = layout.bias_grad(dy)
         if thin and need_up:
             narrow = layout.matmul(x, cast(down, x.dtype)) if narrow is None else narrow
-            d_up = times_(layout.weight_grad(dy, narrow, dtype), scale)
+            d_up = layout.weight_grad(dy, narrow, dtype)
         if thin and need_down and not self.branch:
             rows = times(up, scale) if ratio is None else up * (scale * ratio)[:, None]
             inner = layout.matmul(dy, cast(rows, dy.dtype).T)
@@ -107,11 +107,11 @@ class AdaptedLinear(FastFunction):
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
-                d_up = product(dense, down.T, scale) if need_up else None
+                d_up = product(dense, down.T) if need_up else None
                 rows = _composed(first, core) if ratio is None else up * ratio[:, None]
                 d_down = product(rows.T, dense, scale) if need_down else None
             if need_ratio:
-                d_ratio = (dense * weight).sum(1) + (d_up * up).sum(1)
+                d_ratio = (dense * weight).sum(1) + times((d_up * up).sum(1), scale)
         elif need_ratio:
             d_ratio = layout.dot(dy, y, dtype) - (0 if bias is None else bias * d_bias)
             d_ratio = d_ratio.to(dtype) / ratio
@@ -124,7 +124,9 @@ class AdaptedLinear(FastFunction):
             dx = layout.matmul(dy, cast(adapted, dy.dtype).T)
         d_core = None
         if core is not None and d_up is not None:
-            d_up, d_core = d_up @ core.T, first.T @ d_up
+            d_up, d_core = product(d_up, core.T, scale), product(first.T, d_up, scale)
+        elif d_up is not None:
+            d_up = times_(d_up, scale)
         return dx, None, d_bias if need_bias else None, d_up, d_core, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, core, down, ratio):

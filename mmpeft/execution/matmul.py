@@ -43,6 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
     """The product of two matrices, times a number."""
+    if onednn.pays(x, other.T):
+        return times_(onednn.linear(x, other.T), scale)
     if scale == 1:
         return x @ other
     return torch.addmm(x.new_empty(()), x, other, beta=0, alpha=scale)
