@@ -1,8 +1,11 @@
 """Layers that change their class, as parametrized ones do, and can be copied and pickled.
 
-Such a class is made for one layer and has no name by which pickle could import it. What is pickled
-is the class below it and the steps that lead from there.
+Such a class has no name by which pickle could import it. What is pickled is the class below it and
+the steps that lead from there. Layers that change alike share one class, since ``torch.compile``
+compiles equal blocks once only if their layers are of the same classes.
 """
+
+from weakref import WeakValueDictionary
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,18 +15,48 @@ class Fast:
     """The base of the mixins that compute the same faster."""
 
 
+class Shared(type):
+    """Of classes that layers share.
+
+    torch's parametrize puts a property for a tensor on a layer's class. On a shared one it is that
+    of the layers in which the tensor is parametrized, and stays.
+    """
+
+    def __setattr__(cls, name, value):
+        if isinstance(value, property) and _is_made_here(cls):
+            value = _where_parametrized(name, value)
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name):
+        if not (isinstance(vars(cls).get(name), property) and _is_made_here(cls)):
+            super().__delattr__(name)
+
+
+_SHARED = WeakValueDictionary()
+
+
 def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
     """Put a mixin before the class of a layer, in place; a second one goes before the first.
 
     Args:
         layer: Any module.
         mixin: Its methods come before those of the layer's class.
-        attributes: Of the new class.
+        attributes: Of the new class, hashable.
     """
     kind = type(layer)
-    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-    layer.__class__ = type(kind.__name__, (mixin, kind), content)
-    allow_pickling(layer)
+    if _is_parametrized(kind):
+        kind = _SHARED.setdefault((kind.__bases__, *_properties(kind)), kind)
+    key = mixin, kind, *sorted(attributes.items())
+    if key not in _SHARED:
+        content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
+        meta = Shared if type(kind) in (type, Shared) else type(kind)
+        made = meta(kind.__name__, (mixin, kind), content)
+        made.__reduce_ex__ = reduce_layer
+        if meta is not Shared:
+            layer.__class__ = made
+            return
+        _SHARED[key] = made
+    layer.__class__ = _SHARED[key]
 
 
 def restore_class(layer: nn.Module, mixin: type) -> None:
@@ -32,12 +65,25 @@ def restore_class(layer: nn.Module, mixin: type) -> None:
     while _is_made_here(kind):
         above, below = kind.__bases__
         if issubclass(above, mixin):
-            layer.__class__ = below
+            layer.__class__ = own_copy(below) if _is_parametrized(below) else below
             for other, attributes in reversed(later):
                 change_class(layer, other, **attributes)
             return
         later.append((above, _own(kind)))
         kind = below
+
+
+def set_attributes(layer: nn.Module, **attributes) -> None:
+    """Put attributes on the class that :func:`change_class` made last for a layer."""
+    above, below = type(layer).__bases__
+    attributes = _own(type(layer)) | attributes
+    layer.__class__ = below
+    change_class(layer, above, **attributes)
+
+
+def own_copy(kind: type) -> type:
+    """A class like another, for one layer: torch's parametrize changes what it finds."""
+    return type(kind)(kind.__name__, kind.__bases__, dict(vars(kind)))
 
 
 def is_changed(layer: nn.Module) -> bool:
@@ -56,7 +102,7 @@ def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
     while _is_made_here(kind) or _is_parametrized(kind):
         own = _own(kind)
         if _is_parametrized(kind):
-            steps.append((None, [k for k, v in own.items() if isinstance(v, property)]))
+            steps.append((None, _properties(kind)))
         else:
             steps.append((kind.__bases__[0], own))
         kind = kind.__bases__[-1]
@@ -74,6 +120,27 @@ def _rebuild(kind, steps):
         for tensor in content:
             parametrize._inject_property(layer, tensor)
     return layer
+
+
+def _properties(kind):
+    return [name for name, value in vars(kind).items() if isinstance(value, property)]
+
+
+def _where_parametrized(tensor, found):
+    """A property of the layers in which a tensor is parametrized; others have it as it is."""
+
+    def get(layer):
+        if parametrize.is_parametrized(layer, tensor):
+            return found.fget(layer)
+        return nn.Module.__getattr__(layer, tensor)
+
+    def put(layer, value):
+        if parametrize.is_parametrized(layer, tensor):
+            found.fset(layer, value)
+        else:
+            (layer._parameters if tensor in layer._parameters else layer._buffers)[tensor] = value
+
+    return property(get, put)
 
 
 def _own(kind):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmpeft.transforms import is_transformed
 
-from .classes import Fast, change_class
+from .classes import Fast, change_class, set_attributes
 from .frozen import Activation
 from .recompute import run_again
 
@@ -55,7 +55,7 @@ def keep_less(root: nn.Module, memory: str, blocks: Iterable[nn.Module]) -> None
     if memory == BALANCED:
         for layer in root.modules():
             if isinstance(layer, Activation):
-                type(layer).repeats_products = True
+                set_attributes(layer, repeats_products=True)
     elif memory == SMALL:
         for block in blocks:
             if not isinstance(block, RecomputedBlock):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from mmpeft import execution
 from mmpeft.errors import UsageError
-from mmpeft.execution.classes import allow_pickling
+from mmpeft.execution.classes import allow_pickling, own_copy
 from mmpeft.methods import ActivationAdapter, WeightAdapter
 from mmpeft.quantization import Quantized
 
@@ -166,5 +166,4 @@ def _own_class(layer):
     """Give a layer a class of its own: torch puts properties on it, which copies would share."""
     execution.disable(layer)
     if parametrize.is_parametrized(layer):
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+        layer.__class__ = own_copy(type(layer))

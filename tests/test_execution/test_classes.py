@@ -9,6 +9,7 @@ import torch
 from timm.layers import LayerNorm, LayerNorm2d
 from timm.models.convnext import ConvNeXtStage
 from torch import nn
+from torch.nn.utils import parametrize
 
 import mmpeft
 from tests.cases import FAMILIES, METHODS, randomize
@@ -120,3 +121,68 @@ def test_two_methods_and_a_norm_that_is_adapted(x):
         model.eval()
         mmpeft.remove(other)
         assert names(other) == names(Network())
+
+
+class Perceptron(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return x + self.second(self.act(self.first(x)))
+
+
+def perceptrons(method, **how):
+    model = nn.Sequential(Perceptron(), Perceptron(), Perceptron())
+    mmpeft.inject(model, method, **how)
+    return model
+
+
+@pytest.mark.parametrize('way', [None, *WAYS])
+@pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'dora', 'ia3'])
+def test_equal_blocks_are_compiled_once(name, way):
+    """As torch compiles plain ones: layers that are adapted alike are of one class."""
+    torch._dynamo.reset()
+    model = perceptrons(METHODS[name])
+    model = model if way is None else way(model)
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in model:
+        block.compile(backend=count)
+    model(torch.randn(2, 6, requires_grad=True)).sum().backward()
+    assert len(compiled) == 1
+
+
+def test_a_parametrization_of_one_layer_leaves_the_others_alone():
+    class Double(nn.Module):
+        def forward(self, tensor):
+            return 2 * tensor
+
+    model, x = perceptrons(dict(type='LoRA', rank=2)), torch.randn(2, 6)
+    first, second, third = (block.first for block in model)
+    assert type(first) is type(second)
+    before, bias = second(x), first.bias.detach().clone()
+    for layer in (first, third):
+        parametrize.register_parametrization(layer, 'bias', Double())
+    assert torch.equal(first.bias, 2 * bias) and torch.equal(second(x), before)
+    with torch.no_grad():
+        second.bias = nn.Parameter(second.bias + 1)
+    assert torch.equal(second.bias, second._parameters['bias'])
+    parametrize.remove_parametrizations(first, 'bias', leave_parametrized=False)
+    assert torch.equal(first.bias, bias)
+    assert torch.equal(third.bias, 2 * third.parametrizations.bias.original)
+
+
+def test_a_mode_of_memory_is_of_one_model():
+    def repeats(model):
+        return [block.act.repeats_products for block in model]
+
+    first = perceptrons(dict(type='LoRA', rank=2), memory='speed')
+    second = perceptrons(dict(type='LoRA', rank=2), memory='balanced')
+    third = perceptrons(dict(type='LoRA', rank=2), memory='speed')
+    assert repeats(second) == [True] * 3
+    assert repeats(first) == repeats(third) == [False] * 3
