@@ -24,7 +24,7 @@ class Shared(type):
 
     def __setattr__(cls, name, value):
         if isinstance(value, property) and _is_made_here(cls):
-            value = _where_parametrized(name, value)
+            value = _parametrized(name)
         super().__setattr__(name, value)
 
     def __delattr__(cls, name):
@@ -45,7 +45,10 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
     """
     kind = type(layer)
     if _is_parametrized(kind):
-        kind = _SHARED.setdefault((kind.__bases__, *_properties(kind)), kind)
+        key = kind.__bases__, *(tensors := _properties(kind))
+        if key not in _SHARED:
+            kind = own_copy(kind, {tensor: _parametrized(tensor) for tensor in tensors})
+        kind = _SHARED.setdefault(key, kind)
     key = mixin, kind, *sorted(attributes.items())
     if key not in _SHARED:
         content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
@@ -81,9 +84,14 @@ def set_attributes(layer: nn.Module, **attributes) -> None:
     change_class(layer, above, **attributes)
 
 
-def own_copy(kind: type) -> type:
-    """A class like another, for one layer: torch's parametrize changes what it finds."""
-    return type(kind)(kind.__name__, kind.__bases__, dict(vars(kind)))
+def own_copy(kind: type, content: dict | None = None) -> type:
+    """A class like another, for one layer: torch's parametrize changes what it finds.
+
+    Args:
+        kind: The other class.
+        content: What the new one has in place of the other's.
+    """
+    return type(kind)(kind.__name__, kind.__bases__, dict(vars(kind)) | (content or {}))
 
 
 def is_changed(layer: nn.Module) -> bool:
@@ -104,7 +112,8 @@ def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
         if _is_parametrized(kind):
             steps.append((None, _properties(kind)))
         else:
-            steps.append((kind.__bases__[0], own))
+            added = [name for name in _properties(kind) if parametrize.is_parametrized(layer, name)]
+            steps += [(Shared, added), (kind.__bases__[0], own)]
         kind = kind.__bases__[-1]
     return _rebuild, (kind, steps[::-1]), vars(layer)
 
@@ -112,11 +121,12 @@ def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
 def _rebuild(kind, steps):
     layer = kind.__new__(kind)
     for mixin, content in steps:
-        if mixin is not None:
+        if mixin not in (None, Shared):
             change_class(layer, mixin, **content)
             continue
-        parametrize._inject_new_class(layer)
-        allow_pickling(layer)
+        if mixin is None:
+            parametrize._inject_new_class(layer)
+            allow_pickling(layer)
         for tensor in content:
             parametrize._inject_property(layer, tensor)
     return layer
@@ -126,17 +136,27 @@ def _properties(kind):
     return [name for name, value in vars(kind).items() if isinstance(value, property)]
 
 
-def _where_parametrized(tensor, found):
-    """A property of the layers in which a tensor is parametrized; others have it as it is."""
+def _parametrized(tensor):
+    """The property that torch's parametrize puts on a class, for all layers of the class.
+
+    torch's own keeps a weight, inside ``parametrize.cached()``, under the layer that it was made
+    for. This one also leaves the tensor as it is where it is not parametrized.
+    """
 
     def get(layer):
-        if parametrize.is_parametrized(layer, tensor):
-            return found.fget(layer)
-        return nn.Module.__getattr__(layer, tensor)
+        chains = layer._modules['parametrizations']
+        if tensor not in chains:
+            return nn.Module.__getattr__(layer, tensor)
+        if not parametrize._cache_enabled:
+            return chains[tensor]()
+        key = id(layer), tensor
+        if key not in parametrize._cache:
+            parametrize._cache[key] = chains[tensor]()
+        return parametrize._cache[key]
 
     def put(layer, value):
         if parametrize.is_parametrized(layer, tensor):
-            found.fset(layer, value)
+            layer.parametrizations[tensor].right_inverse(value)
         else:
             (layer._parameters if tensor in layer._parameters else layer._buffers)[tensor] = value
 
@@ -144,7 +164,8 @@ def _where_parametrized(tensor, found):
 
 
 def _own(kind):
-    return {k: v for k, v in vars(kind).items() if not k.startswith('__')}
+    found = vars(kind).items()
+    return {k: v for k, v in found if not (k.startswith('__') or isinstance(v, property))}
 
 
 def _is_made_here(kind):

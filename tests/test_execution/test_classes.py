@@ -177,6 +177,31 @@ def test_a_parametrization_of_one_layer_leaves_the_others_alone():
     assert torch.equal(third.bias, 2 * third.parametrizations.bias.original)
 
 
+@pytest.mark.parametrize('name', ['lora', 'dora'])
+def test_weights_that_torch_keeps_are_of_their_own_layer(name):
+    """Inside ``parametrize.cached()`` equal layers read their own weights."""
+    model = perceptrons(METHODS[name])
+    randomize(model)
+    expected = [block.first.weight for block in model]
+    with parametrize.cached():
+        found = [block.first.weight for block in model]
+        assert all(block.first.weight is weight for block, weight in zip(model, found, strict=True))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_copies_of_a_layer_with_a_parametrization_beside_the_adapter(way):
+    model = perceptrons(dict(type='LoRA', rank=2))
+    parametrize.register_parametrization(model[1].first, 'bias', nn.Softplus(), unsafe=True)
+    other, x = way(model), torch.randn(2, 6)
+    assert torch.equal(other(x), model(x))
+    with torch.no_grad():
+        other[1].first.parametrizations.bias.original.add_(1)
+    assert not torch.equal(other(x), model(x))
+
+
 def test_a_mode_of_memory_is_of_one_model():
     def repeats(model):
         return [block.act.repeats_products for block in model]
