@@ -44,22 +44,8 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
         attributes: Of the new class, hashable.
     """
     kind = type(layer)
-    if _is_parametrized(kind):
-        key = kind.__bases__, *(tensors := _properties(kind))
-        if key not in _SHARED:
-            kind = own_copy(kind, {tensor: _parametrized(tensor) for tensor in tensors})
-        kind = _SHARED.setdefault(key, kind)
-    key = mixin, kind, *sorted(attributes.items())
-    if key not in _SHARED:
-        content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-        meta = Shared if type(kind) in (type, Shared) else type(kind)
-        made = meta(kind.__name__, (mixin, kind), content)
-        made.__reduce_ex__ = reduce_layer
-        if meta is not Shared:
-            layer.__class__ = made
-            return
-        _SHARED[key] = made
-    layer.__class__ = _SHARED[key]
+    kind = _mixed(mixin, _parametrized_alike(kind) if _is_parametrized(kind) else kind, attributes)
+    layer.__class__ = kind
 
 
 def restore_class(layer: nn.Module, mixin: type) -> None:
@@ -130,6 +116,26 @@ def _rebuild(kind, steps):
         for tensor in content:
             parametrize._inject_property(layer, tensor)
     return layer
+
+
+def _mixed(mixin, kind, attributes):
+    key = mixin, kind, *sorted(attributes.items())
+    if key in _SHARED:
+        return _SHARED[key]
+    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
+    can_share = type(kind) in (type, Shared)
+    made = (Shared if can_share else type(kind))(kind.__name__, (mixin, kind), content)
+    made.__reduce_ex__ = reduce_layer
+    return _SHARED.setdefault(key, made) if can_share else made
+
+
+def _parametrized_alike(kind):
+    """The class that layers share whose class torch's parametrize has made alike."""
+    key = kind.__bases__, *(tensors := _properties(kind))
+    if key in _SHARED:
+        return _SHARED[key]
+    alike = own_copy(kind, {tensor: _parametrized(tensor) for tensor in tensors})
+    return _SHARED.setdefault(key, alike)
 
 
 def _properties(kind):

@@ -78,7 +78,7 @@ class ChannelsLast:
     def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over positions of dy (..., O) times x (..., I): (O, I), in a dtype."""
         dy, x = _rows(dy).T, _rows(x)
-        if ROUNDS_LATER and dy.is_cuda and dy.dtype != dtype:
+        if ROUNDS_LATER and dy.is_cuda and is_low(dy) and dtype == torch.float32:
             return torch.mm(dy, x, out_dtype=dtype)
         return cast(onednn.weight_grad(dy, x.T) if onednn.pays(dy, x.T) else dy @ x, dtype)
 

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from mmpeft.methods.normal_form import NormalForm
+from mmpeft.quantization import dequantized
 
 from .function import FastFunction
 from .matmul import times
+from .recompute import cast
 
 
 @dataclass(eq=False)
 class RowRatio(FastFunction):
     """magnitude / ||V'|| by row, 1 where V' is zero: :meth:`.NormalForm.ratio`.
 
-    Shapes: ``up`` U (O, r); ``weight`` W (O, I), frozen; ``down`` V (r, I); ``magnitude`` (O,).
-    The result is (O,), and each gradient has its argument's shape.
+    Shapes: ``up`` U (O, r); ``weight`` W (O, I), frozen, as it is stored; ``down`` V (r, I);
+    ``magnitude`` (O,). The result is (O,), and each gradient has its argument's shape.
 
     Attributes:
         scale: s
@@ -31,6 +33,7 @@ class RowRatio(FastFunction):
     scale: float
 
     def forward(self, up, weight, down, magnitude):
+        weight = cast(dequantized(weight), up.dtype)
         narrow = weight @ down.T
         pull = torch.addmm(narrow, up, down @ down.T, alpha=self.scale)
         norm = torch.linalg.vector_norm(weight, dim=1)
@@ -44,6 +47,7 @@ class RowRatio(FastFunction):
         d_magnitude = dy * inverse
         if not (needs[0] or needs[2]):
             return None, None, None, d_magnitude
+        weight = cast(dequantized(weight), up.dtype)
         # 2 s dq
         slope = times(d_magnitude * magnitude, -self.scale).mul_(inverse.square())[:, None]
         rows = slope * up
@@ -51,7 +55,8 @@ class RowRatio(FastFunction):
         return slope * pull, None, d_down, d_magnitude
 
     def reference(self, up, weight, down, magnitude):
-        return NormalForm(up, None, down, scale=self.scale, magnitude=magnitude).ratio(weight)
+        form = NormalForm(up, None, down, scale=self.scale, magnitude=magnitude)
+        return form.ratio(dequantized(weight))
 
 
 def row_ratio(form: NormalForm, weight: Tensor) -> Tensor | None:
@@ -61,4 +66,4 @@ def row_ratio(form: NormalForm, weight: Tensor) -> Tensor | None:
     up, down = form.matrices()
     if form.detach_norm:
         up, down = up.detach(), down.detach()
-    return RowRatio(form.scale)(up, weight.to(up.dtype), down, form.magnitude)
+    return RowRatio(form.scale)(up, weight, down, form.magnitude)

@@ -57,10 +57,14 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if others or x.is_nested or not isinstance(adapter, WeightAdapter):
         return None
     original, spec, geometry = chain.original, adapter.spec, layer.geometry
-    parts = Layer(original, layer.bias, spec, geometry, SHARDED in layer.__dict__)
     trains, transformed = torch.is_grad_enabled(), is_transformed()
     if geometry is not None and x.ndim != len(spec.shape):
         return None
+
+    def by(function, *arguments):
+        parts = Layer(original, layer.bias, spec, geometry, SHARDED in layer.__dict__)
+        return partial(function, parts, *arguments)
+
     if type(original) not in KNOWN or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
     with outside_autocast(original.device.type):
@@ -72,8 +76,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         branch = layer.execution == BRANCH
         if layer.execution == AUTO:
             branch = x.numel() < original.numel()
-        run = partial(forward.scaled, parts, form, branch)
-        return Kernel('scaled channels', run)
+        return Kernel('scaled channels', by(forward.scaled, form, branch))
     if 'depthwise' in spec.kinds:
         pays = trains and not transformed and depthwise.pays(layer, geometry, x)
         run = partial(forward.depthwise, layer, geometry)
@@ -93,29 +96,30 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         passes = 2 if trains else 1
         branch = transformed or branch_pays(positions, passes, out, features, *kernel_size)
     if transformed or layer.execution == COMPOSED:
-        run = partial(forward.composed, parts, form)
-        return Kernel(f'thin layers, {WHERE[1]}', run) if branch and is_thin else None
+        if not (branch and is_thin):
+            return None
+        return Kernel(f'thin layers, {WHERE[1]}', by(forward.composed, form))
     exact = not (trains or _is_rounded(x, original))
     if exact and not (branch and is_thin):
-        run = partial(forward.built, parts, form)
-        return None if parametrize._cache_enabled else Kernel('weight built in one pass', run)
+        if parametrize._cache_enabled:
+            return None
+        return Kernel('weight built in one pass', by(forward.built, form))
     if exact and geometry is None and x.dtype == original.dtype == form.up.dtype:
-        run = partial(forward.beside, parts, form)
-        return Kernel(f'thin products, {WHERE[1]}', run)
+        return Kernel(f'thin products, {WHERE[1]}', by(forward.beside, form))
     if geometry is None or (spec.is_matrix and not any(map(any, geometry.padding))):
-        factors = form.up, form.core, form.down
-        sides = min(2, sum(t is not None and t.requires_grad for t in factors))
+        parts = form.up, form.core, form.down
+        sides = min(2, sum(t is not None and t.requires_grad for t in parts))
         thin = thin_pays(positions, out, features, form.rank, sides) and form.update == 'additive'
         branch = branch and is_thin
         name = f'thin products, {WHERE[branch]}' if thin else DENSE
-        return Kernel(name, partial(forward.linear, parts, form, branch))
+        return Kernel(name, by(forward.linear, form, branch))
     if not is_thin:
         return None
     thin = not trains or layer.execution != AUTO
     thin = thin or tucker_pays(form, x, positions, out, features, *kernel_size)
     branch = branch and thin and form.core is not None and form.down is not None
     name = f'thin convolutions, {WHERE[branch]}' if thin else DENSE
-    return Kernel(name, partial(forward.conv, parts, form, branch, thin))
+    return Kernel(name, by(forward.conv, form, branch, thin))
 
 
 def has_one_adapter(layer: nn.Module) -> bool:

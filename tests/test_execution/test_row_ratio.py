@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+import mmpeft
 from mmpeft.execution.row_ratio import RowRatio, row_ratio
 from mmpeft.methods.normal_form import NormalForm
 
@@ -45,3 +47,19 @@ def test_derivatives(scale):
         exact = torch.autograd.grad(form.ratio(weight).sum(), wanted)
         for one, other in zip(found, exact, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('how', [{}, dict(frozen_dtype='nf4')])
+def test_no_copy_of_the_weight_is_kept(how):
+    """Of one that is stored in fewer bits than the factors, whose ratio is computed in float32."""
+    layer = nn.Linear(64, 48).to(torch.float32 if how else torch.bfloat16)
+    model = nn.Sequential(layer)
+    mmpeft.inject(model, dict(type='DoRA', rank=2), **how)
+    kept, x = [], torch.randn(4, 64, dtype=layer.bias.dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    original = layer.parametrizations.weight.original
+    assert not any(t.shape == (48, 64) and type(t) is Tensor for t in kept if t is not original)
+    assert any(t.numel() for t in kept)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parametrizations.weight[0].parameters())

@@ -278,3 +278,23 @@ def test_small_updates_do_not_vanish_in_evaluation_in_bfloat16(name, moved, auto
     assert size < 2**-8
     share = ((found * wanted).sum() / wanted.square().sum()).item()
     assert share == pytest.approx(1, abs=0.2)
+
+
+def test_a_bias_that_has_an_adapter_is_computed_once():
+    """Also where no kernel fits the weight: a method may draw random numbers for it."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, bias):
+            self.calls += 1
+            return bias
+
+    for method in (dict(type='LoRA', rank=2), dict(type='OFT', block_size=4)):
+        layer = nn.Linear(8, 8)
+        mmpeft.inject(nn.Sequential(layer), method)
+        counted = Counted()
+        torch.nn.utils.parametrize.register_parametrization(layer, 'bias', counted, unsafe=True)
+        before = counted.calls
+        layer(torch.randn(3, 8))
+        assert counted.calls == before + 1
