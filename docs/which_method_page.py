@@ -58,12 +58,18 @@ def transfer_studies() -> Iterator[Study]:
         trials = [Trial(**r['trial']) for r in records.values()]
         for budget in sorted({t.budget for t in trials if t.budget}):
             base = replace(trials[0], budget=budget)
-            found = scores(base, list(METHODS), SEEDS, records)
+            found = finished(scores(base, list(METHODS), SEEDS, records))
             counts = {m: finals(base, m, SEEDS, records)[0]['parameters'] for m in found}
             title = f'{base.task}, {base.backbone}, at most {budget:,} parameters in adapters'
             if len(found) > 1:
                 also = also_run(base, list(METHODS), SEEDS, records)
                 yield Study(title, found, counts, also)
+
+
+def finished(found: dict[str, Scores]) -> dict[str, Scores]:
+    """The methods with all seeds; one that is still running would be compared on a part of them."""
+    seeds = max(map(len, found.values()), default=0)
+    return {method: each for method, each in found.items() if len(each) == seeds}
 
 
 def glue_study() -> Study:
@@ -94,8 +100,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def ranking(study: Study) -> str:
     """The methods of a study, best first, and which are shown to be below the best."""
     over = {d.better: d for d in differences(study.scores, [(m, 'frozen') for m in study.scores])}
-    below = {d.better: d for d in below_best(study.scores)}
-    names = [next(iter(below.values())).worse, *below]
+    gaps = below_best(study.scores)
+    below = {d.better: d for d in gaps}
+    names = [gaps[0].worse, *below]
     rows = []
     for name in names:
         mean, half = interval(list(study.scores[name].values()))

@@ -50,6 +50,14 @@ def test_a_ranking(tool, study):
     assert tool.ranking(study).endswith('lora is shown to be above all others.')
 
 
+def test_a_method_that_is_still_running_is_left_out(tool, study):
+    unfinished = study._replace(scores=study.scores | {'dora': {0: 99.0}})
+    with pytest.raises(IndexError):  # and would not drop the study from the page
+        tool.ranking(unfinished)
+    assert tool.finished(unfinished.scores) == study.scores
+    assert tool.finished({}) == {}
+
+
 def test_claims(tool, study):
     rows = [line.split(' | ') for line in tool.claims([study]).splitlines()[2:]]
     assert len(rows) == len(tool.CLAIMS)
