@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
 from mmpeft.checkpoint.base_state import load_base, save_pretrained
 from mmpeft.checkpoint.keys import adapter_state_dict
+from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import merge, remove, unmerge
 from mmpeft.injection.summary import summary
@@ -33,6 +34,7 @@ __all__ = [
     '__version__',
     'adapter_state_dict',
     'allocate',
+    'compile_blocks',
     'init_model',
     'inject',
     'load_adapter',

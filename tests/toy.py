@@ -40,6 +40,7 @@ class ToyBackbone(BaseModule):
         unused=False,
         twice=False,
         block=False,
+        blocks=0,
         init_cfg=None,
     ):
         super().__init__(init_cfg)
@@ -53,6 +54,7 @@ class ToyBackbone(BaseModule):
         self.fc = nn.Linear(12, 16)
         self.unused = nn.Linear(3, 3) if unused else None
         self.block = ToyBlock(12) if block else nn.Identity()
+        self.blocks = nn.Sequential(*(ToyBlock(12) for _ in range(blocks)))
         self.again = nn.Linear(12, 16) if twice else None
 
     def init_weights(self):
@@ -62,7 +64,7 @@ class ToyBackbone(BaseModule):
 
     def forward(self, x):
         x = self.stage(self.norm(self.stem(x)).relu())
-        x = self.dropout(self.block(x).mean((2, 3)))
+        x = self.dropout(self.blocks(self.block(x)).mean((2, 3)))
         return self.fc(x) if self.again is None else self.fc(x) + self.again(x)
 
 

@@ -23,16 +23,26 @@ class Shared(type):
     """
 
     def __setattr__(cls, name, value):
-        if isinstance(value, property) and _is_made_here(cls):
-            value = _parametrized(name)
-        super().__setattr__(name, value)
+        getter = value.fget if isinstance(value, property) else None
+        is_torchs = getattr(getter, '__module__', None) == parametrize.__name__
+        super().__setattr__(name, _parametrized(name) if is_torchs else value)
 
     def __delattr__(cls, name):
-        if not (isinstance(vars(cls).get(name), property) and _is_made_here(cls)):
+        if name not in _properties(cls):
             super().__delattr__(name)
 
 
 _SHARED = WeakValueDictionary()
+
+
+def share_class(layer: nn.Module) -> None:
+    """Give a layer that torch has parametrized the one class of those parametrized alike.
+
+    The layer can be pickled then.
+    """
+    kind, tensors = type(layer), _properties(type(layer))
+    content = vars(kind) | {tensor: _parametrized(tensor) for tensor in tensors}
+    layer.__class__ = _shared((kind.__bases__, *tensors), kind, kind.__bases__, content)
 
 
 def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
@@ -44,8 +54,10 @@ def change_class(layer: nn.Module, mixin: type, **attributes) -> None:
         attributes: Of the new class, hashable.
     """
     kind = type(layer)
-    kind = _mixed(mixin, _parametrized_alike(kind) if _is_parametrized(kind) else kind, attributes)
-    layer.__class__ = kind
+    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__)
+    content |= attributes | dict(_attributes_put=attributes)
+    key = mixin, kind, *sorted(attributes.items())
+    layer.__class__ = _shared(key, kind, (mixin, kind), content)
 
 
 def restore_class(layer: nn.Module, mixin: type) -> None:
@@ -54,30 +66,20 @@ def restore_class(layer: nn.Module, mixin: type) -> None:
     while _is_made_here(kind):
         above, below = kind.__bases__
         if issubclass(above, mixin):
-            layer.__class__ = own_copy(below) if _is_parametrized(below) else below
+            layer.__class__ = below
             for other, attributes in reversed(later):
                 change_class(layer, other, **attributes)
             return
-        later.append((above, _own(kind)))
+        later.append((above, kind._attributes_put))
         kind = below
 
 
 def set_attributes(layer: nn.Module, **attributes) -> None:
     """Put attributes on the class that :func:`change_class` made last for a layer."""
     above, below = type(layer).__bases__
-    attributes = _own(type(layer)) | attributes
+    attributes = type(layer)._attributes_put | attributes
     layer.__class__ = below
     change_class(layer, above, **attributes)
-
-
-def own_copy(kind: type, content: dict | None = None) -> type:
-    """A class like another, for one layer: torch's parametrize changes what it finds.
-
-    Args:
-        kind: The other class.
-        content: What the new one has in place of the other's.
-    """
-    return type(kind)(kind.__name__, kind.__bases__, dict(vars(kind)) | (content or {}))
 
 
 def is_changed(layer: nn.Module) -> bool:
@@ -85,21 +87,15 @@ def is_changed(layer: nn.Module) -> bool:
     return _is_made_here(type(layer))
 
 
-def allow_pickling(layer: nn.Module) -> None:
-    """Let a layer be pickled whose class was made for it, here or by torch's parametrize."""
-    type(layer).__reduce_ex__ = reduce_layer
-
-
 def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
     """What pickle stores of a layer, as ``__reduce_ex__`` returns it."""
     kind, steps = type(layer), []
     while _is_made_here(kind) or _is_parametrized(kind):
-        own = _own(kind)
+        tensors = [name for name in _properties(kind) if parametrize.is_parametrized(layer, name)]
         if _is_parametrized(kind):
-            steps.append((None, _properties(kind)))
+            steps.append((None, tensors))
         else:
-            added = [name for name in _properties(kind) if parametrize.is_parametrized(layer, name)]
-            steps += [(Shared, added), (kind.__bases__[0], own)]
+            steps += [(Shared, tensors), (kind.__bases__[0], kind._attributes_put)]
         kind = kind.__bases__[-1]
     return _rebuild, (kind, steps[::-1]), vars(layer)
 
@@ -112,30 +108,21 @@ def _rebuild(kind, steps):
             continue
         if mixin is None:
             parametrize._inject_new_class(layer)
-            allow_pickling(layer)
         for tensor in content:
             parametrize._inject_property(layer, tensor)
+        if mixin is None:
+            share_class(layer)
     return layer
 
 
-def _mixed(mixin, kind, attributes):
-    key = mixin, kind, *sorted(attributes.items())
-    if key in _SHARED:
-        return _SHARED[key]
-    content = dict(__module__=kind.__module__, __qualname__=kind.__qualname__) | attributes
-    can_share = type(kind) in (type, Shared)
-    made = (Shared if can_share else type(kind))(kind.__name__, (mixin, kind), content)
-    made.__reduce_ex__ = reduce_layer
-    return _SHARED.setdefault(key, made) if can_share else made
-
-
-def _parametrized_alike(kind):
-    """The class that layers share whose class torch's parametrize has made alike."""
-    key = kind.__bases__, *(tensors := _properties(kind))
-    if key in _SHARED:
-        return _SHARED[key]
-    alike = own_copy(kind, {tensor: _parametrized(tensor) for tensor in tensors})
-    return _SHARED.setdefault(key, alike)
+def _shared(key, like, bases, content):
+    if key not in _SHARED:
+        metaclass = type(like)
+        if not issubclass(metaclass, Shared):
+            metaclass = Shared if metaclass is type else type('Shared', (Shared, metaclass), {})
+        content = content | dict(__reduce_ex__=reduce_layer)
+        return _SHARED.setdefault(key, metaclass(like.__name__, bases, content))
+    return _SHARED[key]
 
 
 def _properties(kind):
@@ -167,11 +154,6 @@ def _parametrized(tensor):
             (layer._parameters if tensor in layer._parameters else layer._buffers)[tensor] = value
 
     return property(get, put)
-
-
-def _own(kind):
-    found = vars(kind).items()
-    return {k: v for k, v in found if not (k.startswith('__') or isinstance(v, property))}
 
 
 def _is_made_here(kind):

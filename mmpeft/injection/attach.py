@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from mmpeft import execution
 from mmpeft.errors import UsageError
-from mmpeft.execution.classes import allow_pickling, own_copy
+from mmpeft.execution.classes import share_class
 from mmpeft.methods import ActivationAdapter, WeightAdapter
 from mmpeft.quantization import Quantized
 
@@ -133,7 +133,7 @@ def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _parametrize(site):
     layer, tensor = site.layer, site.tensor
-    _own_class(layer)
+    execution.disable(layer)
     layer.__dict__.setdefault(ORDER, tuple(layer._parameters))
     original = layer._parameters.get(tensor)
     if isinstance(original, Quantized):
@@ -144,14 +144,14 @@ def _parametrize(site):
     parametrize.register_parametrization(layer, tensor, site.adapter, unsafe=True)
     if isinstance(original, Quantized):
         layer.parametrizations[tensor].original = original
-    allow_pickling(layer)
+    share_class(layer)
     layer.parametrizations.training = layer.training
     layer.parametrizations[tensor].training = layer.training
     execution.enable(layer, site.execution)
 
 
 def _unparametrize(layer, tensor, way):
-    _own_class(layer)
+    execution.disable(layer)
     parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
     parameters = layer._parameters
     for name in layer.__dict__[ORDER]:  # torch has moved the weight to the end
@@ -160,10 +160,3 @@ def _unparametrize(layer, tensor, way):
     if not any(adapters_of(layer, tensor) for tensor in getattr(layer, PARAMETRIZATIONS, {})):
         del layer.__dict__[ORDER]
     execution.enable(layer, way)
-
-
-def _own_class(layer):
-    """Give a layer a class of its own: torch puts properties on it, which copies would share."""
-    execution.disable(layer)
-    if parametrize.is_parametrized(layer):
-        layer.__class__ = own_copy(type(layer))

@@ -6,9 +6,10 @@ Some networks read the weight of a layer and never call the layer: torchvision's
 
 import copy
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import fx, nn
@@ -71,6 +72,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.used = None  # identities of the parameters that functions got in the pass
+        self.uncompiled = nullcontext()
         self.handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, always_call=True),
@@ -81,6 +83,9 @@ class _Watch(TorchFunctionMode):
         skipped = skipped or hasattr(model, '_is_replica')  # nn.DataParallel, in several threads
         if self.used is None and torch.is_grad_enabled() and not skipped:
             self.used = set()
+            if 'torch._dynamo' in sys.modules:  # compiled blocks would be compiled for this mode
+                self.uncompiled = torch.compiler.set_stance('force_eager')
+            self.uncompiled.__enter__()
             self.__enter__()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -93,6 +98,7 @@ class _Watch(TorchFunctionMode):
     def after(self, model, args, output):
         if self.used is not None:
             self.__exit__(None, None, None)
+            self.uncompiled.__exit__(None, None, None)
             used, self.used = self.used, None
             if output is not None:  # None after an exception
                 unwatch(model)

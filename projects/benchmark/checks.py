@@ -39,16 +39,19 @@ TRAINED += (
     'peft_lora',
     'peft_dora',
 )
+COMPILED = ('lora', 'flora', 'liera', 'lora_plain', 'flora_plain', 'liera_plain', 'dora', 'full')
+COMPILED = tuple(f'{name}_compiled' for name in ('floor', *COMPILED))
 NETWORKS = 'convnextv2_large-1024', 'internvit_3200', 'vit_large-224', 'resnet50-1333'
 TINY = dict(depth=2, width=64, heads=2, hidden=128, image_size=28)
 # Networks, a whole InternViT, single layers, and the variants of the three.
 LARGE = (
     *(NETWORKS, ('6b', '6b', 448), workloads.of_layers(1024, workloads.TOKENS, 64)),
-    *(('flora', 'lora'), TRAINED, CHOICES),
+    *(('flora', 'lora'), TRAINED, CHOICES, COMPILED),
 )
 SMALL = (
     *(('convnextv2_atto:32x32:1',), ('tiny', TINY, 28), workloads.of_layers(64, 20, 8)[:1]),
     *(('flora',), ('full', 'flora', 'published_flora'), ('flora', 'flora_plain', 'flora_branch')),
+    ('lora_compiled',),
 )
 # By how much a choice may be slower before it is a wrong one: less is noise.
 MARGIN = 1.05
@@ -167,16 +170,19 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     seconds = dict(float32=40, bfloat16=40, float16=40, compiled=60)
     parts = [Part(f'agreement-{n}', seconds.get(n, 20), partial(agree, n)) for n in SETTINGS]
     train = partial(measured, device, quick)
-    names, whole, layers, few, trained, choices = SMALL if quick else LARGE
+    names, whole, layers, few, trained, choices, compiled = SMALL if quick else LARGE
     for network in map(workloads.find, names):
         parts.append(Part(f'train-{network.name}', 35, partial(train, (network,), trained)))
+    for network in map(workloads.find, names):
+        run = partial(train, (network,), compiled)
+        parts.append(Part(f'compiled-{network.name}', 120, run))
     for dtype in ('bfloat16', 'int8', 'nf4'):
         network = workloads.of_whole_intern_vit(*whole, dtype)
         run = partial(train, (network,), few, rounds=10, steps=1)
         parts.append(Part(f'train-{network.name}', 35, run))
     for amp in ('bfloat16', 'none'):
         name = 'autocast' if amp == 'bfloat16' else 'float32'
-        parts.append(Part(f'choice-{name}', 25, partial(train, layers, CHOICES, amp=amp)))
+        parts.append(Part(f'choice-{name}', 25, partial(train, layers, choices, amp=amp)))
     return parts
 
 

@@ -37,8 +37,8 @@ class Result:
         variant: Its name.
         rank: None where a rank means nothing.
         trained: Parameters that train.
-        saved: Bytes that autograd keeps for backward; None in evaluation.
-        operations: Of forward and backward, 2 a multiply-add; None in evaluation.
+        saved: Bytes that autograd keeps for backward; None in evaluation and compiled.
+        operations: Of forward and backward, 2 a multiply-add; likewise.
         peak: Bytes of memory at most, on a GPU.
         rounds: Seconds of each phase in each round.
         skipped: Why it was not measured.

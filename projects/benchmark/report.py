@@ -85,9 +85,9 @@ def step_table(results: dict[str, Result]) -> str:
         'backward': lambda r: ratio(r.ratios(floor, ['backward'])),
         '+ optimizer': lambda r: ratio(r.ratios(floor, PHASES)),
         'ms': lambda r: f'{median(r.seconds()) * 1e3:,.1f}',
-        'saved, MiB': lambda r: f'{r.saved / 2**20:,.1f}',
-        'GFLOP': lambda r: f'{r.operations / 1e9:,.1f}',
-        'peak, MiB': lambda r: f'{r.peak / 2**20:,.1f}',
+        'saved, MiB': lambda r: amount(r.saved, 2**20),
+        'GFLOP': lambda r: amount(r.operations, 1e9),
+        'peak, MiB': lambda r: amount(r.peak, 2**20),
     }
     if floor.peak is None:
         del cells['peak, MiB']
@@ -173,6 +173,11 @@ def table(title: str, columns: list[str], rows: list[list[str]], notes=()) -> st
     rule = ['-' * max(widths[0], 3), *('-' * max(width - 1, 3) + ':' for width in widths[1:])]
     lines = [f'**{title}**', '', line(columns), f'| {" | ".join(rule)} |', *map(line, rows)]
     return '\n'.join(lines + [f'\n{note}' for note in notes])
+
+
+def amount(value: int | None, unit: float) -> str:
+    """A number in a unit; empty where there is none."""
+    return '' if value is None else f'{value / unit:,.1f}'
 
 
 def ratio(values: list[float]) -> str:

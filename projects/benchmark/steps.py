@@ -116,7 +116,7 @@ class Step:
             Fields of :class:`records.Result`.
         """
         found = dict(trained=sum(parameter.numel() for parameter in self.parameters))
-        if not self.evaluates:
+        if not (self.evaluates or is_compiled(self.model)):
             needs_input_gradient = self.batch.requires_grad
             self.batch.requires_grad_(True)
             with saved_bytes(self.model) as saved, Operations() as operations:
@@ -137,6 +137,11 @@ class Step:
         resting = chain(self.model.parameters(), self.model.buffers(), moments)
         own = {k: size for t in resting for k, size in _storages(t).items()}
         return torch.cuda.max_memory_allocated() - others + sum(own.values())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of a model is, so that neither hooks nor counters see what it does."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager

@@ -11,7 +11,8 @@ layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize,
 with ``_all`` on all layers without groups, LyCORIS' on all layers.
 ``*_merged`` and ``*_branch`` put updates into the weight, or beside the layer,
 and ``ia3`` scales channels: what gpu_check.py compares ``auto`` with.
-``*_balanced`` and ``*_small`` are mmpeft's modes of memory.
+``*_balanced`` and ``*_small`` are mmpeft's modes of memory. ``*_compiled`` runs
+block by block through ``torch.compile``.
 """
 
 import warnings
@@ -27,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmpeft
 from mmpeft.errors import UsageError, near
+from mmpeft.injection.blocks import blocks
 
 PERTURBATION = 1e-3
 
@@ -68,6 +70,19 @@ def scale(model, rank, **arguments):
 def freeze(model, rank):
     """Nothing that trains, run by mmpeft."""
     mmpeft.inject(model, dict(type='Frozen'))
+    return model
+
+
+def compiled(model, rank, build):
+    """Another variant whose blocks are compiled, one by one."""
+    model = build(model, rank)
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    backend = 'aot_eager' if on_cpu else 'inductor'  # the former needs no compiler
+    # All variants of a process count against the limit, beyond which blocks run uncompiled.
+    torch._dynamo.config.recompile_limit = 2**10
+    torch._dynamo.config.accumulated_recompile_limit = 2**12
+    for block in blocks(model).values():
+        block.compile(backend=backend, dynamic=False)
     return model
 
 
@@ -128,10 +143,15 @@ VARIANTS |= {
 VARIANTS |= {
     f'flora_{memory}': partial(VARIANTS['flora'], memory=memory) for memory in ('balanced', 'small')
 }
+VARIANTS |= {
+    f'{name}_compiled': partial(compiled, build=VARIANTS[name])
+    for name in (FLOOR, 'full', 'lora', 'flora', 'liera', 'dora', 'peft_lora')
+    + ('lora_plain', 'flora_plain', 'liera_plain')
+}
 MEMORY = 'frozen', 'full', 'flora', 'flora_balanced', 'flora_small', 'lora_channel', 'peft_lora'
 QUICK = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera')
 QUICK += ('flora_plain', 'published_flora', 'peft_lora', 'lycoris_locon')
-WITHOUT_RANK = (FLOOR, 'frozen', 'full', *(name for name in VARIANTS if name.startswith('ia3')))
+WITHOUT_RANK = tuple(n for n in VARIANTS if n.split('_')[0] in (FLOOR, 'frozen', 'full', 'ia3'))
 
 
 def check_name(name: str) -> None:
@@ -158,11 +178,12 @@ def build(name: str, network: nn.Module, rank: int | None = None, seed: int = 0)
     package = package_of(name)
     if package and find_spec(package) is None:
         raise UsageError(f'{package} is not installed')
-    shared = {} if name == 'full' else {id(p): p for p in network.parameters()}
+    is_full = name.startswith('full')
+    shared = {} if is_full else {id(p): p for p in network.parameters()}
     model = deepcopy(network, shared)
     torch.manual_seed(seed)
     model = VARIANTS[name](model, rank)
-    if name != 'full':
+    if not is_full:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

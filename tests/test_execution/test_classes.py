@@ -1,5 +1,6 @@
 """Layers with changed classes are copied and pickled, and are adapted layers afterwards."""
 
+import abc
 import copy
 import io
 import pickle
@@ -139,11 +140,12 @@ def perceptrons(method, **how):
 
 
 @pytest.mark.parametrize('way', [None, *WAYS])
+@pytest.mark.parametrize('execution', ['auto', 'plain'])
 @pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'dora', 'ia3'])
-def test_equal_blocks_are_compiled_once(name, way):
+def test_equal_blocks_are_compiled_once(name, execution, way):
     """As torch compiles plain ones: layers that are adapted alike are of one class."""
     torch._dynamo.reset()
-    model = perceptrons(METHODS[name])
+    model = perceptrons(METHODS[name], execution=execution)
     model = model if way is None else way(model)
     compiled = []
 
@@ -211,3 +213,22 @@ def test_a_mode_of_memory_is_of_one_model():
     third = perceptrons(dict(type='LoRA', rank=2), memory='speed')
     assert repeats(second) == [True] * 3
     assert repeats(first) == repeats(third) == [False] * 3
+
+
+class Abstract(nn.Linear, metaclass=abc.ABCMeta):
+    pass
+
+
+@pytest.mark.parametrize('execution', ['auto', 'plain'])
+@pytest.mark.parametrize('kind', [nn.Linear, Abstract])
+def test_removal_from_a_copy_leaves_the_layer_adapted(kind, execution):
+    layers, x = nn.Sequential(kind(6, 6), kind(6, 6)), torch.randn(2, 6)
+    before = layers(x)
+    mmpeft.inject(layers, dict(type='LoRA', rank=2), execution=execution)
+    randomize(layers)
+    y = layers(x)
+    for way in WAYS:
+        other = way(layers)
+        mmpeft.remove(other)
+        assert type(other[0]) is kind and torch.equal(other(x), before)
+        assert type(layers[0]) is type(layers[1]) and torch.equal(layers(x), y)

@@ -21,6 +21,7 @@ from mmpeft.engine.normalisation import normalisation_fault
 from mmpeft.engine.resume import pending_source
 from mmpeft.engine.sensitivity import measure
 from mmpeft.errors import UsageError, near
+from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.wrappers import is_sharded
 from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
@@ -64,6 +65,8 @@ class PEFTHook(Hook):
             other classes. Training that starts from one logs what it leaves out.
         execution: See :func:`mmpeft.inject`.
         memory: Likewise.
+        compile_blocks: Compile the blocks of the targets (:func:`mmpeft.compile_blocks`): ``True``,
+            or options such as ``dict(mode='reduce-overhead', dynamic=False)``.
         frozen_dtype: See :func:`mmpeft.inject`. The base is loaded as it is, and then rounded.
         check_iters: Iterations after which an adapter without a gradient
             stops the run, and other mistakes that show early are looked for.
@@ -88,6 +91,7 @@ class PEFTHook(Hook):
     check_whole: bool = True
     execution: str = 'auto'
     memory: str = 'speed'
+    compile_blocks: bool | Mapping = False
     frozen_dtype: str | None = None
     check_iters: int = 10
     nonfinite_iters: int = 3
@@ -105,6 +109,11 @@ class PEFTHook(Hook):
     def __post_init__(self):
         self._injections = injections(self.method, self.targets, self.unfreeze, self.sensitivity)
         self._prepared = False
+        if self.shard and self.compile_blocks is not False:
+            raise UsageError(
+                'shard=True and compile_blocks do not work together: shards are gathered by hooks '
+                'around blocks, which are not compiled. Leave one of the two out.'
+            )
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
@@ -157,6 +166,10 @@ class PEFTHook(Hook):
             frozen_dtype=self.frozen_dtype,
         )
         runner.logger.info(str(summary))
+        if self.compile_blocks is not False:
+            options = {} if self.compile_blocks is True else self.compile_blocks
+            compiled = compile_blocks(runner.model, **options)
+            runner.logger.info(f'{len(compiled)} blocks are compiled at their first call.')
 
     def _helpers(self, runner) -> Iterator[Hook]:
         yield MonitorHook(

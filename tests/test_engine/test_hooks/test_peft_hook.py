@@ -423,6 +423,7 @@ def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path)
         ({'default_hooks.peft.method.rank': 8.0}, 'rank=8.0 must be one integer or a tuple'),
         ({'default_hooks.peft.execution': 'fast'}, "'fast' is not one of 'auto'"),
         ({'default_hooks.peft.memory': 'tiny'}, "memory='tiny' is not one of 'speed'"),
+        ({'default_hooks.peft.compile_blocks': True}, "finds no blocks in 'backbone'"),
         (
             {'default_hooks.second': dict(type='mmpeft.PEFTHook', method=dict(type='LoRA'))},
             '2 hooks of type PEFTHook',
@@ -450,6 +451,27 @@ def test_unfrozen_parameters_train_and_are_stored(tmp_path):
     runner.train()
     assert not torch.equal(runner.model.backbone.norm.weight, before)
     assert 'backbone.norm.weight' in state_of(tmp_path / 'epoch_3.pth')
+
+
+def test_compiled_blocks_train_and_evaluate_the_same(tmp_path):
+    def run(name, **changes):
+        pretrained = save_weights(tmp_path / 'pretrained.pth', blocks=2)
+        backbone = {'model.backbone.checkpoint': pretrained, 'model.backbone.blocks': 2}
+        runner = toy_runner(tmp_path / name, dict(type='FLoRA', rank=2), **backbone, **changes)
+        runner.train()
+        return runner, torch.tensor(scores(runner.val()))
+
+    plain, expected = run('plain')
+    options = dict(backend='aot_eager')
+    compiled, found = run('compiled', **{'default_hooks.peft.compile_blocks': options})
+    assert all(block._compiled_call_impl for block in compiled.model.backbone.blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert weights(compiled).keys() == weights(plain).keys()
+
+
+def test_compiled_blocks_are_not_sharded():
+    with pytest.raises(UsageError, match='shard=True and compile_blocks do not work together'):
+        mmpeft.engine.hooks.PEFTHook(dict(type='LoRA'), shard=True, compile_blocks=True)
 
 
 def test_a_frozen_backbone_needs_no_gradient(tmp_path):
