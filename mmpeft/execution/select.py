@@ -94,7 +94,11 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     branch = layer.execution in (BRANCH, COMPOSED)
     if layer.execution == AUTO:
         passes = 2 if trains else 1
-        branch = transformed or branch_pays(positions, passes, out, features, *kernel_size)
+        # A trace is checked by another one, without gradients.
+        keeps = trains or torch.jit.is_tracing() or _is_rounded(x, original)
+        branch = (transformed and keeps) or branch_pays(
+            positions, passes, out, features, *kernel_size
+        )
     if transformed or layer.execution == COMPOSED:
         if not (branch and is_thin):
             return None

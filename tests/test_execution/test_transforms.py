@@ -122,6 +122,25 @@ def test_all_methods_compiled_without_graph_breaks(turn, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('rows, linears', [(1, 3), (64, 1)])
+def test_compiled_evaluation_of_many_positions_has_the_update_in_the_weight(rows, linears):
+    """In a graph the weight is built in one product and one pass; a branch takes two products."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(rows, 16)
+    mmpeft.inject(model, dict(type='LoRA', rank=2))
+    randomize(model)
+    found = []
+
+    def note(graph, inputs):
+        found.append(sum('linear' in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    with torch.no_grad():
+        y = torch.compile(model, backend=note)(x)
+        torch.testing.assert_close(y, model(x))
+    assert found == [linears]
+
+
 @pytest.mark.parametrize('kind', NETWORKS)
 def test_networks_compiled_without_graph_breaks(kind):
     assert_compiled(network(kind, 'flora'), torch.randn(2, 3, 32, 32), 1e-4)

@@ -7,7 +7,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from mmpeft.engine.config import compose
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 from tests.pipelines import clip_folder, dino_folder, pipeline_folder
+from tests.processes import launch
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -317,8 +317,9 @@ def test_from_images_to_files(material, tmp_path, capsys):
     more = options(material, 'sd15_flora') | {'prior.number': 2}
     changes = [f'{key}={value}' for key, value in more.items()]
     run, config_file = tmp_path / 'run', CONFIGS / 'sd15_flora.py'
-    arguments = 'train', config_file, '--work-dir', run, '--cfg-options', *changes
-    accelerate.debug_launcher(call, arguments)
+    arguments = config_file, '--work-dir', run, '--cfg-options', *changes
+    done = launch(2, PROJECT / 'train.py', *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
     twin = compose(config_file, None, more | dict(accumulation=2))
     twin.prior.images = str(run / 'class')
     training.train(twin, tmp_path / 'twin')

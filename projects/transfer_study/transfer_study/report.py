@@ -86,6 +86,10 @@ CLAIMS = (
         Claim(f'{name}_auto', name, 'docs/scale.md', 'not claimed: a rule beside a tuned scale')
         for name in ('lora', 'flora', 'liera')
     ),
+    *(
+        Claim(f'{name}_sensitivity', name, 'docs/methods.md', 'not claimed: ranks by sensitivity')
+        for name in ('lora', 'flora')
+    ),
 )
 
 
