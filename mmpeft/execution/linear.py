@@ -59,10 +59,10 @@ class AdaptedLinear(FastFunction):
     def forward(self, x, weight, bias, up, core, down, ratio):
         layout, weight = self.layout, dequantized(weight)
         if self.branch:
-            rows = times(up, self.scale) if core is None else product(up, core, self.scale)
-            above, below = cast(down, x.dtype), cast(rows, x.dtype)
+            above, below = factors = self._narrow_factors(up, core, down, x.dtype)
             narrow = layout.matmul(x, above)
-            return matmul_add(layout, x, weight, narrow, below, bias), (narrow, above, below)
+            y = matmul_add(layout, x, weight, narrow, below, bias)
+            return y, (narrow, *factors) if is_low(x) else (narrow,)
         up = _composed(up, core)
         if is_low(x) and not takes_float(x):
             y = layout.matmul(x, cast(self._change(weight, up, down, ratio), x.dtype), bias)
@@ -83,7 +83,8 @@ class AdaptedLinear(FastFunction):
             weight = dequantized(weight)
         dx = d_bias = d_up = d_down = d_ratio = adapted = y = narrow = None
         if self.branch:
-            narrow, above, below = saved
+            narrow, *factors = saved
+            above, below = factors or self._narrow_factors(first, core, down, dy.dtype)
             inner = layout.matmul(dy, below.T)
         else:
             up, y = _composed(first, core), saved[0] if saved else None
@@ -135,6 +136,11 @@ class AdaptedLinear(FastFunction):
         x = x if self.layout is ChannelsLast else x.mT
         y = torch.nn.functional.linear(x, adapted.to(x.dtype), bias)
         return y if self.layout is ChannelsLast else y.mT
+
+    def _narrow_factors(self, up, core, down, dtype):
+        """V and s U G, which a branch multiplies with."""
+        rows = times(up, self.scale) if core is None else product(up, core, self.scale)
+        return cast(down, dtype), cast(rows, dtype)
 
     def _adapted(self, weight, up, down, ratio):
         """W', with float32's precision at least where U and V have it."""
