@@ -11,8 +11,8 @@ layers of small ConvNeXts. ``*_plain`` are computed by torch's parametrize,
 with ``_all`` on all layers without groups, LyCORIS' on all layers.
 ``*_merged`` and ``*_branch`` put updates into the weight, or beside the layer,
 and ``ia3`` scales channels: what gpu_check.py compares ``auto`` with.
-``*_balanced`` and ``*_small`` are mmpeft's modes of memory. ``*_compiled`` runs
-block by block through ``torch.compile``.
+``*_balanced`` and ``*_small`` are mmpeft's modes of memory. ``_compiled``
+behind any name compiles its blocks, one by one.
 """
 
 import warnings
@@ -73,19 +73,6 @@ def freeze(model, rank):
     return model
 
 
-def compiled(model, rank, build):
-    """Another variant whose blocks are compiled, one by one."""
-    model = build(model, rank)
-    on_cpu = next(model.parameters()).device.type == 'cpu'
-    backend = 'aot_eager' if on_cpu else 'inductor'  # the former needs no compiler
-    # All variants of a process count against the limit, beyond which blocks run uncompiled.
-    torch._dynamo.config.recompile_limit = 2**10
-    torch._dynamo.config.accumulated_recompile_limit = 2**12
-    for block in blocks(model).values():
-        block.compile(backend=backend, dynamic=False)
-    return model
-
-
 def adapt(build, select=layers, **arguments):
     """A variant of others' code on selected layers."""
 
@@ -143,20 +130,17 @@ VARIANTS |= {
 VARIANTS |= {
     f'flora_{memory}': partial(VARIANTS['flora'], memory=memory) for memory in ('balanced', 'small')
 }
-VARIANTS |= {
-    f'{name}_compiled': partial(compiled, build=VARIANTS[name])
-    for name in (FLOOR, 'full', 'lora', 'flora', 'liera', 'dora', 'peft_lora')
-    + ('lora_plain', 'flora_plain', 'liera_plain')
-}
 MEMORY = 'frozen', 'full', 'flora', 'flora_balanced', 'flora_small', 'lora_channel', 'peft_lora'
 QUICK = ('frozen', 'full', 'flora', 'lora', 'dora', 'liera')
 QUICK += ('flora_plain', 'published_flora', 'peft_lora', 'lycoris_locon')
-WITHOUT_RANK = tuple(n for n in VARIANTS if n.split('_')[0] in (FLOOR, 'frozen', 'full', 'ia3'))
+WITHOUT_RANK = (FLOOR, 'frozen', 'full', *(name for name in VARIANTS if name.startswith('ia3')))
+COMPILED = '_compiled'
+WITHOUT_RANK += tuple(name + COMPILED for name in WITHOUT_RANK)
 
 
 def check_name(name: str) -> None:
     """Raise UsageError unless there is such a variant."""
-    if name not in VARIANTS:
+    if name.removesuffix(COMPILED) not in VARIANTS:
         raise UsageError(f'--variants: there is no {name!r}. {near(name, VARIANTS)}')
 
 
@@ -178,21 +162,33 @@ def build(name: str, network: nn.Module, rank: int | None = None, seed: int = 0)
     package = package_of(name)
     if package and find_spec(package) is None:
         raise UsageError(f'{package} is not installed')
-    is_full = name.startswith('full')
-    shared = {} if is_full else {id(p): p for p in network.parameters()}
+    plain = name.removesuffix(COMPILED)
+    shared = {} if plain == 'full' else {id(p): p for p in network.parameters()}
     model = deepcopy(network, shared)
     torch.manual_seed(seed)
-    model = VARIANTS[name](model, rank)
-    if not is_full:
+    model = VARIANTS[plain](model, rank)
+    if plain != 'full':
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
         with torch.no_grad():
             for parameter in trained(model):
                 parameter.add_(torch.randn_like(parameter) * PERTURBATION)
+    if plain != name:
+        _compile(model)
     return model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train, each once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _compile(model):
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    backend = 'aot_eager' if on_cpu else 'inductor'  # the former needs no compiler
+    # All variants of a process count against the limits, beyond which blocks run uncompiled.
+    torch._dynamo.config.recompile_limit = 2**10
+    torch._dynamo.config.accumulated_recompile_limit = 2**12
+    for block in blocks(model).values():
+        block.compile(backend=backend, dynamic=False)

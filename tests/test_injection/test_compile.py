@@ -38,10 +38,10 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def limit():
+    """torch's own, whatever other tests have set."""
     torch._dynamo.reset()
-    before = torch._dynamo.config.recompile_limit
-    yield before
-    torch._dynamo.config.recompile_limit = before
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield 8
 
 
 @pytest.fixture

@@ -237,6 +237,29 @@ def test_batch_norm_is_held_in_all_but_full():
         assert norm.training == (name == 'full'), name
 
 
+def test_any_variant_can_be_compiled():
+    """Block by block; full fine-tuning has weights of its own all the same."""
+
+    def block():
+        return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+
+    network, x = nn.Sequential(block(), block()).requires_grad_(False), torch.randn(2, 6)
+    shared = {id(p) for p in network.parameters()}
+    for name in ('floor', 'full', 'flora'):
+        plain, compiled = (variants.build(n, network, 2) for n in (name, f'{name}_compiled'))
+        torch.testing.assert_close(compiled(x), plain(x))
+        assert all(block._compiled_call_impl for block in compiled)
+        assert not any(block._compiled_call_impl for block in plain)
+        step = steps.Step(compiled, x, is_inner=True)
+        assert 'saved' not in step.survey() and step()['backward'] > 0
+        kept = shared & {id(p) for p in compiled.parameters()}
+        assert kept == (set() if name == 'full' else shared)
+    assert not any(p.requires_grad for p in network.parameters())
+    variants.check_name('flora_compiled')
+    with pytest.raises(UsageError, match="no 'flra_compiled'"):
+        variants.check_name('flra_compiled')
+
+
 def test_saved_bytes_by_hand():
     network = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     workload = workloads.Workload('toy', '', lambda: network, (4, 3))
