@@ -42,6 +42,7 @@ def main():
     torch.distributed.barrier()
     main([*sys.argv[1:], '--resume'])
     assert len(sharded) == 5 and all(sharded), sharded
+    torch.distributed.destroy_process_group()  # its threads may outlive Python otherwise, and abort
 
 
 if __name__ == '__main__':
