@@ -156,9 +156,8 @@ def claims(found: list[Study]) -> str:
 
 def measured() -> dict[str, dict[str, Result]]:
     """Training steps by network and device, then by variant."""
-    parts = json.loads((ROOT / 'docs/benchmark/gpu_check_h100_2026-11-27.json').read_text())[
-        'parts'
-    ]
+    record = ROOT / 'docs/benchmark/gpu_check_h100_2026-11-27.json'
+    parts = json.loads(record.read_text())['parts']
     found = {}
     for run in read(ROOT / 'docs/benchmark/cpu_train.jsonl'):
         for r in run.results:

@@ -121,7 +121,6 @@ def test_all_methods_compiled_without_graph_breaks(turn, name):
         assert_compiled(model, x, 1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('rows, linears', [(1, 3), (64, 1)])
 def test_compiled_evaluation_of_many_positions_has_the_update_in_the_weight(rows, linears):
     """In a graph the weight is built in one product and one pass; a branch takes two products."""
@@ -141,6 +140,7 @@ def test_compiled_evaluation_of_many_positions_has_the_update_in_the_weight(rows
     assert found == [linears]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', NETWORKS)
 def test_networks_compiled_without_graph_breaks(kind):
     assert_compiled(network(kind, 'flora'), torch.randn(2, 3, 32, 32), 1e-4)
