@@ -32,7 +32,7 @@ def build_method(cfg: Any, registry: Registry, *args, **kwargs) -> Any:
     """
     if not isinstance(cfg, dict) and hasattr(cfg, 'apply'):
         return cfg
-    if not isinstance(cfg, dict) or 'type' not in cfg:
+    if not isinstance(cfg, dict) or not cfg.get('type'):
         raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {cfg!r}.")
     given = dict(cfg)
     name = given.pop('type')

@@ -119,6 +119,12 @@ def test_where_nothing_can_be_written_that_is_said(tmp_path):
         pass
 
 
+def test_an_error_of_another_kind_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match='^size mismatch$'), replacing(tmp_path / 'a.pth'):
+        raise RuntimeError('size mismatch')
+    assert not list(tmp_path.iterdir())
+
+
 RESUMED = dict(param_scheduler=None)
 
 

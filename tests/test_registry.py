@@ -19,6 +19,7 @@ from mmpeft.registry import modern_arguments
         (dict(type='LoRA', rnk=2), "LoRA has no argument 'rnk'. Did you mean 'rank'"),
         (dict(type='LoRA', share=0.1), "LoRA has no argument 'share'"),
         (dict(rank=2), "A method is a dict such as dict.type='FLoRA', rank=32., not {'rank': 2}"),
+        (dict(type=None), "A method is a dict such as .*, not {'type': None}"),
         ('LoRA', "A method is a dict such as .*, not 'LoRA'"),
         (dict(type='FISH', share=0.1, density=0.1), "'share' is the former name of 'density', and"),
     ],

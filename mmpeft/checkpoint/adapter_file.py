@@ -122,11 +122,11 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f'{source} is a safetensors file without a manifest of adapters. Give one that '
             'mmpeft.save_adapter wrote.'
         )
-    own = _checksum(text, state)
-    if metadata and metadata != dict(sha256=own):
+    own, stored = _checksum(text, state), metadata.get('sha256')
+    if stored not in (None, own):
         raise DamagedFileError(
             f'{source} is damaged: its content has the checksum {own[:16]}, and it says '
-            f'{str(metadata.get("sha256"))[:16]}. Give an intact copy.'
+            f'{stored[:16]}. Give an intact copy.'
         )
     try:
         manifest = parse(text)
@@ -136,10 +136,10 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         raise UsageError(
             f'{source} is no adapter that this mmpeft can load. {_short(error)}'
         ) from error
-    if not former and not metadata:  # mmpeft 0.2 alone wrote none
+    if not former and stored is None:  # mmpeft 0.2 alone wrote none
         raise DamagedFileError(f'{source} is damaged: it has no checksum. Give an intact copy.')
     if former:
-        unchecked = '' if metadata else 'has no checksum, so that damage cannot be noticed, and '
+        unchecked = '' if stored else 'has no checksum, so that damage cannot be noticed, and '
         warnings.warn(
             f'{source} {unchecked}is in the format of mmpeft {manifest["version"][:20]}. Load it '
             'and save it again with mmpeft.save_adapter.',

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from mmpeft.errors import UnwrittenFileError
 
+# What torch.save says in a RuntimeError when it cannot write.
+TORCH_SAVE = re.compile('PytorchStreamWriter|inline_container')
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -42,7 +45,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
+            raise
         raise UnwrittenFileError(
             f'{str(path)!r} could not be written: {error}.{_free(path)} The file that was there '
             'before is unchanged.'

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmpeft.errors import UsageError
 from mmpeft.injection.merge import MERGED, merge, unmerge
 from mmpeft.injection.weights import plain_key
+from mmpeft.injection.wrappers import on_inner
 from mmpeft.quantization import Quantized, adopted
 
 from .keys import adapter_keys
@@ -25,6 +26,7 @@ QUANTIZER = (
 )
 
 
+@on_inner
 def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Load a state dict of the plain model into the base of an adapted one, in place.
 

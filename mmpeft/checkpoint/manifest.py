@@ -29,9 +29,9 @@ from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.version import __version__
 
 from .fingerprint import fingerprint
-from .plain_data import check, checked_method, shorten
+from .plain_data import check, checked_method, parse, shorten
 
-MOST_INJECTIONS = 32
+MOST_INJECTIONS = 1024
 MANIFEST = dict(
     version=str,
     torch=str,
@@ -80,7 +80,8 @@ def describe(model: nn.Module) -> dict:
         parameters=sum(p.numel() for p in adapter_parameters(model)),
         fingerprint=fingerprint(model),
     )
-    return json.loads(json.dumps(manifest))
+    check_number(injections)
+    return parse(json.dumps(manifest))  # refuses what could not be read again
 
 
 def list_adapters(sites: Iterable[tuple[int, Site]]) -> tuple[list[dict], list[dict]]:

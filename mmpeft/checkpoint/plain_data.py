@@ -11,7 +11,7 @@ from mmpeft.errors import UsageError, near
 from mmpeft.methods import Method
 from mmpeft.registry import METHODS, modern_arguments
 
-LONGEST = 2**22
+LONGEST = 2**25
 """Characters that a manifest may have."""
 
 

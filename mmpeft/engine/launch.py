@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
-from .config import compose, dicts_in, find_hook, run_name, say
+from .config import compose, dicts_in, find_hook, run_name, say, type_name
 from .data_check import describe, missing_data
 from .hooks.fitting import FittingHook
 from .loading import read_source, unplaced
@@ -217,7 +217,7 @@ def prepare_distribution(cfg: Config) -> None:
     if own.get('type', wrapper['type']) == wrapper['type']:
         cfg.model_wrapper_cfg = wrapper | own | dict(device_ids=None)
     for node in dicts_in(cfg.model):
-        if node.get('type') == 'SyncBN':
+        if type_name(node).rpartition('.')[2] in ('SyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmpeft.checkpoint.journal import append_record, read_journal
 from mmpeft.errors import TrainingError, UsageError
 from mmpeft.registry import METHODS
 
@@ -101,8 +102,7 @@ def run(
     text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     journal = Path(work_dir, JOURNAL)
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    for record in map(json.loads, lines):
+    for record in read_journal(journal):
         if record['key'] == key:
             return record | labels
     cfg.work_dir = str(Path(work_dir, f'{name}_seed{seed}_{key}'))
@@ -120,8 +120,7 @@ def run(
             raise
         record |= dict(scores=None, error=str(error))
     record['seconds'] = time.perf_counter() - began
-    with journal.open('a') as file:
-        file.write(json.dumps(record, default=float) + '\n')
+    append_record(journal, record)
     return record
 
 

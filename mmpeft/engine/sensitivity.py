@@ -1,7 +1,9 @@
 """Sensitivities measured on a few batches of a Runner's training data."""
 
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import Runner
@@ -26,7 +28,12 @@ def measure(runner: Runner, injection: dict) -> dict[str, Tensor]:
         return model.parse_losses(losses)[0]
 
     batches = first_batches(runner, injection['sensitivity'])
-    return sensitivity(runner.model, injection['method'], batches, loss, injection['targets'])
+    states = random.getstate(), np.random.get_state()  # which augmentations draw from
+    try:
+        return sensitivity(runner.model, injection['method'], batches, loss, injection['targets'])
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def first_batches(runner: Runner, count: int) -> Iterator:

@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmpeft.errors import MissingFileError, UsageError
 
+from .config import type_name
 from .data_check import missing_data
 
 
@@ -58,7 +59,8 @@ def _pipeline(dataset, scope):
         dataset = dataset['dataset']
     # mmdet's accepts images without annotations, mmseg's does not.
     needless = 'LoadAnnotations' if scope == 'mmseg' else ''
-    return [step for step in dataset['pipeline'] if step['type'].split('.')[-1] != needless]
+    steps = dataset['pipeline']
+    return [step for step in steps if type_name(step).rpartition('.')[2] != needless]
 
 
 def _size(steps, model):

@@ -122,7 +122,7 @@ def _wrapper(cfg, scope):
 
 
 def _flip_pipeline(pipeline, scope):
-    names = [step['type'].rpartition('.')[2] for step in pipeline]
+    names = [type_name(step).rpartition('.')[2] for step in pipeline]
     # Annotations are those of the original image, so they are read after the flip; and padding is
     # at the right and below, of the flipped image too.
     cut = next(i for i, n in enumerate(names) if n.startswith(('LoadAnnotations', 'Pad', 'Pack')))

@@ -73,7 +73,8 @@ def benchmark(
         The records of the tests, by task and seed, each with its ``accuracy`` in percent.
 
     Raises:
-        UsageError: A task or a key is unknown, or the data is not there.
+        UsageError: A task or a key is unknown, the data is not there, or the config's evaluator
+            gives no ``accuracy/top1``.
         TrainingError: A run went wrong, or all of a task's grid did.
     """
     for key in grid or {}:
@@ -110,4 +111,10 @@ def _tune(cfg, work_dir, task, seed, choices):
 def _run(cfg, work_dir, task, split, seed, may_fail=False):
     """See :func:`~mmpeft.engine.runs.run`; its record with the ``accuracy``, None of a failure."""
     record = run(cfg, work_dir, f'{task}_{split}', dict(task=task, split=split), seed, may_fail)
-    return record | dict(accuracy=(record['scores'] or {}).get('accuracy/top1'))
+    scores = record['scores'] or {}
+    if scores and 'accuracy/top1' not in scores:
+        raise UsageError(
+            f'VTAB-1k compares accuracy/top1, and the evaluator of this config gives '
+            f"{', '.join(scores)}. Write test_evaluator=dict(type='Accuracy', topk=(1,))."
+        )
+    return record | dict(accuracy=scores.get('accuracy/top1'))

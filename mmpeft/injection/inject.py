@@ -103,7 +103,9 @@ def inject(
     _check_trainable(method, root, trained, frozen_dtype)
     if frozen_dtype is not None:
         kept = _kept(model, root, trained)
-        quantize_weights(to_quantize(model, targets.module, frozen_dtype, kept), frozen_dtype)
+        stored = to_quantize(model, targets.module, frozen_dtype, kept)
+        make_adapters(sites, empty=True)  # raises for what does not fit, while weights are whole
+        quantize_weights(stored, frozen_dtype)
     sites = make_adapters(sites, empty, execution)
     freeze_target(model, method, targets.module, trained, execution, memory)
     for site in sites:

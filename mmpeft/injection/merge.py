@@ -112,8 +112,8 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
         release(model)
         release(model, earlier.records if earlier else [])
         model.__dict__.pop(MERGED, None)
-    elif records:
-        del model.peft
+    elif (records or originals) and earlier is None:
+        model.__dict__.pop('peft', None)
         setattr(model, MERGED, Merged(sites, records, originals, untied))
     return model
 
@@ -146,7 +146,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     for config in kept.untied:
         setattr(config, TIE, True)
     attach(kept.sites)
-    model.peft = kept.records
+    if kept.records:
+        model.peft = kept.records
     del model.__dict__[MERGED]
     guard(model)
     return model

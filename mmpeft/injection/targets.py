@@ -53,9 +53,14 @@ class Targets:
     def __post_init__(self):
         for name in ('kinds', 'exclude_kinds', 'include', 'exclude'):
             value = getattr(self, name)
+            if value is None and name != 'kinds':
+                value = ()
             if value is not None:
                 value = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, value)
+        object.__setattr__(self, 'overrides', self.overrides or {})
+        if self.max_share is not None and not self.max_share > 0:
+            raise UsageError(f'targets: max_share={self.max_share} is not above 0.')
         known = KINDS + POINT_KINDS
         for kind in (self.kinds or ()) + self.exclude_kinds:
             if kind not in known:

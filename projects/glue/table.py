@@ -13,10 +13,12 @@ import argparse
 from pathlib import Path
 
 from glue.cli import add_arguments, read_config, run, tasks_of, texts_of
-from glue.plan import append_record, pending, read_records, result
+from glue.plan import pending, read_records, result
 from glue.report import differences, table
 from glue.shares import shares
 from glue.trial import run_trial
+
+from mmpeft.checkpoint.journal import append_record
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,6 @@ import argparse
 import copy
 import fcntl
 import importlib.metadata
-import json
 import math
 import os
 import random
@@ -39,6 +38,7 @@ from transfer_study.tasks import TASKS, run_trial
 from transfer_study.trial import Trial
 
 import mmpeft
+from mmpeft.checkpoint.journal import append_record, read_journal
 from mmpeft.errors import UsageError
 
 FOLDER = Path(__file__).parent
@@ -47,17 +47,7 @@ PACKAGES = ('torch', 'timm', 'numpy')
 
 def read_records(path: Path) -> dict[str, dict]:
     """The records of a file by the ids of their trials."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines]
-    return {record['id']: record for record in records}
-
-
-def append_record(path: Path, record: dict) -> None:
-    """Add one line, whole even if other workers add theirs at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(record) + '\n')
+    return {record['id']: record for record in read_journal(path)}
 
 
 @contextmanager

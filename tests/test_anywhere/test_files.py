@@ -146,3 +146,11 @@ def test_an_adapted_model_is_saved_as_a_plain_one(tmp_path):
     torch.testing.assert_close(loaded.eval()(IDS).logits, expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(UsageError, match='Net has no save_pretrained'):
         mmpeft.save_pretrained(Net(), tmp_path)
+
+
+def test_a_base_is_loaded_through_wrappers(model):
+    state = changed(Net().state_dict())
+    wrapped = torch.compile(model)
+    assert mmpeft.load_base(wrapped, state) is wrapped
+    mmpeft.remove(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
@@ -280,3 +281,11 @@ def test_an_older_checkpoint_goes_when_the_next_one_is_whole(tmp_path):
     assert seen == [set(), {'epoch_1.pth'}, {'epoch_2.pth'}]
     assert {path.name for path in tmp_path.glob('*.pth')} == {'epoch_3.pth'}
     assert adapters_in(tmp_path) == beside('epoch_3')
+
+
+def test_other_programs_may_add_metadata(model, tmp_path):
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    with safe_open(path, framework='pt') as file:
+        metadata = file.metadata() | dict(format='pt')
+    save_file(load_file(path), path, metadata)
+    assert read_adapter(path)[0] == json.loads(metadata['mmpeft'])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mmpeft
+from mmpeft.checkpoint import plain_data
 from mmpeft.checkpoint.adapter_file import read_adapter
 from mmpeft.checkpoint.manifest import attach_adapters, describe
 from mmpeft.errors import UsageError
@@ -156,3 +157,22 @@ def test_the_mode_of_a_file_follows_the_umask(path):
     expected.touch()
     for file in (path, path.with_name(f'{path.name}.json')):
         assert file.stat().st_mode == expected.stat().st_mode
+
+
+def test_what_is_written_can_be_read(tmp_path, monkeypatch):
+    """Limits on what is read hold for what is written, so that training is not lost."""
+
+    def many(injections):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(injections)))
+        for number in range(injections):
+            mmpeft.inject(model, dict(type='LoRA', rank=1), dict(include=rf'^{number}\.'))
+        return model
+
+    model = many(40)
+    file = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    mmpeft.load_adapter(mmpeft.remove(model), file)
+    assert len(model.peft) == 40
+    monkeypatch.setattr(plain_data, 'LONGEST', 100)
+    with pytest.raises(UsageError, match='The manifest has .* more than 100'):
+        mmpeft.save_adapter(many(1), tmp_path / 'b.safetensors')
+    assert not (tmp_path / 'b.safetensors').exists()

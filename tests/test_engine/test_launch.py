@@ -296,13 +296,18 @@ def test_distribution_without_an_accelerator(monkeypatch):
     cfg = Config(
         dict(
             launcher='pytorch',
-            model=dict(heads=[dict(norm_cfg=dict(type='SyncBN', requires_grad=True))]),
+            model=dict(
+                heads=[
+                    dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
+                    dict(norm_cfg=dict(type=torch.nn.SyncBatchNorm)),
+                ]
+            ),
             model_wrapper_cfg=dict(find_unused_parameters=True),
         )
     )
     launch.prepare_distribution(cfg)
     assert started == ['gloo']
-    assert cfg.model.heads[0].norm_cfg.type == 'BN'
+    assert [head.norm_cfg.type for head in cfg.model.heads] == ['BN', 'BN']
     assert cfg.model_wrapper_cfg.to_dict() == dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,

@@ -5,10 +5,11 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import TRANSFORMS
 from PIL import Image
 
 from mmpeft.engine.building import build_model
-from mmpeft.engine.config import read_config
+from mmpeft.engine.config import read_config, type_name
 from mmpeft.engine.tta import enable_tta
 from mmpeft.errors import UsageError
 
@@ -75,11 +76,13 @@ def test_a_mirrored_image_has_mirrored_predictions(name, tmp_path, scope):
     for step in cfg.test_dataloader.dataset.pipeline:
         if step['type'].endswith('Resize'):
             step.scale = (96, 64)
+        # A class, as mmengine's configs in Python have it.
+        step['type'] = TRANSFORMS.get(f'{cfg.default_scope}.{step["type"].split(".")[-1]}')
     enable_tta(cfg)
     # mmseg reads annotations after the flip
     steps = cfg.test_dataloader.dataset.pipeline
     for transform in steps[-1]['transforms']:
-        transform[:] = [t for t in transform if not t['type'].endswith('LoadAnnotations')]
+        transform[:] = [t for t in transform if not type_name(t).endswith('LoadAnnotations')]
     steps[-1]['transforms'] = [t for t in steps[-1]['transforms'] if t]
     model, pipeline = build_model(cfg).eval(), Compose(steps)
     picture = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)

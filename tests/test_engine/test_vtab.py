@@ -144,6 +144,14 @@ def test_a_rate_that_diverges_loses(data, tmp_path):
     assert compose(config).optim_wrapper.optimizer.lr == 1e-3
 
 
+def test_an_evaluator_without_the_accuracy_is_refused(data, tmp_path):
+    evaluator = dict(test_evaluator=dict(type='Accuracy', topk=(2,)))
+    cfg = compose(CONFIG, options=SMALL | evaluator)
+    import_task(cfg)
+    with pytest.raises(UsageError, match=r'the evaluator of this config gives accuracy/top2'):
+        benchmark(cfg, tmp_path, ['patch_camelyon'], grid={RATE: [1e-3, 1e-4]}, root=data)
+
+
 def test_a_task_changes_data_and_classes_alone(data):
     cfg = compose('mmpeft::liera/convnext_vtab.py')
     other = for_task(cfg, 'sun397', TUNING)

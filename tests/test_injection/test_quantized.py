@@ -262,6 +262,24 @@ def test_a_second_injection():
         mmpeft.inject(model, dict(type='IA3'), LINEAR, frozen_dtype='int8')
 
 
+def test_a_method_that_does_not_fit_leaves_weights_whole():
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match='does not fit a weight of shape'):
+        mmpeft.inject(model, dict(type='FLoRA', rank=(2, 2, 1, 1)), frozen_dtype='nf4')
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_reversible_merge_without_adapters_keeps_what_was_stored():
+    model = mmpeft.remove(adapted(dict(type='LoRA', rank=2)))
+    stored = model.fc1.weight
+    mmpeft.merge(model, reversible=True)
+    assert type(model.fc1.weight) is nn.Parameter
+    assert mmpeft.unmerge(model).fc1.weight is stored
+    assert not mmpeft.summary(model).rows
+
+
 def test_refusals():
     model = net()
     with pytest.raises(UsageError, match='Full trains the weights themselves'):

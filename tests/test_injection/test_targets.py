@@ -9,6 +9,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
+from mmpeft.injection.targets import Targets
 from mmpeft.methods import Adapter
 from tests.cases import randomize
 from tests.networks import DeformableLike, Net, NewNorms
@@ -96,3 +97,15 @@ def test_third_party_convolutions():
     x = torch.randn(1, 4, 5, 5)
     expected = model(x)
     torch.testing.assert_close(mmpeft.merge(model)(x), expected)
+
+
+def test_what_is_cleared_with_none_is_left_out():
+    """Child configs of mmengine clear a key so."""
+    cleared = dict(include=None, exclude=None, exclude_kinds=None, overrides=None)
+    assert Targets.of(cleared) == Targets()
+
+
+@pytest.mark.parametrize('share', [0, -1.0, float('nan')])
+def test_a_share_of_nothing_is_refused(share):
+    with pytest.raises(UsageError, match='max_share=.* is not above 0'):
+        mmpeft.inject(Net(), dict(type='LoRA', rank=2), dict(max_share=share))

@@ -148,6 +148,13 @@ def test_windows_are_squares_where_there_are_windows():
         grid_of(49, (50, 84))
 
 
+def test_a_sequence_that_is_a_window_or_a_map_is_refused():
+    assert grid_of(144, (48, 48), windows=True) == ((12, 12), 0)
+    assert grid_of(144, (144, 256)) == ((9, 16), 0)
+    with pytest.raises(UsageError, match='whole map of 9x16 here, or a window of 12x12'):
+        grid_of(144, (144, 256), windows=True)
+
+
 def test_post_norm_transformers_are_refused():
     model = timm.create_model(
         'swinv2_tiny_window8_256',

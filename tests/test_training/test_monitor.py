@@ -298,3 +298,16 @@ def test_an_exception_in_the_loop_is_not_hidden():
         raise KeyError('mine')
     assert not optimizer._optimizer_step_pre_hooks
     assert re.match('Go back', monitor.last_checkpoint())
+
+
+def test_sparse_gradients_are_looked_at():
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 4))
+    mmpeft.inject(model, dict(type='LoRA', rank=2), dict(module='1'))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mmpeft.monitor(model, optimizer, nonfinite_iters=2)
+    for scale in (1.0, nan, 1.0):
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        (scale * model(torch.tensor([1, 1, 2])).sum()).backward()
+        optimizer.step()
+        assert torch.equal(before, model[0].weight) is (scale != 1.0)

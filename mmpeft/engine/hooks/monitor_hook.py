@@ -1,5 +1,7 @@
 """The monitor of :mod:`mmpeft.training` at the moments of a Runner."""
 
+import math
+
 import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -12,7 +14,8 @@ class RunnerMonitor(Monitor):
     """A monitor whose iterations are those of a Runner, which logs, and which names files."""
 
     def __init__(self, runner: Runner, **options):
-        steps = runner.max_iters // runner.optim_wrapper._accumulative_counts
+        # The last step takes what is left when iterations do not divide.
+        steps = math.ceil(runner.max_iters / runner.optim_wrapper._accumulative_counts)
         self.runner, self._before = runner, runner.iter
         super().__init__(runner.model, runner.optim_wrapper, steps, **options)
 

@@ -20,23 +20,30 @@ def grid_of(length: int, grid: Grid | None, windows: bool = False) -> tuple[Grid
     Args:
         length: Of the sequence.
         grid: Of the patches of the image, (h, w), which merging may have halved since.
-        windows: Whether a sequence that is a square and does not fit the grid is a window.
+        windows: Whether a square of fewer positions than the grid can be a window.
 
     Returns:
         (h, w) and a number.
 
     Raises:
-        UsageError: The length fits neither.
+        UsageError: The length fits neither, or both a window and another map.
     """
-    halved = [tuple(-(-n // 2**times) for n in grid) for times in range(6)] if grid else []
-    for size in halved:
-        if size[0] * size[1] == length:
-            return size, 0
-    if grid and 0 < length - grid[0] * grid[1] <= MAX_EXTRA:
-        return grid, length - grid[0] * grid[1]
+    sizes = [tuple(-(-n // 2**times) for n in grid) for times in range(6)] if grid else []
     side = isqrt(length)
     if windows and grid and side**2 == length < grid[0] * grid[1]:
-        return (side, side), 0
+        sizes.append((side, side))
+    fitting = {size for size in sizes if size[0] * size[1] == length}
+    if len(fitting) > 1:
+        whole, window = sorted(fitting, key=lambda size: size == (side, side))
+        raise UsageError(
+            f'A sequence of {length} tokens can be the whole map of {whole[0]}x{whole[1]} here, or '
+            f'a window of {window[0]}x{window[1]}. Take images of another size, or leave attention '
+            'out with targets.kinds.'
+        )
+    if fitting:
+        return fitting.pop(), 0
+    if grid and 0 < length - grid[0] * grid[1] <= MAX_EXTRA:
+        return grid, length - grid[0] * grid[1]
     raise UsageError(
         f'A sequence of {length} tokens is no image of patches that can be convolved: '
         + (f'the patches are a grid of {grid[0]}x{grid[1]}' if grid else 'no convolution cut it')

@@ -10,7 +10,7 @@ from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.wrappers import local_part
 
 from .check import Check, listed
-from .origin import Origin
+from .origin import Origin, values_of
 
 SCALER_PATIENCE = 10
 """Steps skipped by a gradient scaler that count as one that is not finite by itself."""
@@ -142,5 +142,5 @@ def _nonfinite(state):
 
 
 def _norms(gradients):
-    norms = torch._foreach_norm(gradients)
+    norms = torch._foreach_norm([values_of(gradient) for gradient in gradients])
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])

@@ -55,7 +55,7 @@ class Origin:
     def _gradient_hook(self, name):
         def hook(gradient):
             if not self.first_gradient:
-                if gradient.isfinite().all():
+                if values_of(gradient).isfinite().all():
                     self.last_finite = name
                 else:
                     self.first_gradient = name
@@ -79,6 +79,11 @@ class Origin:
         elif self.last_finite:
             found.append('Backward: all gradients are finite.')
         return ' '.join(found) or 'No layer could be checked.'
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    """A gradient, or what a sparse one (``nn.Embedding(sparse=True)``) stores."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
+from mmpeft.checkpoint.journal import append_record, read_journal
 from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError, near
 
@@ -37,30 +38,17 @@ def generate(
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The answers in a file of JSON lines, without a last line that a kill cut off."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind('\n') + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def answer(model, tokenizer, name: str, items: list[dict], path: Path, batch: int, **generation):
     """Answer a set's questions that have no record yet; a line of ``path`` for each, in order."""
-    done = len(read_records(path))
+    done = len(read_journal(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for start in range(done, len(items), batch):
         asked = items[start : start + batch]
         prompts = [prompt(item['instruction'], item['input']) for item in asked]
         texts = generate(model, tokenizer, prompts, **generation)
-        with path.open('a') as file:
-            for item, text in zip(asked, texts, strict=True):
-                found = extract_answer(text, SETS[name][1])
-                record = dict(text=text, found=found, answer=item['answer'])
-                file.write(json.dumps(record) + '\n')
+        for item, text in zip(asked, texts, strict=True):
+            found = extract_answer(text, SETS[name][1])
+            append_record(path, dict(text=text, found=found, answer=item['answer']))
         print(f'{name}: {min(start + batch, len(items))} of {len(items)}', flush=True)
 
 
@@ -119,7 +107,7 @@ def evaluate(
     for name, items in questions.items():
         path = run / f'answers-{digest[:12]}' / f'{name}.jsonl'
         answer(model, tokenizer, name, items, path, batch, **cfg.generation)
-        scores[name] = accuracy(read_records(path))
+        scores[name] = accuracy(read_journal(path))
     for line in table(summary.rows[0].method, summary.share, scores):
         print(line)
     return scores

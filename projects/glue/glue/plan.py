@@ -1,12 +1,12 @@
 """Which trials a table takes, and which are left."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from mmpeft.checkpoint.journal import read_journal
 from mmpeft.errors import UsageError
 
 from .trial import Trial
@@ -16,15 +16,7 @@ Records = dict[str, dict]
 
 def read_records(paths: Sequence[Path]) -> Records:
     """The records of some files, one JSON line a trial, by the trials' ids."""
-    lines = [line for p in paths if p.is_file() for line in p.read_text().splitlines()]
-    return {record['id']: record for record in map(json.loads, lines)}
-
-
-def append_record(path: Path, record: Mapping) -> None:
-    """Add one line to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a') as file:
-        file.write(json.dumps(record) + '\n')
+    return {record['id']: record for path in paths for record in read_journal(path)}
 
 
 def result(record: Mapping) -> float:

@@ -10,6 +10,7 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
+from mmpeft.checkpoint.journal import append_record, read_journal
 from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError
 
@@ -48,17 +49,6 @@ def is_exact(text: str, expected: str) -> bool:
     return text == expected
 
 
-def read_records(path: Path) -> list[dict]:
-    """The answers in a file of JSON lines, without a last line that a kill cut off."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind('\n') + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def evaluate(cfg: Config, run: Path, merge: bool = True) -> float:
     """Answer the recipe's data with a run's adapter; what has a record is not asked again.
 
@@ -86,13 +76,11 @@ def evaluate(cfg: Config, run: Path, merge: bool = True) -> float:
     settings = [cfg.model, cfg.dtype, cfg.frozen_dtype, cfg.generation.to_dict(), merge]
     made_by = json.dumps(settings).encode() + adapter.read_bytes() + Path(cfg.data).read_bytes()
     path = run / f'{Path(cfg.data).stem}-{hashlib.sha256(made_by).hexdigest()[:12]}.jsonl'
-    with path.open('a') as file:
-        for item in items[len(read_records(path)) :]:
-            text = answer(model, processor, item, cfg.images, **cfg.generation)
-            expected = item['conversations'][1]['value']
-            file.write(json.dumps(dict(id=item.get('id'), text=text, answer=expected)) + '\n')
-            file.flush()
-    records = read_records(path)
+    for item in items[len(read_journal(path)) :]:
+        text = answer(model, processor, item, cfg.images, **cfg.generation)
+        expected = item['conversations'][1]['value']
+        append_record(path, dict(id=item.get('id'), text=text, answer=expected))
+    records = read_journal(path)
     exact = sum(is_exact(record['text'], record['answer']) for record in records)
     print(f'{exact} of {len(records)} exact = {exact / len(records):.1%}; answers: {path}')
     return 100 * exact / len(records)

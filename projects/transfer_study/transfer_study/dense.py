@@ -114,8 +114,9 @@ def pretrained(trial: Trial) -> Path:
     path = FOLDER / f'{trial.backbone}.pth'
     with locked(path):
         if not path.exists():
+            state = BACKBONES[trial.backbone].make(trial.task).state_dict()
             with replacing(path) as temporary:
-                torch.save(BACKBONES[trial.backbone].make(trial.task).state_dict(), temporary)
+                torch.save(state, temporary)
     return path
 
 

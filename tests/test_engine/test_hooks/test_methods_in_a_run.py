@@ -103,12 +103,13 @@ def test_the_loss_has_the_methods_term(tmp_path):
     assert mmpeft.penalty(without.model) is None
 
 
-def test_the_allocator_follows_optimizer_steps(tmp_path):
-    changes = by_iterations(12, 12) | {'optim_wrapper.accumulative_counts': 2}
+@pytest.mark.parametrize('iterations, counts, steps', [(12, 2, 6), (13, 3, 5)])
+def test_the_allocator_follows_optimizer_steps(iterations, counts, steps, tmp_path):
+    changes = by_iterations(iterations, iterations) | {'optim_wrapper.accumulative_counts': counts}
     runner = toy_runner(tmp_path, METHODS['adalora'], **changes)
     runner.train()
     (allocator,) = next(h for h in runner.hooks if hasattr(h, 'allocation')).allocation.allocators
-    assert allocator.steps == allocator.step == 6
+    assert allocator.steps == allocator.step == steps
     adapters = list(named_adapters(runner.model).values())
     kept = sum(int((a.lora_E != 0).sum()) for a in adapters)
     assert kept <= sum(a.method.rank * (len(a.lora_E) // 4) for a in adapters)

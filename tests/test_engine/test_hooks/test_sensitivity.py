@@ -1,7 +1,9 @@
 """A budget distributed by sensitivity in real Runners, and what loads it."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,3 +119,19 @@ def test_measuring_takes_no_batch_away_from_training(tmp_path):
 def test_mistakes_stop_before_training(method, value, expected, tmp_path):
     with pytest.raises(UsageError, match=expected):
         toy_runner(tmp_path, method, **{'default_hooks.peft.sensitivity': value}).train()
+
+
+def test_measuring_leaves_the_random_numbers_of_augmentations(tmp_path, monkeypatch):
+    def batches(runner, count):
+        for batch in first_batches(runner, count):
+            random.random(), np.random.rand()
+            yield batch
+
+    monkeypatch.setattr(sensitivity, 'first_batches', batches)
+    runner = toy_runner(tmp_path, LORA)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    states = random.getstate(), np.random.get_state()
+    injection = dict(method=LORA, targets=dict(module='backbone'), sensitivity=2)
+    sensitivity.measure(runner, injection)
+    assert random.getstate() == states[0]
+    assert all(np.array_equal(*pair) for pair in zip(np.random.get_state(), states[1], strict=True))
