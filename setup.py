@@ -12,9 +12,9 @@ VERSION = re.search(r"__version__ = ['\"](.+)['\"]", (ROOT / 'mmpeft/version.py'
 # distributions provide it, mmengine and onedl-mmengine, with the same file
 # names: pip takes them for different packages, so naming either would
 # overwrite the files of a user who has the other. The extras name OneDL's.
-CORE = ['torch>=2.5', 'numpy', 'rich>=13', 'safetensors>=0.4']
+CORE = ['torch>=2.7', 'numpy', 'rich>=13', 'safetensors>=0.4']
 OPENMMLAB = [
-    'torch>=2.5,<2.14',  # mmcv 2.3 compiles as C++17, torch 2.14 needs C++20
+    'torch>=2.7,<2.14',  # mmcv 2.3 compiles as C++17, torch 2.14 needs C++20
     'torchvision',
     'numpy',
     'timm>=1.0.20',
