@@ -72,6 +72,11 @@ def main():
     segments = cfg.get('default_scope') == 'mmseg'
     if args.out and not segments and not args.out.endswith(('.pkl', '.pickle')):
         raise UsageError(f'--out {args.out}: name a .pkl or .pickle file.')
+    if args.tta and (args.show or args.show_dir) and cfg.get('default_scope') == 'mmpretrain':
+        raise UsageError(
+            "mmpretrain's hook draws one view of an image, and --tta makes several. Leave out "
+            '--tta, or --show and --show-dir.'
+        )
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         show_predictions(cfg, args)

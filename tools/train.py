@@ -14,6 +14,7 @@ from mmpeft.engine.launch import (
     add_arguments,
     build_runner,
     check_checkpoint,
+    check_work_dir,
     enable_amp,
     enable_auto_scale_lr,
     enable_shard,
@@ -60,6 +61,7 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from, cfg)
+    check_work_dir(cfg)
     build_runner(cfg).train()
 
 

@@ -22,6 +22,7 @@ from mmpeft.injection.wrappers import (
     is_sharded,
     refuse_ddp,
     refuse_deepspeed,
+    refuse_elsewhere,
     refuse_sharded,
     unwrapped,
     writes,
@@ -54,6 +55,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         UnwrittenFileError: The disk is full or cannot be written to.
     """
     with unwrapped(model) as bare:
+        refuse_elsewhere(bare, 'save_adapter')
         if not getattr(bare, 'peft', []):
             raise UsageError('There is nothing to save: the model has no adapters (mmpeft.inject).')
     return _save(model, path) if writes(model) else Path(path)
@@ -165,6 +167,7 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
     """
     refuse_deepspeed(model, 'load_adapter')
     with unwrapped(model) as bare:
+        refuse_elsewhere(bare, 'load_adapter')
         if not getattr(bare, 'peft', []):
             refuse_sharded(model, 'load_adapter')
             refuse_ddp(model, 'load_adapter')

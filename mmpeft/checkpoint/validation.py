@@ -57,7 +57,25 @@ def check_fits(
         )
     _check_equal(given, own, source, 'Use the backbone that it was trained with.')
     if check_base:
+        _check_trained(model, manifest, source)
         check_fingerprint(fingerprint(model), manifest, source)
+
+
+def _check_trained(model, manifest, source):
+    """What trains itself is no part of the frozen base that fingerprints compare."""
+    theirs = {join(i['module'], name) for i in manifest['injections'] for name in i['trained']}
+    ours = {record.prefix + name for record in model.peft for name in record.trained}
+    if theirs != ours:
+        sides = dict(file=sorted(theirs - ours), model=sorted(ours - theirs))
+        listed = [
+            f'{len(names)} in the {side} alone ({", ".join(names[:3])})'
+            for side, names in sides.items()
+            if names
+        ]
+        raise UsageError(
+            f'{source} and this model train other parameters beside the adapters: '
+            f'{" and ".join(listed)}. Give the unfreeze that it was trained with.'
+        )
 
 
 def check_fingerprint(base: str, manifest: Mapping, source: str) -> None:
@@ -100,7 +118,11 @@ def check_whole(
     own = {key: kind(value) for key, value in adapter_state_dict(model).items()}
     ignored = late_buffers(model, state) if late else ()
     given = {key: kind(value) for key, value in state.items() if key not in ignored}
-    _check_equal(given, own, source, 'Use the model that it was trained with, heads included.')
+    advice = (
+        'Use the model that it was trained with, heads included; what was set to train by hand '
+        'after mmpeft.inject (requires_grad_) has to train here too, or is named in unfreeze.'
+    )
+    _check_equal(given, own, source, advice)
 
 
 def _definitions(model, manifest) -> Iterator[tuple[str, dict, dict]]:

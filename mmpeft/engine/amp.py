@@ -1,11 +1,42 @@
 """Mixed precision on a CPU, which mmengine's wrapper refuses and torch has."""
 
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from mmengine.optim import OptimWrapper
 
 from mmpeft.registry import OPTIM_WRAPPERS
+
+
+def widen_operators() -> None:
+    """Let mmcv's operators on a CPU, which have no bfloat16, take it and compute in float32."""
+    try:
+        from mmcv import _ext as operators
+    except ImportError:
+        return
+    for name, function in vars(operators).items():
+        if callable(function) and not hasattr(function, '__wrapped__'):
+            setattr(operators, name, _widened(function))
+
+
+def _widened(function):
+    @wraps(function)
+    def call(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        narrow = {id(t): t for t in given if _is_narrow(t)}
+        wide = {key: tensor.float() for key, tensor in narrow.items()}
+        kwargs = {key: wide.get(id(value), value) for key, value in kwargs.items()}
+        result = function(*(wide.get(id(value), value) for value in args), **kwargs)
+        for key, tensor in narrow.items():
+            tensor.data.copy_(wide[key])  # operators write into some of their arguments
+        return result
+
+    return call
+
+
+def _is_narrow(value):
+    return isinstance(value, torch.Tensor) and value.is_cpu and value.dtype == torch.bfloat16
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -17,6 +48,10 @@ class CPUAmpOptimWrapper(OptimWrapper):
     Args:
         **kwargs: See :class:`mmengine.optim.OptimWrapper`.
     """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        widen_operators()
 
     @contextmanager
     def optim_context(self, model):

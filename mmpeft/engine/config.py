@@ -18,7 +18,7 @@ from mmpeft.methods import ActivationMethod
 from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.registry import METHODS
 
-from .method_argument import method_name, methods_in, read_method
+from .method_argument import is_name, method_name, methods_in, read_method
 from .packages import INSTALL, find_config, not_installed
 
 HOOK = 'mmpeft.PEFTHook'
@@ -48,13 +48,21 @@ def compose(
     """
     cfg = read_config(config)
     if method is not None:
-        _set_method(cfg, read_method(method))
+        _set_method(cfg, read_method(method), is_written_out=not is_name(method))
     if options:
         before = _types_in(cfg)
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(options)))
         except (TypeError, KeyError, IndexError) as error:
-            raise UsageError(f'--cfg-options do not fit the config: {error}') from error
+            raise UsageError(
+                f'--cfg-options do not fit the config: {error}. An item of a list is named by its '
+                'number, such as default_hooks.peft.method.0.rank=4.'
+            ) from error
+        if find_hook(cfg) is None and 'peft' in (cfg.get('default_hooks') or {}):
+            raise UsageError(
+                f'--cfg-options: {cfg.filename} has no PEFTHook whose arguments default_hooks.peft '
+                'would be. Name a method by --method, such as --method flora.'
+            )
         if _types_in(cfg) != before:
             _check_methods(cfg, before)
     for node in dicts_in(cfg._cfg_dict):
@@ -127,7 +135,8 @@ def run_name(config: str | Path | Config, method: str | Mapping | list | None = 
     return str(Path(*parts[-depth:]))
 
 
-def _set_method(cfg, given):
+def _set_method(cfg, given, is_written_out):
+    """What a method file brings gives way to the config's, and what the user wrote out does not."""
     cfg.pop('peft', None)  # of the method file that the config inherits
     hook = find_hook(cfg)
     if hook is None:
@@ -139,8 +148,9 @@ def _set_method(cfg, given):
         return
     targets = _fitting(dict(hook.get('targets') or {}), _kinds_of(hook), _kinds_of(given))
     hook.pop('method', None)
-    hook.update(dict(given) | {k: hook[k] for k in ('unfreeze',) if k in hook})
-    hook.targets = dict(given.get('targets') or {}) | targets
+    own, others = dict(given.get('targets') or {}), {k: hook[k] for k in ('unfreeze',) if k in hook}
+    hook.update(others | given if is_written_out else given | others)
+    hook.targets = targets | own if is_written_out else own | targets
 
 
 def _kinds_of(hook):

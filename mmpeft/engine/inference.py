@@ -98,7 +98,8 @@ def _fill(model, cfg, source):
             'Give one of them, or a method.'
         )
     init_weights = getattr(model, 'init_weights', lambda: None)
-    load_base(model, source, hook.get('base_checkpoint'), init_weights, always_init=False)
+    base, whole = hook.get('base_checkpoint'), hook.get('check_whole', True)
+    load_base(model, source, base, init_weights, always_init=False, check_whole=whole)
     if source is not None and manifest is None:
         if hook:
             _note(f'{source.path} holds no adapters: the model has none, whatever the config says.')
@@ -119,7 +120,7 @@ def _fill(model, cfg, source):
                 model, source.content['state_dict'], repr(source.path), check_base, late=True
             )
         complete(model, source.content, check_base, repr(source.path))
-    if hook.get('check_whole', True):
+    if whole:
         load_whole(model, source.content, repr(source.path))
     elif left_out := load_fitting(model, source.content):
         _note(f'{source.path}: {left_out}. {KEPT}')

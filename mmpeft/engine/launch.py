@@ -6,6 +6,7 @@ paragraph, before a Runner exists and a work directory is made.
 
 import argparse
 import atexit
+import json
 import os
 import sys
 import time
@@ -118,6 +119,29 @@ def check_checkpoint(path: str | Path, cfg: Config | None = None) -> None:
     manifest = read_source(path).manifest if cfg and find_hook(cfg) is None else None
     if manifest is not None:
         raise UsageError(unplaced(manifest, str(path), cfg.filename))
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Refuse to train over the checkpoints of a run with another method.
+
+    Raises:
+        UsageError: The work directory has them.
+    """
+    folder = Path(cfg.work_dir)
+    if cfg.get('resume') or not (folder / 'last_checkpoint').exists():
+        return
+    for file in sorted(folder.glob('*.py')):
+        if _adapts(Config.fromfile(file)) != _adapts(cfg):
+            raise UsageError(
+                f'{folder} has the checkpoints of a run with another method or other targets '
+                f'({file.name}). Give another folder by --work-dir, or remove this one.'
+            )
+
+
+def _adapts(cfg):
+    hook = find_hook(cfg) or {}
+    parts = {key: hook.get(key) for key in ('method', 'targets', 'unfreeze')}
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def enable_amp(cfg: Config) -> None:

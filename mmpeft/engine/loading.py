@@ -1,6 +1,7 @@
 """What a checkpoint is to a model, its base or its adapters, and how both get into the model."""
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from mmpeft.checkpoint.validation import check_fits
 from mmpeft.errors import MissingFileError, UsageError
 from mmpeft.injection.site import adapter_parameters
 
+# Of factors in a state dict; torch's own parametrizations have other names.
+ADAPTERS = re.compile(r'\.parametrizations\.\w+\.\d+\.')
 KEPT = 'The model keeps its own values there.'
 
 
@@ -76,6 +79,7 @@ def load_base(
     base_checkpoint: str | None,
     init_weights: Callable[[], None],
     always_init: bool,
+    check_whole: bool = True,
 ) -> str | None:
     """Put the base into a model that has no adapters yet.
 
@@ -90,13 +94,16 @@ def load_base(
         init_weights: Puts the model's own weights in.
         always_init: Call it although the source holds the base: training may
             start from a checkpoint of other heads.
+        check_whole: Refuse a source without adapters that lacks a part of the
+            model, unless ``always_init``.
 
     Returns:
         The path of the checkpoint that the base is from; None for the model's
         own weights.
 
     Raises:
-        UsageError: A file does not exist or is no checkpoint.
+        UsageError: A file does not exist, is no checkpoint, or lacks a part of
+            the model.
     """
     manifest = source and source.manifest
     if source is None or manifest is not None:
@@ -109,9 +116,26 @@ def load_base(
     if base is None:
         return None
     left_out = load_fitting(model, base.content)
+    if left_out and base is source and check_whole and not always_init:
+        raise UsageError(_incomplete(source, left_out))
     if left_out and source is None:
         print_log(f'{base.path}: {left_out}. {KEPT}', 'current', logging.WARNING)
     return base.path
+
+
+def _incomplete(source, left_out):
+    if any(ADAPTERS.search(key) for key in source.content.get('state_dict', source.content)):
+        return (
+            f"{source.path} holds adapters without what describes them (meta['mmpeft']), so it "
+            'cannot be loaded. Give the checkpoint as training wrote it, or the adapter file '
+            "beside it; published_keys=['meta', 'state_dict'] of CheckpointHook keeps what is "
+            'needed.'
+        )
+    return (
+        f'{source.path} holds no adapters, and as the base of this model it is not whole: '
+        f'{left_out}. Give the config that belongs to it, such as the one that tools/merge.py '
+        'wrote beside a merged checkpoint.'
+    )
 
 
 def complete(

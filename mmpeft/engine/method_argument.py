@@ -1,6 +1,7 @@
 """What ``--method`` takes: the name of a method file, or a method as text."""
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ def read_method(method: str | Mapping | list) -> dict:
         UsageError: There is no such file, or the text is none of the above.
     """
     if isinstance(method, str):
-        if not _is_name(method):
+        if not is_name(method):
             return read_method(_literal(method))
         files = method_files()
         if method.strip() not in files:
@@ -52,13 +53,25 @@ def method_files() -> dict[str, Path]:
 
 def method_name(method: str | Mapping | list) -> str:
     """A method as part of a path: its file's name, or type and arguments."""
-    if _is_name(method):
+    if is_name(method):
         return method.strip()
+    hook = read_method(method)
     found = [
         m['type'].lower() + ''.join(f'_{k}-{v}' for k, v in m.items() if k != 'type')
-        for m in methods_in(read_method(method))
+        for m in methods_in(hook)
     ]
-    return re.sub(r'[^\w.+-]', '', '+'.join(found))[:100]
+    parts = hook['method'] if isinstance(hook['method'], list) else [hook]
+    others = [
+        (key, value)
+        for part in parts
+        for key, value in part.items()
+        if key not in ('method', 'type') and 'method' in part
+    ]
+    name = '+'.join(found) + ''.join(f'_{key}-{value}' for key, value in others)
+    short = re.sub(r'[^\w.+-]', '', name)
+    if len(short) <= 100:
+        return short
+    return f'{short[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}'
 
 
 def methods_in(hook: Mapping) -> Iterator[dict]:
@@ -70,8 +83,9 @@ def methods_in(hook: Mapping) -> Iterator[dict]:
             yield each
 
 
-def _is_name(method):
-    return isinstance(method, str) and re.fullmatch(r'[\w-]+', method.strip())
+def is_name(method: str | Mapping | list) -> bool:
+    """Whether a method is given by the name of its file."""
+    return isinstance(method, str) and bool(re.fullmatch(r'[\w-]+', method.strip()))
 
 
 def _literal(text):
@@ -85,7 +99,7 @@ def _literal(text):
     except (SyntaxError, ValueError) as error:
         raise UsageError(
             f'{text!r} is neither the name of a method nor a dict: {error}. Write such as '
-            '"dict(type=\'LoRA\', rank=4)".'
+            '"dict(type=\'LoRA\', rank=4)"; several are a list of dicts with their targets.'
         ) from error
 
 
@@ -99,4 +113,7 @@ def _value(node):
         return {_value(k): _value(v) for k, v in zip(node.keys, node.values, strict=True)}
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(each) for each in node.elts]
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ValueError(f'{ast.unparse(node)} is not a value') from error

@@ -5,6 +5,7 @@ the steps that lead from there. Layers that change alike share one class, since 
 compiles equal blocks once only if their layers are of the same classes.
 """
 
+from types import MethodType
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -69,6 +70,7 @@ def restore_class(layer: nn.Module, mixin: type) -> None:
             layer.__class__ = below
             for other, attributes in reversed(later):
                 change_class(layer, other, **attributes)
+            _rebind(layer)
             return
         later.append((above, kind._attributes_put))
         kind = below
@@ -154,6 +156,15 @@ def _parametrized(tensor):
             (layer._parameters if tensor in layer._parameters else layer._buffers)[tensor] = value
 
     return property(get, put)
+
+
+def _rebind(layer):
+    """Let methods that a layer holds, as hooks of accelerate do, be those of its present class."""
+    for name, value in list(vars(layer).items()):
+        if isinstance(value, MethodType) and value.__self__ is layer:
+            function = value.__func__
+            if getattr(function, '__module__', '').startswith('mmpeft.'):
+                vars(layer)[name] = MethodType(getattr(type(layer), function.__name__), layer)
 
 
 def _is_made_here(kind):

@@ -25,16 +25,16 @@ from .response_norm import response_norm
 class FrozenLinear(Fast):
     """A linear layer without adapter."""
 
-    def forward(self, x):
-        if not _is_passed_through(self, x) or isinstance(self.weight, Quantized):
-            return super().forward(x)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast or not onednn.pays(x, self.weight):
-            y = super().forward(x)
+    def forward(self, input):
+        if not _is_passed_through(self, input) or isinstance(self.weight, Quantized):
+            return super().forward(input)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if autocast or not onednn.pays(input, self.weight):
+            y = super().forward(input)
         else:
-            y = onednn.FrozenLinear.apply(x, self.weight, self.bias)
+            y = onednn.FrozenLinear.apply(input, self.weight, self.bias)
         if self.out_features > self.in_features and not _is_away_later(self):
-            offer_product(y, partial(_linear, y.dtype), x, self.weight, self.bias)
+            offer_product(y, partial(_linear, y.dtype), input, self.weight, self.bias)
         return y
 
 
@@ -50,10 +50,10 @@ class FrozenResponseNorm(Fast):
 class FrozenBatchNorm(Fast):
     """A batch norm in evaluation mode."""
 
-    def forward(self, x):
-        if self.training or self.running_var is None or not _is_passed_through(self, x):
-            return super().forward(x)
-        return ChannelAffine.apply(x, super().forward, self.weight, self.running_var, self.eps)
+    def forward(self, input):
+        if self.training or self.running_var is None or not _is_passed_through(self, input):
+            return super().forward(input)
+        return ChannelAffine.apply(input, super().forward, self.weight, self.running_var, self.eps)
 
 
 class ChannelAffine(Function):
@@ -79,13 +79,13 @@ class ChannelAffine(Function):
 class Recomputable(Fast):
     """A norm or an activation whose output costs little to compute again."""
 
-    def forward(self, x):
-        y = super().forward(x)
-        if y is x or _is_away_later(self) or not _is_passed_through(self, x):
+    def forward(self, input):
+        y = super().forward(input)
+        if y is input or _is_away_later(self) or not _is_passed_through(self, input):
             return y
-        if torch.promote_types(x.dtype, y.dtype) != y.dtype:
+        if torch.promote_types(input.dtype, y.dtype) != y.dtype:
             return y
-        return tag_for_recompute(y, partial(_again, super().forward, y.dtype), x)
+        return tag_for_recompute(y, partial(_again, super().forward, y.dtype), input)
 
 
 class Activation(Recomputable):
@@ -96,13 +96,13 @@ class Activation(Recomputable):
 
     repeats_products = False
 
-    def forward(self, x):
-        repeats = self.repeats_products and _is_passed_through(self, x)
-        if not repeats or getattr(self, 'inplace', False) or not accept_product(x):
-            return super().forward(x)
+    def forward(self, input):
+        repeats = self.repeats_products and _is_passed_through(self, input)
+        if not repeats or getattr(self, 'inplace', False) or not accept_product(input):
+            return super().forward(input)
         function, gradient = self.functions()
-        y = Pointwise(function, gradient)(x)
-        again, kept = through(function, x)
+        y = Pointwise(function, gradient)(input)
+        again, kept = through(function, input)
         return tag_for_recompute(y, again, *kept)
 
 

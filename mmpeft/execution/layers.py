@@ -13,20 +13,20 @@ from mmpeft.quantization import Quantized
 from .classes import Fast, change_class, is_changed, restore_class
 from .frozen import kind_for
 from .recompute import run_again
-from .select import AUTO, PLAIN, Kernel, has_one_adapter, select_kernel
+from .select import AUTO, PLAIN, Kernel, has_one_adapter, select_kernel, settings_of
 
 
 class Adapted(Fast):
     """A layer whose forward runs the kernel selected for its input."""
 
     execution = AUTO
-    geometry = None
+    geometry = settings = None
 
-    def forward(self, x):
-        kernel = select_kernel(self, x) or Kernel('torch', super().forward, keeps_weight=True)
+    def forward(self, input):
+        kernel = select_kernel(self, input) or Kernel('torch', super().forward, keeps_weight=True)
         if kernel.keeps_weight and _is_in_few_bits(self):
-            return run_again(kernel.run, x)
-        return kernel.run(x)
+            return run_again(kernel.run, input)
+        return kernel.run(input)
 
 
 class Rebuilt(Fast):
@@ -44,12 +44,13 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
     """
     if execution == PLAIN or is_changed(layer) or not parametrize.is_parametrized(layer, 'weight'):
         return
-    known = nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
-    if type(layer).forward in known and has_one_adapter(layer):
-        spec, geometry = layer.parametrizations.weight[0].spec, None
+    if _is_torchs(type(layer)) and has_one_adapter(layer):
+        geometry = settings = None
         if not isinstance(layer, nn.Linear):
-            geometry = ConvGeometry.of(layer, spec)
-        change_class(layer, Adapted, execution=execution, geometry=geometry)
+            settings = settings_of(layer)
+            geometry = ConvGeometry.of(layer, layer.parametrizations.weight[0].spec)
+        attributes = dict(execution=execution, geometry=geometry, settings=settings)
+        change_class(layer, Adapted, **attributes)
     elif _is_in_few_bits(layer):
         change_class(layer, Rebuilt, execution=execution)
 
@@ -76,6 +77,16 @@ def is_enabled(layer: nn.Module) -> bool:
 def execution_of(layer: nn.Module) -> str:
     """How a layer with an adapter was enabled."""
     return getattr(layer, 'execution', PLAIN)
+
+
+def _is_torchs(kind):
+    """Whether a class computes what torch's linear layer or convolution does."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    return any(
+        kind.forward is torchs.forward and kind._conv_forward is torchs._conv_forward
+        for torchs in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
 
 
 def _is_in_few_bits(layer):

@@ -91,7 +91,7 @@ class AdaptedLinear(FastFunction):
         if self.update == 'lie_exact':
             adapted = self._adapted(weight, up, down, ratio)
         if need_bias or (need_ratio and bias is not None):
-            d_bias = layout.bias_grad(dy)
+            d_bias = layout.bias_grad(dy, dtype)
         if thin and need_up:
             narrow = layout.matmul(x, cast(down, x.dtype)) if narrow is None else narrow
             d_up = layout.weight_grad(dy, narrow, dtype)
@@ -123,12 +123,13 @@ class AdaptedLinear(FastFunction):
         elif need_x:
             adapted = self._adapted(weight, up, down, ratio) if adapted is None else adapted
             dx = layout.matmul(dy, cast(adapted, dy.dtype).T)
+        d_bias = d_bias.to(dy.dtype) if need_bias else None
         d_core = None
         if core is not None and d_up is not None:
             d_up, d_core = product(d_up, core.T, scale), product(first.T, d_up, scale)
         elif d_up is not None:
             d_up = times_(d_up, scale)
-        return dx, None, d_bias if need_bias else None, d_up, d_core, d_down, d_ratio
+        return dx, None, d_bias, d_up, d_core, d_down, d_ratio
 
     def reference(self, x, weight, bias, up, core, down, ratio):
         adapted = NormalForm(up, core, down, self.update, self.scale).apply(dequantized(weight))

@@ -93,9 +93,9 @@ class ChannelsLast:
         return total.sum(0)
 
     @staticmethod
-    def bias_grad(dy: Tensor) -> Tensor:
-        """The sum over positions of dy (..., O): (O,)."""
-        return _rows(dy).sum(0)
+    def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over positions of dy (..., O): (O,), in a dtype."""
+        return _rows(dy).sum(0, dtype=dtype)
 
 
 class ChannelsFirst:
@@ -136,8 +136,8 @@ class ChannelsFirst:
         return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in pairs]).view(images).sum(0)
 
     @staticmethod
-    def bias_grad(dy: Tensor) -> Tensor:
-        return dy.sum((0, 2))
+    def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+        return dy.sum((0, 2), dtype=dtype)
 
 
 def _are_few(x: Tensor) -> bool:

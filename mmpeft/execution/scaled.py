@@ -6,6 +6,7 @@ y = D1 W D2 x + b, with d(D1) = sum dy * (y - b) / D1 and d(D2) = sum dx * x / D
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class ScaledLayer(FastFunction):
         dx = d_bias = d_outputs = d_inputs = None
         dy = dy.contiguous() if self.geometry is None else dy
         if need_bias or (need_outputs and bias is not None):
-            d_bias = self._total(dy).to(dy.dtype if bias is None else bias.dtype)
+            d_bias = self._total(dy, torch.promote_types(dy.dtype, torch.float32))
         y = None if need_outputs and y is not None and has_zeros(outputs) else y
         if self.geometry is not None or need_inputs or (need_outputs and y is None):
             x = x()
@@ -74,7 +75,8 @@ class ScaledLayer(FastFunction):
             d_inputs = d_inputs if apart else d_inputs / inputs
         if dx is not None and inputs is not None and apart:
             dx = dx * self._along(inputs, dx)
-        return dx if need_x else None, None, d_bias if need_bias else None, d_outputs, d_inputs
+        d_bias = d_bias.to(bias.dtype) if need_bias else None
+        return dx if need_x else None, None, d_bias, d_outputs, d_inputs
 
     def reference(self, x, weight, bias, outputs, inputs):
         weight = self._scaled(weight, outputs, inputs)
@@ -115,8 +117,8 @@ class ScaledLayer(FastFunction):
         values = values.to(x.dtype)
         return values if self.geometry is None else values.view(-1, *(1,) * (x.ndim - 2))
 
-    def _total(self, x: Tensor) -> Tensor:
+    def _total(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum of a map over its positions, (channels,)."""
         channel = x.ndim - 1 if self.geometry is None else 1
         where = [d for d in range(x.ndim) if d != channel]
-        return x.sum(where) if where else x
+        return x.sum(where, dtype=dtype) if where else x.to(dtype)

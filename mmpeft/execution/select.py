@@ -14,6 +14,7 @@ from mmpeft.methods import WeightAdapter
 from mmpeft.methods.adapter import SHARDED
 from mmpeft.methods.normal_form import NormalForm, Scales
 from mmpeft.methods.precision import outside_autocast
+from mmpeft.methods.spec import ConvGeometry
 from mmpeft.quantization import Quantized
 from mmpeft.transforms import is_transformed
 
@@ -58,8 +59,13 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         return None
     original, spec, geometry = chain.original, adapter.spec, layer.geometry
     trains, transformed = torch.is_grad_enabled(), is_transformed()
-    if geometry is not None and x.ndim != len(spec.shape):
+    if original.is_complex() or x.is_complex():
         return None
+    if geometry is not None:
+        if x.ndim != len(spec.shape) or '_conv_forward' in layer.__dict__:
+            return None
+        if settings_of(layer) != layer.settings:  # changed since the adapter was attached
+            geometry = ConvGeometry.of(layer, spec)
 
     def by(function, *arguments):
         parts = Layer(original, layer.bias, spec, geometry, SHARDED in layer.__dict__)
@@ -124,6 +130,11 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     branch = branch and thin and form.core is not None and form.down is not None
     name = f'thin convolutions, {WHERE[branch]}' if thin else DENSE
     return Kernel(name, by(forward.conv, form, branch, thin))
+
+
+def settings_of(layer: nn.Module) -> tuple:
+    """What a convolution's :class:`~mmpeft.methods.spec.ConvGeometry` follows from."""
+    return layer.stride, layer.padding, layer.padding_mode, layer.dilation
 
 
 def has_one_adapter(layer: nn.Module) -> bool:

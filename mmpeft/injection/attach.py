@@ -141,6 +141,8 @@ def _parametrize(site):
         # torch would swap it with itself, and fails where a graph for backward holds it.
         blank = torch.empty(original.shape, dtype=original.dtype, device='meta')
         layer._parameters[tensor] = nn.Parameter(blank, False)
+    if parametrize.is_parametrized(layer):
+        share_class(layer)  # copies of the layer have the class too, which gets a property
     parametrize.register_parametrization(layer, tensor, site.adapter, unsafe=True)
     if isinstance(original, Quantized):
         layer.parametrizations[tensor].original = original

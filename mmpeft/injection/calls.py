@@ -80,7 +80,6 @@ class _Watch(TorchFunctionMode):
 
     def before(self, model, args):
         skipped = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        skipped = skipped or hasattr(model, '_is_replica')  # nn.DataParallel, in several threads
         if self.used is None and torch.is_grad_enabled() and not skipped:
             self.used = set()
             if 'torch._dynamo' in sys.modules:  # compiled blocks would be compiled for this mode
@@ -111,7 +110,7 @@ def watch(model: nn.Module) -> None:
     Dead is an adapter that took no part in any pass although a weight of its module did in this
     one. A module that is not used in the pass, such as a head of another task or an expert that
     gets no token, is left alone. Passes under ``torch.compile``, ``torch.export`` and
-    ``torch.jit.trace`` and in ``nn.DataParallel`` are not checked.
+    ``torch.jit.trace`` are not checked.
 
     Raises:
         TrainingError: Later, by ``model(...)``; names the module.

@@ -1,5 +1,6 @@
 """Running statistics of frozen norms, which stay as they are in training too."""
 
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -17,6 +18,14 @@ class FrozenStatistics:
     def train(self, mode=True):
         self.peft_mode = mode
         return super().train(False)
+
+    def reset_running_stats(self):
+        """``torch.optim.swa_utils.update_bn`` calls it, and counts on training mode after it."""
+        warnings.warn(
+            'The statistics of frozen norms stay as they are: reset_running_stats, which '
+            'torch.optim.swa_utils.update_bn calls, does nothing here.',
+            stacklevel=2,
+        )
 
 
 def norms_to_freeze(module: nn.Module) -> Iterator[nn.Module]:

@@ -111,6 +111,20 @@ def _refuse(name):
     )
 
 
+def refuse_elsewhere(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a function of a model of which another module was adapted."""
+    made = {path for path, m in model.named_modules() if vars(m).get('peft')}
+    adapted = any(isinstance(module, Adapter) for module in model.modules())
+    if made <= {''} and (made or not adapted):
+        return
+    where = f'its module {min(made - {""})!r}' if made else 'a module that holds this one'
+    raise UsageError(
+        f'mmpeft.{name} takes the module that mmpeft.inject was given, and that was {where}; '
+        f'nothing was changed. Call mmpeft.{name} on it, and to adapt a part of a model give '
+        'the whole one and targets=dict(module=...).'
+    )
+
+
 def refuse_deepspeed(model: nn.Module, name: str) -> None:
     """Raise UsageError for a function that would be lost on a model that DeepSpeed trains."""
     if is_in_deepspeed(model):
@@ -155,6 +169,7 @@ def on_inner(function: Callable, adds: bool = False) -> Callable:
             refuse_ddp(model, function.__name__)
             refuse_deepspeed(model, function.__name__)
         with unwrapped(model) as bare:
+            refuse_elsewhere(bare, function.__name__)
             result = function(bare, *args, **kwargs)
         return model if result is bare else result
 

@@ -58,6 +58,21 @@ class Adapter(nn.Module):
         super().__setstate__(state)
         self._expect_allocation()
 
+    def _apply(self, fn, recurse=True):
+        open_values = [name for name, buffer in self._buffers.items() if buffer.is_meta]
+        super()._apply(fn, recurse)
+        for name, value in self.method.rebuilt(self.spec).items() if open_values else ():
+            if name in open_values and not self._buffers[name].is_meta:  # after to_empty
+                self._buffers[name].copy_(value)
+        return self
+
+    def _replicate_for_data_parallel(self):
+        raise UsageError(
+            'nn.DataParallel copies a model in each pass, and adapters do not follow. Take '
+            'DistributedDataParallel: start the script with torchrun, or show it one GPU '
+            '(CUDA_VISIBLE_DEVICES=0).'
+        )
+
     @property
     def factors(self) -> Factors:
         """All tensors by name."""

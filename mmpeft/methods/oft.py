@@ -40,8 +40,9 @@ def cayley(triangle: Tensor, size: int) -> Tensor:
     places = rows * size + columns
     upper = triangle.new_zeros(*triangle.shape[:-1], size * size)
     upper = upper.index_copy(-1, places, triangle).unflatten(-1, (size, size))
-    skew, identity = upper - upper.mT, torch.eye(size).to(triangle)
-    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    upper = upper.to(torch.promote_types(upper.dtype, torch.float32))  # torch's solver needs it
+    skew, identity = upper - upper.mT, torch.eye(size).to(upper)
+    return torch.linalg.solve(identity + skew, identity - skew, left=False).to(triangle.dtype)
 
 
 def rotate(matrix: Tensor, rotations: Tensor, reach: int = 1) -> Tensor:

@@ -159,3 +159,24 @@ def test_a_missing_config_is_a_missing_file(tmp_path, monkeypatch):
 )
 def test_the_name_of_a_run(config, method, expected):
     assert run_name(config, method) == expected
+
+
+def test_what_the_user_writes_out_wins():
+    cfg = hooked(
+        method=dict(type='FLoRA', rank=9),
+        targets=dict(module='neck', kinds=('conv',), exclude=['a']),
+        unfreeze=['norm'],
+    )
+    given = dict(method=dict(type='LoRA'), targets=dict(kinds=['linear']), unfreeze=[])
+    for text in (given, str(given)):
+        hook = find_hook(compose(cfg, text))
+        assert hook.targets == dict(module='neck', kinds=['linear'], exclude=['a'])
+        assert hook['unfreeze'] == []
+    hook = find_hook(compose(cfg, dict(method=dict(type='LoRA'))))
+    assert hook.targets.kinds == ('conv',) and hook['unfreeze'] == ['norm']
+
+
+def test_arguments_of_a_hook_that_is_not_there():
+    plain = read_config(f'{RETINANET}.py') if RETINANET.endswith('.py') else read_config(DINO)
+    with pytest.raises(UsageError, match='has no PEFTHook whose arguments default_hooks.peft'):
+        compose(plain, options={'default_hooks.peft.method.rank': 4})

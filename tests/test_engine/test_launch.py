@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmcv import ops
 from mmengine.config import Config
 
-from mmpeft.engine import launch
+from mmpeft.engine import amp, launch
 from mmpeft.errors import MissingFileError, UsageError
 from tests.toy import toy_config
 
@@ -327,3 +328,33 @@ def test_distribution_with_an_accelerator_is_left_alone(monkeypatch):
     cfg = Config(dict(launcher='pytorch', model=dict(norm_cfg=dict(type='SyncBN'))))
     launch.prepare_distribution(cfg)
     assert cfg.model.norm_cfg.type == 'SyncBN' and 'model_wrapper_cfg' not in cfg
+
+
+def test_operators_of_mmcv_take_bfloat16_on_a_cpu():
+    amp.widen_operators()
+    boxes = torch.tensor([[0.0, 0, 8, 8], [1, 0, 8, 8], [20, 20, 24, 24]])
+    scores, rois = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([[0, 0.0, 0, 4, 4]])
+    found, kept = ops.nms(boxes.bfloat16(), scores, 0.5)
+    assert kept.tolist() == [0, 2] and torch.equal(found[:, :4], boxes[[0, 2]])
+    x = torch.randn(1, 2, 8, 8).bfloat16().requires_grad_(True)
+    wide = x.detach().float().requires_grad_(True)
+    pooled = [ops.RoIAlign(2)(each, rois.to(each)) for each in (x, wide)]
+    torch.testing.assert_close(pooled[0].float(), pooled[1], rtol=0.01, atol=0.01)
+    for each in pooled:
+        each.sum().backward()
+    torch.testing.assert_close(x.grad.float(), wide.grad, rtol=0.01, atol=0.01)
+    amp.widen_operators()  # once is enough
+    assert torch.equal(ops.nms(boxes, scores, 0.5)[1], kept)
+
+
+def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
+    cfg = toy_config(tmp_path, dict(type='LoRA', rank=2))
+    launch.check_work_dir(cfg)
+    cfg.dump(tmp_path / 'config.py')
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    launch.check_work_dir(cfg)
+    other = toy_config(tmp_path, dict(type='LoRA', rank=4))
+    with pytest.raises(UsageError, match='another method or other targets .*--work-dir'):
+        launch.check_work_dir(other)
+    other.resume = True  # which the hook checks
+    launch.check_work_dir(other)

@@ -54,6 +54,7 @@ def test_a_file():
         ('dict(rank=4)', 'A method is a dict'),
         ('17', "no method '17'"),
         ('"lora', 'neither the name'),
+        ('lora+bitfit', r'lora \+ bitfit is not a value.*a list of dicts'),
     ],
 )
 def test_what_is_no_method(text, message):
@@ -65,3 +66,12 @@ def test_names_for_folders():
     assert method_name('lora') == 'lora'
     assert method_name("dict(type='FLoRA', rank=(4, 2), scale=1.0)") == 'flora_rank-42_scale-1.0'
     assert method_name([LORA, dict(type='BitFit')]) == 'lora_rank-4+bitfit'
+
+
+def test_names_tell_targets_apart():
+    hooks = [dict(method=LORA, targets=dict(kinds=[kind])) for kind in ('linear', 'conv')]
+    assert method_name(hooks[0]) == 'lora_rank-4_targets-kindslinear'
+    assert method_name(hooks) != method_name(hooks[::-1])
+    long = [dict(method=LORA, targets=dict(include=['x' * 200 + end])) for end in 'ab']
+    names = [method_name(hook) for hook in long]
+    assert names[0] != names[1] and max(map(len, names)) <= 100

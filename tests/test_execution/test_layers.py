@@ -1,11 +1,15 @@
 """Layers change their class to compute faster, and take it back."""
 
+import copy
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.errors import UsageError
 from mmpeft.execution.classes import Fast
 from tests.cases import METHODS, randomize
 
@@ -68,3 +72,93 @@ def test_nested_tensors_train_as_in_torch(name, layout):
     nested = train(lambda run: [run(torch.nested.nested_tensor(parts, layout=layout))])
     for found, expected in zip(nested, train(lambda run: map(run, parts)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def doubled(x, weight, bias):
+    return 2 * nn.functional.conv2d(x, weight, bias, padding=1)
+
+
+@pytest.mark.parametrize('method', ['lora', 'flora', 'dora', 'liera', 'ssb'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(padding_mode='circular'),
+        dict(stride=(2, 2)),
+        dict(padding=(0, 0)),
+        dict(dilation=(2, 2)),
+        dict(_conv_forward=doubled),
+        None,
+    ],
+)
+def test_a_convolution_computes_as_its_layer_says_now(change, method):
+    """A padding that is changed later, as for seamless images, or a kernel of its own."""
+    torch.manual_seed(0)
+    kind = Standardized if change is None else nn.Conv2d
+    plain = nn.Sequential(kind(3, 8, 3, padding=1)).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    outputs = []
+    for way in ('plain', 'auto'):
+        network = copy.deepcopy(plain)
+        torch.manual_seed(1)
+        mmpeft.inject(network, METHODS[method], execution=way)
+        randomize(network)
+        for name, value in (change or {}).items():
+            setattr(network[0], name, value)
+        with torch.no_grad():
+            still = network(x)
+        y = network(x)
+        factors = [p for p in network.parameters() if p.requires_grad]
+        found = torch.autograd.grad(y.square().sum(), [x, *factors])
+        outputs.append([still, y, *found])
+        if change and way == 'auto':
+            assert execution.is_enabled(network[0])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('method', ['lora', 'flora', 'ssb', 'dora', 'liera'])
+def test_complex_weights_are_left_to_torch(method):
+    found = []
+    for way in ('plain', 'auto'):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.complex128)
+        try:
+            mmpeft.inject(network, METHODS[method], execution=way)
+        except (UsageError, RuntimeError) as error:
+            found.append(str(error))
+            continue
+        randomize(network)
+        network(torch.randn(3, 4, dtype=torch.complex128)).abs().square().sum().backward()
+        found.append([p.grad for p in network.parameters() if p.requires_grad])
+    for one, other in zip(*found, strict=True):
+        assert one == other if isinstance(one, str) else torch.allclose(one, other, atol=1e-10)
+
+
+def test_inputs_can_be_named():
+    network = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Linear(3, 3), nn.GELU(), nn.LayerNorm(3)])
+    mmpeft.inject(network, METHODS['lora'], dict(include=['^[01]']))
+    x = torch.randn(2, 3, 3, 3, requires_grad=True)
+    for layer in network:
+        assert torch.equal(layer(input=x), layer(x))
+
+
+def test_hooks_that_were_put_on_after_the_adapters_stay(network):
+    """accelerate keeps the forward that it replaces on the layer."""
+    x = torch.randn(2, 3, 3, 3)
+    expected = network(x)
+    mmpeft.inject(network, METHODS['lora'])
+    for layer in network:
+        add_hook_to_module(layer, ModelHook())
+    assert torch.equal(network(x), expected)
+    mmpeft.remove(network)
+    assert torch.equal(network(x), expected)
+    for layer in network:
+        remove_hook_from_module(layer)
+    assert torch.equal(network(x), expected)
+    x.requires_grad_(True)
+    network(x).sum().backward()

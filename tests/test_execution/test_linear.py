@@ -11,7 +11,7 @@ from mmpeft import execution
 from mmpeft.execution import matmul
 from mmpeft.execution.linear import AdaptedLinear, thin_pays
 from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast
-from tests.cases import METHODS, Layer
+from tests.cases import METHODS, Layer, randomize
 from tests.comparing import (
     assert_as_plain,
     assert_equal,
@@ -236,3 +236,30 @@ def test_gradients_by_finite_differences(update, branch, with_ratio, rank, with_
     assert torch.autograd.gradgradcheck(function, tensors)
     exact = function.reference(*tensors)
     assert (function(*tensors) - exact).abs().max() <= 1e-12 * exact.abs().max()
+
+
+@pytest.mark.parametrize('method', ['ia3', 'ssb', 'dora'])
+@pytest.mark.parametrize('layer', ['linear', 'pointwise'])
+def test_gradients_of_scales_survive_a_large_bias_in_low_precision(layer, method):
+    """They are a difference to the bias' gradient, which may not be rounded to bfloat16."""
+
+    def gradients(execution, low):
+        torch.manual_seed(0)
+        linear = layer == 'linear'
+        module = nn.Linear(64, 64) if linear else nn.Conv2d(64, 64, 1)
+        nn.init.constant_(module.bias, 5.0)
+        network = nn.Sequential(module)
+        mmpeft.inject(network, METHODS[method], execution=execution)
+        randomize(network, 0.1)
+        shape = (16384, 64) if linear else (4, 64, 64, 64)
+        x, dy = torch.randn(shape), torch.randn(shape) + 1
+        if not low:
+            network, x, dy = network.double(), x.double(), dy.double()
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            y = network(x)
+        y.backward(dy.to(y.dtype))
+        return [p.grad.double() for p in network.parameters() if p.requires_grad]
+
+    exact = gradients('plain', False)
+    for found, expected in zip(gradients('auto', True), exact, strict=True):
+        assert (found - expected).norm() <= 0.05 * expected.norm()

@@ -137,3 +137,17 @@ def test_adapters_of_activations_keep_their_order_and_names():
     attach(sites)
     assert_same(model, before)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('method', ['BitFit', 'SSF', 'LoRA'])
+def test_a_copy_of_a_parametrized_layer_leaves_the_first_alone(method):
+    """A deep copy has the class of the first, on which torch puts properties."""
+    first = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    expected, copied = first(x), copy.deepcopy(first)
+    try:
+        mmpeft.inject(copied, dict(type=method))
+        copied(x)
+    finally:
+        assert torch.equal(first(x), expected)
+        assert torch.equal(copy.deepcopy(first)(x), expected)

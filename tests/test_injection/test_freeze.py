@@ -128,3 +128,17 @@ def test_a_tied_parameter_has_all_its_names():
     assert model.peft[0].trained == ('out.weight',)
     assert plain_parameters(model).keys() == {'embed.weight', 'out.weight'}
     assert plain_parameters(model)['embed.weight'].requires_grad
+
+
+@pytest.mark.parametrize('averaged', [False, True])
+def test_update_bn_leaves_frozen_statistics(averaged):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    network[1].running_mean.fill_(5.0)
+    mmpeft.inject(network, dict(type='LoRA', rank=2))
+    before = {name: value.clone() for name, value in network[1].named_buffers()}
+    if averaged:
+        network = torch.optim.swa_utils.AveragedModel(network)
+    with pytest.warns(UserWarning, match='statistics of frozen norms stay as they are'):
+        torch.optim.swa_utils.update_bn([torch.randn(2, 3, 8, 8)], network)
+    norm = network.module[1] if averaged else network[1]
+    assert norm.running_mean.eq(5).all() and torch.equal(norm.running_var, before['running_var'])

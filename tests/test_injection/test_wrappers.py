@@ -178,3 +178,36 @@ def test_an_adapted_model_is_spawned(tmp_path):
         first, second = (mmpeft.adapter_state_dict(each)[key] for each in found)
         assert torch.equal(first, second)
         torch.testing.assert_close(first, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('method', ['LoRA', 'IA3', 'BitFit', 'ConvAdapter'])
+def test_replicas_of_data_parallel_are_refused(method):
+    """They have no parameters, only tensors, so that a method would do nothing in them."""
+    model = Net()
+    mmpeft.inject(model, dict(type=method), BACKBONE)
+    with pytest.raises(UsageError, match='DataParallel copies a model .* torchrun'):
+        [module._replicate_for_data_parallel() for module in model.modules()]
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        mmpeft.merge,
+        mmpeft.remove,
+        lambda model: mmpeft.inject(model, LORA, dict(module='head')),
+        lambda model: mmpeft.save_adapter(model, 'never.safetensors'),
+        lambda model: mmpeft.load_adapter(model, 'never.safetensors'),
+        lambda model: mmpeft.load_base(model, {}),
+    ],
+)
+def test_functions_are_called_on_what_was_adapted(call):
+    outside = Net()
+    mmpeft.inject(outside.backbone, LORA)
+    with pytest.raises(UsageError, match="and that was its module 'backbone'"):
+        call(outside)
+    assert len(outside.backbone.peft) == 1
+    inside = Net()
+    mmpeft.inject(inside, LORA, BACKBONE)
+    with pytest.raises(UsageError, match='that was a module that holds this one'):
+        call(inside.backbone)
+    assert mmpeft.summary(inside).adapters == mmpeft.summary(outside).adapters > 0

@@ -106,3 +106,14 @@ def test_a_single_column_is_refused():
 def test_arguments_that_are_refused(method):
     with pytest.raises(UsageError, match='must be'):
         mmpeft.METHODS.build(method)
+
+
+@pytest.mark.parametrize('name', ['OFT', 'BOFT'])
+def test_in_bfloat16(name):
+    model = nn.Sequential(nn.Linear(8, 8))
+    mmpeft.inject(model, dict(type=name, block_size=4))
+    randomize(model)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    model.bfloat16()
+    torch.testing.assert_close(model(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)

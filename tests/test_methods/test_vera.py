@@ -147,3 +147,19 @@ def test_veras_rank_may_pass_the_width():
     assert mmpeft.inject(layer, dict(type='VeRA', rank=12)).adapters == 5 + 12
     with pytest.raises(UsageError, match='largest possible is 12'):
         mmpeft.inject(nn.Linear(6, 5), dict(type='VeRA', rank=13))
+
+
+@pytest.mark.parametrize('name', ['VeRA', 'RandLoRA'])
+def test_projections_are_made_again_after_a_meta_device(name):
+    """No state dict holds them."""
+    method = dict(type=name, rank=2)
+    model = nn.Sequential(nn.Linear(6, 5))
+    mmpeft.inject(model, method)
+    randomize(model)
+    with torch.device('meta'):
+        other = nn.Sequential(nn.Linear(6, 5))
+    mmpeft.inject(other, method)
+    other.to_empty(device='cpu')
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(other(x), model(x))

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from mmengine.config import Config
 from mmengine.visualization import Visualizer
+
+from mmpeft.errors import UsageError
 
 
 def test_pictures_go_where_the_help_says(script, tmp_path):
@@ -28,3 +31,13 @@ def test_what_each_package_calls_drawing(script):
         cfg = Config(dict(default_scope=package, default_hooks=dict(visualization={})))
         tool.show_predictions(cfg, args)
         assert cfg.default_hooks.visualization.to_dict() == expected
+
+
+def test_views_of_a_classifier_are_not_drawn(script, tmp_path, monkeypatch, scope):
+    tool = script('tools', 'test')
+    cfg = Config(dict(default_scope='mmpretrain', work_dir=str(tmp_path)))
+    monkeypatch.setattr(tool, 'load_config', lambda *_: cfg)
+    monkeypatch.setattr(tool, 'check_checkpoint', lambda *_: None)
+    monkeypatch.setattr('sys.argv', ['test.py', 'a.py', 'a.pth', '--tta', '--show-dir', 'b'])
+    with pytest.raises(UsageError, match='draws one view'):
+        tool.main()

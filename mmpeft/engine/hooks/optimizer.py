@@ -2,6 +2,7 @@
 
 import copy
 
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 
 from mmpeft.errors import UsageError
@@ -11,7 +12,7 @@ def rebuild_optimizer(runner: Runner) -> None:
     """Build a Runner's optimizer and schedulers again from its config.
 
     Raises:
-        UsageError: The Runner was made without a config.
+        UsageError: The Runner was made without a config, or for several optimizers.
     """
     if 'optim_wrapper' not in runner.cfg:
         raise UsageError(
@@ -23,6 +24,12 @@ def rebuild_optimizer(runner: Runner) -> None:
         # Adapters may share parameters, which mmengine otherwise takes for a mistake.
         config.paramwise_cfg.setdefault('bypass_duplicate', True)
     runner.optim_wrapper = runner.build_optim_wrapper(config)
+    if isinstance(runner.optim_wrapper, OptimWrapperDict):
+        raise UsageError(
+            'PEFTHook watches one optimizer, and the constructor of this config builds several '
+            '(OptimWrapperDict). Give parts of the model rates of their own by '
+            'optim_wrapper.paramwise_cfg.'
+        )
     scheduled, runner.param_schedulers = runner.param_schedulers is not None, None
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
     if scheduled:

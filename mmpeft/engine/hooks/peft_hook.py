@@ -147,15 +147,20 @@ class PEFTHook(Hook):
                     f'{source.path!r} holds no adapters, so there is no adapter training to '
                     'resume. To start from its weights, set load_from to it and omit --resume.'
                 )
-            if not trains:
-                runner.logger.warning(
-                    f'{source.path!r} holds no adapters. It is taken as the base, and the '
-                    'adapters have their initial values.'
-                )
         self.base_checkpoint = load_base(
-            runner.model, source, self.base_checkpoint, runner._init_model_weights, trains
+            runner.model,
+            source,
+            self.base_checkpoint,
+            runner._init_model_weights,
+            trains,
+            self.check_whole,
         )
         manifest = source and source.manifest
+        if source is not None and manifest is None and not trains:
+            runner.logger.warning(
+                f'{source.path!r} holds no adapters. It is taken as the base, and the adapters '
+                'have their initial values.'
+            )
         summary = inject_all(
             runner.model,
             self._injections,

@@ -4,6 +4,7 @@ They apply at insertion points of a network (:mod:`mmpeft.injection.insertion_po
 goes into a module or what comes out of it, and cannot be merged into a weight.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -126,7 +127,7 @@ class ActivationAdapter(Adapter):
     def before(self, module, args, kwargs):
         """A forward pre-hook with kwargs that changes the input."""
         x = _first(args, kwargs)
-        with outside_autocast(x.device.type):
+        with outside_autocast(x.device.type), self._fitting(x):
             changed = self.method.before(x, self.factors, self._point)
         return _exchanged(args, kwargs, x, changed)
 
@@ -144,7 +145,7 @@ class ActivationAdapter(Adapter):
         What it adds goes around the MLP too: :meth:`after` adds it to the output of the block.
         """
         x = _first(args, kwargs)
-        with outside_autocast(x.device.type):
+        with outside_autocast(x.device.type), self._fitting(x):
             self._added = self.method.inside(x, self.factors, self._point)
             changed = (x.to(self._added.dtype) + self._added).to(x.dtype)
         return _exchanged(args, kwargs, x, changed)
@@ -164,9 +165,15 @@ class ActivationAdapter(Adapter):
         x, self._input = (self._input if between else _first(args, kwargs)), None
         self.ran = True
         self.check_sharding()
+        if x is None:
+            raise UsageError(
+                f'{type(self.method).__name__}: the layer {self.spec.ends[0]!r} of an insertion '
+                'point never ran: the network reads its weight without calling it. Leave it out '
+                'with targets.exclude, or take a method on weights, such as LoRA.'
+            )
         y = output[0] if isinstance(output, tuple) else output
         added, self._added = self._added, None
-        with outside_autocast(x.device.type):
+        with outside_autocast(x.device.type), self._fitting(x):
             if added is not None:
                 y = (y.to(added.dtype) + added).to(y.dtype)
             if self._turns:
@@ -174,6 +181,23 @@ class ActivationAdapter(Adapter):
             changed = self.method.after(x, y, self.factors, self._point)
             changed = changed.transpose(0, 1) if self._turns else changed
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    @contextmanager
+    def _fitting(self, x):
+        """Raise UsageError in place of an error of torch about a tensor of another form."""
+        try:
+            yield
+        except RuntimeError as error:
+            outputs, inputs = self.spec.shape
+            if not x.is_nested and x.shape[self.spec.axis] in (inputs, outputs):
+                raise
+            found = 'a nested tensor' if x.is_nested else f'a tensor of shape {tuple(x.shape)}'
+            raise UsageError(
+                f'{type(self.method).__name__} expects {inputs} channels at axis {self.spec.axis}, '
+                f'and an insertion point got {found}. Leave such modules out with '
+                'targets.exclude'
+                + (', or write enable_nested_tensor=False.' if x.is_nested else '.')
+            ) from error
 
     @property
     def _is_block(self):

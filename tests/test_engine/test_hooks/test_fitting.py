@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
+import mmpeft
 from mmpeft.engine.launch import build_runner, check_checkpoint
 from mmpeft.errors import UsageError
 from tests import toy
@@ -122,3 +123,29 @@ def test_names_of_earlier_versions_are_translated(tmp_path, monkeypatch):
         build_runner(cfg).test()
     monkeypatch.setattr(toy.ToyClassifier, '_load_from_state_dict', load)
     build_runner(cfg).test()
+
+
+def test_a_file_without_the_backbone_is_not_tested(tmp_path):
+    """Merged weights under other names, or a state dict without its description."""
+    toy.toy_runner(tmp_path / 'run').train()
+    state = toy.state_of(tmp_path / 'run/epoch_3.pth')
+    heads = {key: value for key, value in state.items() if key.startswith('head')}
+    for content, message in ((heads, 'is not whole'), (state, 'without what describes them')):
+        path = str(tmp_path / 'other.pth')
+        torch.save(dict(state_dict=content), path)
+        cfg = toy.toy_config(tmp_path / 'test', load_from=path)
+        with pytest.raises(UsageError, match=message):
+            Runner.from_cfg(cfg).test()
+        with pytest.raises(UsageError, match=message):
+            mmpeft.init_model(toy.toy_config(tmp_path / 'test'), path)
+
+
+@pytest.mark.parametrize('more', [True, False])
+def test_another_unfreeze_is_named(more, tmp_path):
+    few, many = {}, {'default_hooks.peft.unfreeze': ['fc.bias']}
+    trained, tested = (few, many) if more else (many, few)
+    toy.toy_runner(tmp_path / 'run', **trained).train()
+    cfg = toy.toy_config(tmp_path / 'test', load_from=str(tmp_path / 'run/epoch_3.pth'), **tested)
+    side = 'model' if more else 'file'
+    with pytest.raises(UsageError, match=rf'in the {side} alone \(.*fc.bias\).*the unfreeze'):
+        Runner.from_cfg(cfg).test()

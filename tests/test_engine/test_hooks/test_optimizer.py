@@ -1,7 +1,7 @@
 """What the optimizer holds."""
 
 import pytest
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 from mmpeft.errors import UsageError
@@ -30,6 +30,19 @@ class HeadAlone(DefaultOptimWrapperConstructor):
 
     def __call__(self, model):
         return super().__call__(model.head)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TwoOptimizers(DefaultOptimWrapperConstructor):
+    """One for the head."""
+
+    def __call__(self, model):
+        return OptimWrapperDict(head=super().__call__(model.head), rest=super().__call__(model))
+
+
+def test_several_optimizers_are_refused(tmp_path):
+    with pytest.raises(UsageError, match='watches one optimizer.*paramwise_cfg'):
+        run(tmp_path, **{'optim_wrapper.constructor': 'TwoOptimizers', 'param_scheduler': None})
 
 
 def test_frozen_parameters_in_the_optimizer_are_harmless(tmp_path, warned):
