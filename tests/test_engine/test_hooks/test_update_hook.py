@@ -25,7 +25,8 @@ def test_what_is_logged_is_what_the_checkpoint_says(tmp_path, pretrained):
         dict(type='mmpeft.UpdateHook', interval=2, weights='fc', kernels=r'stage\.0', count=3)
     ]
     changes['default_hooks.logger'] = dict(type='LoggerHook', interval=1)
-    runner = toy_runner(tmp_path, FLORA, **changes)
+    # A visualizer of another test of the same second would have the same name.
+    runner = toy_runner(tmp_path, FLORA, **changes, experiment_name=str(tmp_path))
     runner.train()
     (file,) = tmp_path.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in file.read_text().splitlines()]
