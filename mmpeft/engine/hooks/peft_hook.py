@@ -133,7 +133,7 @@ class PEFTHook(Hook):
                 check_shardable(runner)
                 runner.model = model.cpu()
             else:
-                runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+                runner.model = _wrapped(runner, model)
             rebuild_optimizer(runner)
             model.register_forward_hook(_add_penalty, with_kwargs=True)
             for hook in self._helpers(runner):
@@ -198,6 +198,16 @@ class PEFTHook(Hook):
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
         load_checked(runner, checkpoint, self.check_whole)
+
+
+def _wrapped(runner, model):
+    """A model in the Runner's wrapper, without converting norms again, which would thaw them."""
+    converted = runner.cfg.pop('sync_bn', None)
+    try:
+        return runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+    finally:
+        if converted is not None:
+            runner.cfg.sync_bn = converted
 
 
 def _add_penalty(model, args, kwargs, losses):

@@ -501,3 +501,16 @@ def test_a_flexible_runner_is_refused_at_the_start(tmp_path):
     config = toy_config(tmp_path, env_cfg=dict(), log_processor=dict(), experiment_name='flexible')
     with pytest.raises(UsageError, match=r'mmengine\.runner\.Runner, not in FlexibleRunner'):
         FlexibleRunner.from_cfg(config).train()
+
+
+def test_norms_are_converted_once_before_they_are_frozen(tmp_path, monkeypatch):
+    seen, wrap = [], Runner.wrap_model
+
+    def wrap_model(self, *args):
+        seen.append(self.cfg.get('sync_bn'))
+        return wrap(self, *args)
+
+    monkeypatch.setattr(Runner, 'wrap_model', wrap_model)
+    runner = toy_runner(tmp_path, dict(type='LoRA', rank=2), sync_bn='torch')
+    runner.train()
+    assert seen == ['torch', None] and runner.cfg.sync_bn == 'torch'
