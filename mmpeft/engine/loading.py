@@ -96,7 +96,7 @@ def load_base(
         own weights.
 
     Raises:
-        UsageError: A file does not exist or is no checkpoint.
+        UsageError: A file does not exist or is not a checkpoint.
     """
     manifest = source and source.manifest
     if source is None or manifest is not None:

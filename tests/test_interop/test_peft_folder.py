@@ -334,7 +334,7 @@ EVERY_KERNEL = dict(type='LoRA', rank=1, layout='channel')
         (EVERY_KERNEL, ['dilated'], r'backbone\.dilated\.weight is of a dilated'),
         (EVERY_KERNEL, ['mirrored'], r"backbone\.mirrored\.weight .*padding_mode='reflect'"),
         (EVERY_KERNEL, ['grouped'], r'backbone\.grouped\.weight is of a grouped'),
-        (EVERY_KERNEL, ['in_proj'], r'attend\.in_proj_weight is no linear layer'),
+        (EVERY_KERNEL, ['in_proj'], r'attend\.in_proj_weight is not a linear layer'),
         (EVERY_KERNEL, ['out_proj'], r'attend\.out_proj\.weight is read directly by nn\.Multihead'),
     ],
 )

@@ -292,7 +292,7 @@ def test_a_wrong_training_file_is_one_sentence(project, tmp_path, content, messa
 @pytest.mark.parametrize(
     'option, message',
     [
-        ('batch_size=6', 'batch_size=6 is no multiple of the 4 examples that 1 processes'),
+        ('batch_size=6', 'batch_size=6 is not a multiple of the 4 examples that 1 processes'),
         ('held_out=24', 'held_out=24 of the 24 examples .* leave none'),
         ('training.learning_rat=1', "no 'learning_rat'.*Did you mean 'learning_rate'"),
         ('cut_off=1', "there is no 'cut_off'.*Did you mean 'cutoff'"),

@@ -339,7 +339,7 @@ def test_what_is_missing_is_named(project, material, tmp_path):
         project.training.main([*arguments(material), '--data', str(tmp_path / 'none.json')])
     with pytest.raises(MissingFileError, match=r'no model .*assemble\.py.*--model'):
         project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
-    with pytest.raises(UsageError, match='batch_size=6 is no multiple of the 4'):
+    with pytest.raises(UsageError, match='batch_size=6 is not a multiple of the 4'):
         project.training.main(arguments(material, 'batch_size=6'))
     with pytest.raises(MissingFileError, match='no work directory of train.py'):
         project.evaluation.main([str(tmp_path)])
