@@ -24,7 +24,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     """Refuse patterns that are invalid or may be slow.
 
     Raises:
-        UsageError: One is not a regular expression, or not certain to be fast.
+        UsageError: One is not a valid regular expression, or not certain to be fast.
     """
     steps = 0
     for pattern in sorted(set(patterns)):

@@ -191,7 +191,7 @@ def _check_trainable(method, root, trained, frozen_dtype):
     for name in trained:
         if name in rounded:
             raise UsageError(
-                f'{name} is stored in few bits ({own[name].format}), so it cannot train itself. '
+                f'{name} is stored in few bits ({own[name].format}), so it cannot be trained. '
                 'Adapt it, or load the model without quantization.'
             )
 
@@ -211,7 +211,7 @@ def _warn_unknown(summary):
         warnings.warn(
             f'{summary.unknown_share:.0%} of the parameters in {summary.module or "the model"!r} '
             f'belong to unsupported layers ({", ".join(largest)}; the summary lists them all) and '
-            'stay frozen. Let them train themselves with unfreeze, or leave them as they are and '
+            'stay frozen. Let them train directly with unfreeze, or leave them as they are and '
             'filter this warning.',
             stacklevel=4,
         )

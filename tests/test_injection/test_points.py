@@ -46,7 +46,7 @@ def test_data_with_layers_that_are_not_there_is_refused():
     with pytest.raises(UsageError, match="layers .'intermediate.dense', 'output.dense'"):
         restore_point(module.attention, point.to_dict())
     for change in (dict(ends=['output.dense']), dict(kinds=['linear'])):
-        with pytest.raises(UsageError, match='no insertion point'):
+        with pytest.raises(UsageError, match='not an insertion point'):
             restore_point(module, point.to_dict() | change)
 
 

@@ -314,7 +314,7 @@ def test_what_is_missing_is_named(project, material, tmp_path, monkeypatch):
         project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
     with pytest.raises(UsageError, match="no set 'bolq'.*Did you mean 'boolq'"):
         project.evaluation.main([str(tmp_path), '--only', 'bolq'])
-    with pytest.raises(MissingFileError, match='no work directory of train.py'):
+    with pytest.raises(MissingFileError, match='not a work directory of train.py'):
         project.evaluation.main([str(tmp_path)])
     (tmp_path / 'boolq').mkdir()
     item = dict(instruction='', input='', output='', answer='yes')

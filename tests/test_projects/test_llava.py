@@ -341,5 +341,5 @@ def test_what_is_missing_is_named(project, material, tmp_path):
         project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
     with pytest.raises(UsageError, match='batch_size=6 is not a multiple of the 4'):
         project.training.main(arguments(material, 'batch_size=6'))
-    with pytest.raises(MissingFileError, match='no work directory of train.py'):
+    with pytest.raises(MissingFileError, match='not a work directory of train.py'):
         project.evaluation.main([str(tmp_path)])
