@@ -4,7 +4,8 @@
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
 # Variables: METHOD (a file of configs/_base_/methods), TASK (coco, ade20k, dota,
-# classification) and DATA (digits, photos) choose what the demo runs, DEMO_ARGS is passed on to it, TEST_ARGS to pytest;
+# classification, internvit) and DATA (digits, photos) choose what the demo runs, DEMO_ARGS is
+# passed on to it, TEST_ARGS to pytest;
 # PYTHON (3.10 to 3.12), VENV, PIP_FIND_LINKS and MAX_JOBS steer the installation (see
 # requirements/install.sh).
 

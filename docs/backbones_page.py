@@ -95,7 +95,7 @@ def row(name: str) -> str:
 def table(plain: bool) -> str:
     """The plain transformers, or the pyramids."""
     names = [name for name, arguments in BACKBONES.items() if ('out_indices' in arguments) == plain]
-    columns = ['timm name', 'beside it', 'licence', 'mean', 'std', 'channels', 'parameters']
+    columns = ['timm name', 'extra arguments', 'licence', 'mean', 'std', 'channels', 'parameters']
     columns += [f'GiB, {memory}' for memory in MEMORY]
     head = f'| {" | ".join(columns)} |\n|{"---|" * len(columns)}'
     return '\n'.join([head, *map(row, names)])

@@ -125,7 +125,7 @@ def spans(study: Study) -> str:
 
 
 def advice(study: Study) -> str:
-    """What is level with the best, fewest parameters first."""
+    """What is not shown to be below the best, fewest parameters first."""
     below = below_best(study.scores)
     level = [below[0].worse, *(d.better for d in below if d.verdict != 'lower')]
     level.sort(key=lambda name: study.parameters[name])

@@ -27,7 +27,7 @@ def build_method(cfg: Any, registry: Registry, *args, **kwargs) -> Any:
     """Build a method from ``dict(type=..., ...)``; a method is returned as it is.
 
     Raises:
-        UsageError: The config is no dict with a ``type``, no method has the
+        UsageError: The config is not a dict with a ``type``, no method has the
             name, or an argument is unknown to the method or wrong.
     """
     if not isinstance(cfg, dict) and hasattr(cfg, 'apply'):

@@ -24,7 +24,7 @@ find_python() {
         "$candidate" -c 'import ensurepip, sys, venv
 sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$candidate" && return
     done
-    die "${PYTHON:-none of python3.11, python3.12, python3.10 and python3} is no Python" \
+    die "${PYTHON:-none of python3.11, python3.12, python3.10 and python3} is not a Python" \
         "3.10 to 3.12 with its venv module. Install one (on Debian and Ubuntu:" \
         "apt install python3-venv python3-dev) or name one: make install PYTHON=/path/to/python3.11"
 }

@@ -211,7 +211,7 @@ def test_install_names_a_python_that_does_not_do(tmp_path):
         env={'PYTHON': '/bin/false', 'PATH': '/usr/bin:/bin'},
     )
     assert done.returncode != 0
-    assert '/bin/false is no Python' in done.stderr and 'PYTHON=' in done.stderr
+    assert '/bin/false is not a Python' in done.stderr and 'PYTHON=' in done.stderr
     assert not (tmp_path / 'venv').exists()
 
 

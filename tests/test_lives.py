@@ -799,6 +799,6 @@ def test_a_second_reversible_merge_does_not_lose_the_first_base(method):
     randomize(model)
     mmpeft.merge(model, reversible=True)
     mmpeft.inject(model, dict(type=method), dict(module='1'))
-    with pytest.raises(UsageError, match='merged reversibly already'):
+    with pytest.raises(UsageError, match='already reversibly merged'):
         mmpeft.merge(model, reversible=True)
     assert torch.equal(mmpeft.remove(model)[0].weight, weight)

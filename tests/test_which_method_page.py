@@ -77,6 +77,22 @@ def test_p_values_of_orderings_are_corrected_for_their_number(tool, study):
     assert found() == pytest.approx(2 * alone, abs=0.0015)
 
 
+@pytest.mark.parametrize(
+    'better, sentence',
+    [
+        ('flora', 'is below LoRA on three of the four tasks above. On photos no difference'),
+        ('liera', 'LieRA is below LoRA on the photo scenes'),
+    ],
+)
+def test_sentences_agree_with_the_table(better, sentence):
+    page = (ROOT / 'docs/which_method.md').read_text()
+    rows = [line.split(' | ') for line in page.splitlines() if f'| {better} over lora |' in line]
+    below = {row[2].split('_')[0].split()[0] for row in rows if row[-1] == 'lower |'}
+    assert len(rows) == 4 and sentence in ' '.join(page.split())
+    others = {'digits', 'fashion', 'sentiment'}
+    assert below == (others if better == 'flora' else {'photos'})
+
+
 def test_costs_are_ratios_of_one_run(tool):
     head, _, frozen, *rows = tool.costs().splitlines()
     assert head.count('H100') == 3 and head.count('CPU') >= 3

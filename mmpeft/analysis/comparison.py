@@ -193,8 +193,8 @@ def _instances(images):
     found = [
         Difference(name, count / max(total, 1), None, f'{count} of {total} instances', share)
         for name, count, share in (
-            ('instances without pair', unpaired, DECISIONS),
-            ('another of equal score', tied, TIES),
+            ('unmatched instances', unpaired, DECISIONS),
+            ('equal-score replacements', tied, TIES),
         )
     ]
     found.append(quantity('corners of boxes', boxes, heads=True, rows=True))

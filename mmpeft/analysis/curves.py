@@ -104,7 +104,9 @@ def draw_curves(found: Sequence[Point], score: str, title: str = '') -> Figure:
     axis = next(iter(found[0].values))
     numbers = [point.values[axis] for point in found]
     if not all(isinstance(value, int | float) for value in numbers):
-        raise UsageError(f'{axis}={numbers[0]!r} is no number, so that no curve is drawn over it.')
+        raise UsageError(
+            f'{axis}={numbers[0]!r} is not a number, so no curve can be drawn over it.'
+        )
     lines = defaultdict(list)
     for point in sorted(found, key=lambda point: point.values[axis]):
         rest = [f'{key}={value}' for key, value in point.values.items() if key != axis]

@@ -105,9 +105,9 @@ def adapted_weights(model: nn.Module) -> dict[str, list[Site]]:
     if not found:
         methods = ' and '.join(sorted({type(site.method).__name__ for site in sites}))
         raise UsageError(
-            f'{methods} changes activations, so that there is no update of a weight.'
+            f'{methods} changes activations, so there is no update of a weight.'
             if methods
-            else 'The model has no adapters, so that there is no update of a weight: it is plain, '
+            else 'The model has no adapters, so there is no update of a weight: it is plain, '
             'merged, or its weights train themselves.'
         )
     return {chains[0][0].name: chains[0] for chains in found}

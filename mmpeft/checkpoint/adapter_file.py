@@ -136,7 +136,7 @@ def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         (legacy.check_former if former else check_manifest)(manifest)
     except (UsageError, RecursionError) as error:
         raise UsageError(
-            f'{source} is no adapter that this mmpeft can load. {_short(error)}'
+            f'{source} is not an adapter that this version of mmpeft can load. {_short(error)}'
         ) from error
     if not former and stored is None:  # mmpeft 0.2 alone wrote none
         raise DamagedFileError(f'{source} is damaged: it has no checksum. Give an intact copy.')

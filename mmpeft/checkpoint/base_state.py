@@ -30,9 +30,9 @@ QUANTIZER = (
 def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Load a state dict of the plain model into the base of an adapted one, in place.
 
-    All that is no adapter is loaded, heads included. Adapters stay as they are, also in what a
-    method took from the weights that it started from (DoRA's norms, singular vectors): load a
-    base before :func:`mmpeft.inject` where you can.
+    Everything that is not an adapter is loaded, heads included. Adapters stay as they are, also in
+    what a method took from the weights that it started from (DoRA's norms, singular vectors): load
+    a base before :func:`mmpeft.inject` where you can.
 
     Args:
         model: After :func:`mmpeft.inject`, or plain.

@@ -113,5 +113,5 @@ def _is_of(value, kind) -> bool:
 def _number(text):
     """A finite number from its text."""
     if len(text) > 400 or not math.isfinite(value := float(text)):
-        raise ValueError(f'{shorten(text)} is no finite number')
+        raise ValueError(f'{shorten(text)} is not a finite number')
     return int(text) if text.lstrip('-').isdigit() else value

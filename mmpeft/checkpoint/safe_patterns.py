@@ -24,7 +24,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     """Refuse patterns that are invalid or may be slow.
 
     Raises:
-        UsageError: One is not a regular expression, or not certain to be fast.
+        UsageError: One is not a valid regular expression, or not certain to be fast.
     """
     steps = 0
     for pattern in sorted(set(patterns)):
@@ -32,7 +32,9 @@ def check_patterns(patterns: Iterable[str]) -> None:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise UsageError(f'{pattern[:80]!r} is no regular expression: {error}.') from error
+                raise UsageError(
+                    f'{pattern[:80]!r} is not a valid regular expression: {error}.'
+                ) from error
         steps += _steps(pattern)
         if steps > MOST_STEPS:
             raise UsageError(

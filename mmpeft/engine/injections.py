@@ -62,7 +62,7 @@ def injections(
         if sensitivity and getattr(built, 'budget', None) is not None:
             found[-1]['sensitivity'] = sensitivity
     if not has_type(sensitivity, int) or sensitivity < 0:
-        raise UsageError(f'sensitivity={sensitivity!r} is no number of batches, such as 8.')
+        raise UsageError(f'sensitivity={sensitivity!r} is not a number of batches, such as 8.')
     if sensitivity and not any('sensitivity' in each for each in found):
         raise UsageError(
             f'sensitivity={sensitivity} distributes the budget of a method, and no method has one. '

@@ -67,7 +67,7 @@ def heights_of(backbone: nn.Module) -> dict[str, int]:
         depths = {name: backbone.get_layer_depth(name, prefix='') for name in names}
         return {name: total - 1 - depth for name, (depth, total) in depths.items()}
     found = {name: _containers(name) for name in names}
-    deepest = max(map(_numbers, found.values()), default=0)  # stages.0 is no block, stages.0.1 is
+    deepest = max(map(_numbers, found.values()), default=0)  # stages.0.1 is a block
     block = {name: path for name, path in found.items() if _numbers(path) == deepest > 0}
     order = {path: i for i, path in enumerate(dict.fromkeys(block.values()))}
     heights, following = {}, 0

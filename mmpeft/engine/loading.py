@@ -102,7 +102,7 @@ def load_base(
         own weights.
 
     Raises:
-        UsageError: A file does not exist, is no checkpoint, or lacks a part of
+        UsageError: A file does not exist, is not a checkpoint, or lacks a part of
             the model.
     """
     manifest = source and source.manifest

@@ -107,7 +107,7 @@ def _value(node):
     if isinstance(node, ast.Call):
         plain = isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args
         if not plain or any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError(f'{ast.unparse(node)} is no dict of arguments')
+            raise ValueError(f'{ast.unparse(node)} is not a dict of arguments')
         return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
         return {_value(k): _value(v) for k, v in zip(node.keys, node.values, strict=True)}

@@ -21,7 +21,7 @@ def pending_source(runner: Runner) -> Source | None:
     Where the Runner is to find the newest, it is found here and set.
 
     Raises:
-        UsageError: A file does not exist or is no checkpoint, or all that there
+        UsageError: A file does not exist or is not a checkpoint, or all that there
             are are damaged.
     """
     if runner._has_loaded:

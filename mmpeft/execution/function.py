@@ -16,7 +16,7 @@ from .recompute import restored, saved_or_recomputed
 class FastFunction:
     """y = f(x, *tensors), with its gradients.
 
-    A subclass is a dataclass of the arguments that are no tensors. It defines three functions,
+    A subclass is a dataclass of the arguments that are not tensors. It defines three functions,
     which run outside autocast:
 
     ``forward(x, *tensors)`` returns y and a tuple of tensors to save besides the arguments. The

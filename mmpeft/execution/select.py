@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
 
 
 def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
-    """The fastest kernel for a layer and an input; None where torch builds the weight as usual.
+    """The kernel for a layer and an input; None where torch builds the weight as usual.
 
     Args:
         layer: Enabled, and with one adapter on its weight.

@@ -159,9 +159,9 @@ def _check_adapters(model, used):
         module = site.layer.get_submodule(site.spec.ends[-1] if site.spec.ends else '')
         if used.intersection(map(id, own_parameters(module))):
             raise TrainingError(
-                f'{type(site.method).__name__} at {site.path!r} took no part in the first forward '
-                'pass, although a weight of this module did: the network reads the weight '
-                'and never calls the module, so that the adapter would not train. Leave it out '
+                f'{type(site.method).__name__} at {site.path!r} never ran in the first forward '
+                "pass: the network reads this module's weight without calling it, so the adapter "
+                'would not train. Leave it out '
                 f'with targets=dict(exclude={site.path!r}), or take a method on weights, such as '
                 'LoRA.'
             )

@@ -60,11 +60,11 @@ def inject(
             methods start from. The default scale of a Lie update follows from the present
             weights: to load a state dict over other weights, pass ``model.peft[0].method``
             of the model that it came from.
-        execution: ``'auto'`` takes for each layer the fastest kernel that
-            computes the same; ``'merged'`` and ``'branch'`` put thin updates
-            into the weight, or beside the layer; ``'composed'`` beside it by
-            torch's layers alone, which takes least of the host and keeps each
-            layer's input; ``'plain'`` builds weights as torch's parametrize
+        execution: ``'auto'`` computes each layer by the kernel that is expected to move the
+            least memory; on a GPU, ``'composed'`` and ``'plain'`` are often faster. ``'merged'``
+            puts thin updates into the weight, ``'branch'`` beside the layer. ``'composed'`` puts
+            them beside the layer by torch's own layers, which needs fewer calls from Python and
+            keeps each layer's input; ``'plain'`` builds weights as torch's parametrize
             does and leaves frozen layers unchanged.
         memory: What the target module keeps for backward. ``'speed'``: what it needs, each map
             once; ``'balanced'``: that without the inputs of GELU and SiLU, so that the products
@@ -83,8 +83,9 @@ def inject(
             does not fit, an argument is unknown, prompts and a method that convolves an image's
             tokens would meet in a block, the target has weights in few bits
             of other libraries than torchao and bitsandbytes, in formats that quantize inputs
-            too, or without a shape so far, or the model is sharded or wrapped for DDP already. It
-            is unchanged.
+            too, or without a shape so far, or the model is sharded or wrapped for DDP already. The
+            model is unchanged, except that 4-bit layers of bitsandbytes may have become
+            ``nn.Linear`` with equal values.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -190,7 +191,7 @@ def _check_trainable(method, root, trained, frozen_dtype):
     for name in trained:
         if name in rounded:
             raise UsageError(
-                f'{name} is stored in few bits ({own[name].format}), so it cannot train itself. '
+                f'{name} is stored in few bits ({own[name].format}), so it cannot be trained. '
                 'Adapt it, or load the model without quantization.'
             )
 
@@ -209,9 +210,9 @@ def _warn_unknown(summary):
         largest = sorted(summary.unknown, key=summary.unknown.get, reverse=True)[:3]
         warnings.warn(
             f'{summary.unknown_share:.0%} of the parameters in {summary.module or "the model"!r} '
-            f'belong to no layer that is known ({", ".join(largest)}; the summary lists them all), '
-            'stay frozen and are not adapted. Let them train themselves with unfreeze, or leave '
-            'them as they are and filter this warning.',
+            f'belong to unsupported layers ({", ".join(largest)}; the summary lists them all) and '
+            'stay frozen. Let them train directly with unfreeze, or leave them as they are and '
+            'filter this warning.',
             stacklevel=4,
         )
 

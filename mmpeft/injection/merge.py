@@ -85,9 +85,9 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
     records, earlier = getattr(model, 'peft', []), model.__dict__.get(MERGED)
     if reversible and earlier is not None and (sites or records):
         raise UsageError(
-            'This model was merged reversibly already, and adapted again since. Write '
-            'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to have the first '
-            'base back.'
+            'This model is already reversibly merged and has new adapters. Write '
+            'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to restore the first '
+            'base.'
         )
     weights = chains_by_weight(sites)
     untied = _configs_to_untie(model, weights)

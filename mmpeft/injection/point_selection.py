@@ -50,7 +50,7 @@ def points_for(
         if missing in method.kinds and missing in (kinds or method.kinds):
             warnings.warn(
                 f'{network} has {there}, such as {path!r}, where no {missing} '
-                f'({POINT_DESCRIPTIONS[missing]}) was found, so that {name} adapts none there. '
+                f'({POINT_DESCRIPTIONS[missing]}) was found, so {name} skips them. '
                 + _name_modules(missing),
                 stacklevel=6,
             )
@@ -68,8 +68,8 @@ def _warn_of_undivided(search, points, name):
     if paths:
         warnings.warn(
             f'{len(paths)} blocks with attention, such as {paths[0]!r}, do not have exactly two '
-            f'norms of their own, so that the place between attention and MLP is unknown: {name} '
-            'acts at their ends alone. Leave such blocks out with targets.exclude, or filter this '
+            f'norms of their own, so the place between attention and MLP is unknown: {name} '
+            'acts only at their ends. Leave such blocks out with targets.exclude, or filter this '
             'warning.',
             stacklevel=7,
         )

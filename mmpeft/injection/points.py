@@ -56,7 +56,7 @@ def point_at(module: nn.Module, kind: str) -> InsertionPoint:
     elif not specs:
         reason = 'it holds no linear layer, convolution or norm that tells its number of channels'
     elif kind in ('layer', 'border') and not layer_spec(module):
-        reason = 'it is no linear layer or convolution'
+        reason = 'it is not a linear layer or convolution'
     elif kind == 'border' and not is_bordered(module):
         reason = 'its kernel must be odd, its stride 1, and its padding zeros'
     elif kind in ('mlp', 'tokens') and width_in != width_out:
@@ -82,8 +82,8 @@ def restore_point(module: nn.Module, data: dict) -> InsertionPoint:
     known = {path for path, _ in layers(module)}.issuperset(ends) and len(ends) in (0, 2)
     if not kind or not fits or not known:
         raise UsageError(
-            f'{type(module).__name__} is no insertion point of kind {kind!r}, shape {tuple(shape)} '
-            f'(output and input channels) and layers {ends}.'
+            f'{type(module).__name__} is not an insertion point of kind {kind!r}, shape '
+            f'{tuple(shape)} (output and input channels) and layers {ends}.'
         )
     point = make_point(kind, module, shape, data['axis'], ends, data['numel'])
     return replace(point, first=data['first'])
@@ -108,7 +108,7 @@ def is_spatial_depthwise(spec: WeightSpec) -> bool:
 def mlp_ends(specs: dict[str, WeightSpec]) -> tuple[str, ...]:
     """First and last of layers d -> h -> d with h >= d, or gated, with 2 h in one layer or two.
 
-    Depthwise convolutions may be among them. Layers that are no MLP have no ends.
+    Depthwise convolutions may be among them. Layers that are not an MLP have no ends.
     """
     own = {path: spec for path, spec in specs.items() if not is_spatial_depthwise(spec)}
     if len(own) not in (2, 3) or not all(spec.is_matrix for spec in own.values()):

@@ -27,8 +27,8 @@ def check_prompts(model: nn.Module, sites: Sequence[Site]) -> None:
             if is_below(site.path, [path]):
                 one, other = type(block.method).__name__, type(site.method).__name__
                 raise UsageError(
-                    f'{one} puts prompts among the tokens of {path!r}, and {other} convolves the '
-                    f'map that they are at {site.path!r}, so that it would take prompts for class '
-                    'tokens. Adapt other blocks with one of them (targets.include, '
+                    f'{one} puts prompts among the tokens of {path!r}, and {other} treats them as '
+                    f'image patches at {site.path!r}, so it would take prompts for class tokens. '
+                    'Adapt other blocks with one of them (targets.include, '
                     'targets.exclude), or leave one out.'
                 )

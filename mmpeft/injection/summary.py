@@ -90,7 +90,7 @@ class Summary:
             + ''.join(f'\n  {n} x {method}' for method, n in methods.most_common()),
             f'skipped: {skipped}',
             *(
-                f'of no known layer, not adapted: {name}, {size:,} = {size / self.base:.2%}'
+                f'of unsupported layers, not adapted: {name}, {size:,} = {size / self.base:.2%}'
                 for name, size in self.unknown.items()
             ),
             f'adapters {self.adapters:,} + unfrozen {self.unfrozen:,} '

@@ -69,7 +69,7 @@ class Targets:
             try:
                 re.compile(pattern)
             except re.error as error:
-                message = f'targets: {pattern!r} is not a regular expression: {error}.'
+                message = f'targets: {pattern!r} is not a valid regular expression: {error}.'
                 raise UsageError(message) from error
 
     @classmethod
@@ -103,8 +103,9 @@ def select(
         model: With adapters or without.
         method: With the arguments that hold where no override does.
         targets: Of this method.
-        found: From what: paths of layers, layers, names of weights ('' for activations), roles.
-            From all that the method is defined on and that is not newly initialized if None.
+        found: Candidates to choose from, as (path, layer, tensor name, role); the name is '' for
+            activations. If None, all that the method is defined on and that is not newly
+            initialized.
 
     Raises:
         UsageError: Nothing is selected, or ties in part alone, a pattern matches nothing

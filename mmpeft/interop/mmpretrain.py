@@ -33,7 +33,7 @@ def mmpretrain_convnext(
         prefix: Of the backbone's keys there.
 
     Raises:
-        UsageError: The backbone is no ConvNeXt with output norms.
+        UsageError: The backbone is not a ConvNeXt with output norms.
     """
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     indices = tuple(backbone.get('out_indices', (0, 1, 2, 3)))
@@ -41,7 +41,7 @@ def mmpretrain_convnext(
     depths = Counter(int(match[1]) for match in found if match)
     if not depths or any(f'norm{i}.weight' not in own for i in indices):
         raise UsageError(
-            f'The backbone {backbone.get("name", backbone.get("type"))!r} is no ConvNeXt with '
+            f'The backbone {backbone.get("name", backbone.get("type"))!r} is not a ConvNeXt with '
             'output norms, and has no equal in mmpretrain. Merge without --backbone mmpretrain.'
         )
     stages, first = sorted(depths), 'model.stages_0.blocks.0.'

@@ -87,5 +87,5 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     except (ValueError, RecursionError, SafetensorError) as error:
         raise DamagedFileError(f'{str(folder)!r} is damaged: {error}.') from error
     if not isinstance(config, dict):
-        raise UsageError(f'{str(folder / CONFIG)!r} is no config of peft.')
+        raise UsageError(f'{str(folder / CONFIG)!r} is not a config of peft.')
     return config, state

@@ -96,11 +96,13 @@ def _check_config(config, inference):
         )
     modules = config.get('modules_to_save') or []
     if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
-        raise UsageError(f"modules_to_save={modules!r} in the folder's config is no list of names.")
+        raise UsageError(
+            f"modules_to_save={modules!r} in the folder's config is not a list of names."
+        )
     for key in ('rank_pattern', 'alpha_pattern'):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            raise UsageError(f"{key}={patterns!r} in the folder's config is no dict.")
+            raise UsageError(f"{key}={patterns!r} in the folder's config is not a dict.")
         check_patterns(patterns)
     init = config.get('init_lora_weights', True)
     if init not in KEEPS_BASE:
@@ -174,7 +176,9 @@ def _method(config, path):
     alpha = _looked_up(config.get('alpha_pattern'), path, config.get('lora_alpha', 8))
     is_number = isinstance(alpha, int | float) and math.isfinite(alpha)
     if not isinstance(rank, int) or rank < 1 or not is_number:
-        raise UsageError(f"r={rank!r} or lora_alpha={alpha!r} in the folder's config is no number.")
+        raise UsageError(
+            f"r={rank!r} or lora_alpha={alpha!r} in the folder's config is not a number."
+        )
     scaling = dict(alpha=alpha)
     if config.get('use_rslora'):
         scaling = dict(scale=alpha / math.sqrt(rank))

@@ -91,7 +91,7 @@ def check_layer(model: nn.Module, path: str, tensor: str, spec: WeightSpec) -> N
     own = type(layer).__name__.removeprefix('Parametrized')
     reason = None
     if kind is None or tensor != 'weight':
-        reason = 'is no linear layer or convolution of torch'
+        reason = 'is not a linear layer or convolution of torch'
     elif own not in (kind.__name__, 'NonDynamicallyQuantizableLinear'):
         reason = f'belongs to a {own}, which may change its weight before use'
     elif isinstance(parent, nn.MultiheadAttention):

@@ -145,7 +145,7 @@ def training_arguments(folder: str | Path, given: Mapping, batch_size: int) -> T
     at_once = arguments.train_batch_size * arguments.world_size
     if batch_size % at_once:
         raise UsageError(
-            f'batch_size={batch_size} is no multiple of the {at_once} examples that '
+            f'batch_size={batch_size} is not a multiple of the {at_once} examples that '
             f'{arguments.world_size} processes take at once. Set training.'
             'per_device_train_batch_size to another divisor.'
         )

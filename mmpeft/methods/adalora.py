@@ -94,7 +94,7 @@ class AdaLoRA(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(P diag(λ) Q), the least important λ zeroed',
-        suits='Where it is not known which layers need rank; takes a schedule to be set.',
+        suits='When you do not know which layers need rank; needs a schedule.',
     )
 
     init_rank: int | None = None

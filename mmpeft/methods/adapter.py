@@ -102,7 +102,7 @@ class Adapter(nn.Module):
         if SHARDED in self.__dict__ and self.dtype.itemsize < 4:
             warnings.warn(
                 f'The factors of adapters are computed in {self.dtype}, to which FSDP casts all '
-                'that it shards together, so that small updates are rounded away. With fully_shard '
+                'that it shards together, so small updates are rounded away. With fully_shard '
                 'call mmpeft.training.sharding.shard_adapters(block) before fully_shard(block), '
                 'which keeps them as they are; FullyShardedDataParallel has no such choice but to '
                 'leave out param_dtype.',
@@ -129,7 +129,7 @@ class Adapter(nn.Module):
             if not self.allocated:
                 warnings.warn(
                     f'{type(self.method).__name__} decides during training which parameters it '
-                    'keeps, and nothing has asked it to: after the optimizer is built, write '
+                    'keeps, but no allocator is running: after the optimizer is built, write '
                     'monitor = mmpeft.monitor(model, optimizer, steps=...) or mmpeft.allocate.',
                     stacklevel=2,
                 )

@@ -62,7 +62,7 @@ class SSL(ChannelScaling):
     card = Card(
         family='reconstruction',
         formula='W D₂, D₂ = 1 + diag(d₂)',
-        suits='The smallest budgets on layers that widen; half of IA3 where it was published.',
+        suits="The smallest budgets on layers that widen; half of IA3's parameters in the paper.",
     )
 
     sides = ('in',)

@@ -71,7 +71,7 @@ class DeltaMethod(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, 'dropout', 0 <= self.dropout < 1, 'is no probability below 1.')
+        require(self, 'dropout', 0 <= self.dropout < 1, 'must be at least 0 and below 1.')
         if self.scale == AUTO and type(self).first_step is DeltaMethod.first_step:
             raise UsageError(
                 f"{type(self).__name__}: scale='auto' is derived for LoRA, LieRA and FLoRA alone. "

@@ -81,7 +81,7 @@ class DiffPruning(Method):
     card = Card(
         family='reconstruction',
         formula='W + z ⊙ Δ, hard-concrete gates z',
-        suits='Sparse changes where memory is no concern: it trains more than full fine-tuning.',
+        suits='Sparse changes where memory is not a concern: it trains more than full fine-tuning.',
     )
 
     renamed = {'share': 'density'}

@@ -99,7 +99,7 @@ class DiTASK(DeltaMethod):
     card = Card(
         family='reconstruction',
         formula='U Σ(φ) Vᵀ, φ a diffeomorphism of the places of singular values',
-        suits='Budgets of some thirty numbers a weight; stays within the pretrained spectrum.',
+        suits='Budgets of about thirty numbers per weight; stays within the pretrained spectrum.',
     )
 
     cells: int = 32

@@ -28,7 +28,7 @@ class DoRA(LoRA):
     card = Card(
         family='combination',
         formula='m · V / ‖V‖ by output channel, V = W + s · B A',
-        suits='Low ranks, where LoRA falls short; takes more time a step.',
+        suits='Low ranks, where LoRA falls short; takes more time per step.',
     )
 
     detach_norm: bool = False

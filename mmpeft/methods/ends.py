@@ -1,4 +1,4 @@
-"""The ends that all methods lie between: nothing trains, or everything."""
+"""The two baselines: nothing in the backbone trains, or everything."""
 
 from .base import Card, Method, register
 
@@ -10,7 +10,7 @@ class Frozen(Method):
     card = Card(
         family='ends',
         formula='W',
-        suits='The floor to compare with: neck and heads alone train.',
+        suits='The lower baseline: only neck and heads train.',
     )
 
     adapts = False
@@ -26,7 +26,7 @@ class Full(Frozen):
     card = Card(
         family='ends',
         formula='W',
-        suits='The ceiling to compare with, and plenty of data.',
+        suits='The upper baseline, and plenty of data.',
     )
 
     trains_base = True

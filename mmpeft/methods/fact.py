@@ -43,7 +43,7 @@ class FacT(Ranked, DeltaMethod):
     card = Card(
         family='extension',
         formula='Wₗ + s · U Gₗ Vᵀ, or s · U (C ×₃ Pₗ) Vᵀ; U, V and C shared',
-        suits='Transformers of one width, where a further weight adds its small core alone.',
+        suits='Transformers of one width, where each additional weight adds only a small core.',
     )
 
     rank: int = 16

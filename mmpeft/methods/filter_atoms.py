@@ -31,7 +31,7 @@ class FilterAtoms(Method):
     card = Card(
         family='reconstruction',
         formula='W + W M on the axes of the kernel',
-        suits='Convolutional networks and tiny budgets: K² numbers a layer of K positions.',
+        suits='Convolutional networks and tiny budgets: K² numbers for a layer of K positions.',
     )
 
     block: int = 4

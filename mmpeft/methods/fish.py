@@ -37,7 +37,7 @@ class FISH(SparseMethod):
     card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
-        suits='Exact control of how many weights change; the first steps choose and do not train.',
+        suits='Exact control of how many weights change; the first steps choose and train nothing.',
     )
 
     samples: int = 16

@@ -55,7 +55,8 @@ class LoHa(KernelRankMethod):
     card = Card(
         family='extension',
         formula='W + s · (B₁A₁) ∗ (B₂A₂)',
-        suits='Updates of high rank from few parameters: rank r² for those of a LoRA of 2 r.',
+        suits='High-rank updates from few parameters: rank r² with the parameters of LoRA at rank '
+        '2r.',
     )
 
     def sides(self, spec: WeightSpec) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class LoKr(KernelRankMethod):
     card = Card(
         family='extension',
         formula='W + s · C ⊗ (B A)',
-        suits='Small adapter files: on wide layers a tenth of what LoRA of the same rank takes.',
+        suits="Small adapter files: on wide layers a tenth of LoRA's at the same rank.",
     )
 
     factor: int = -1

@@ -32,7 +32,7 @@ class LoTR(Ranked, DeltaMethod):
     card = Card(
         family='extension',
         formula='Wₗ + s · Gₗ ×₁A ×₂B, A and B shared by all weights of a shape',
-        suits='Deep networks of equal blocks: a further block adds its cores alone.',
+        suits='Deep networks of equal blocks: each additional block adds only its cores.',
     )
 
     tied = ('lotr_A', 'lotr_B')

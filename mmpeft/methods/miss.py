@@ -32,7 +32,7 @@ class MiSS(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(D [I I … I])',
-        suits='LoRA with one factor to train: half of its parameters on a square weight.',
+        suits='LoRA with only one trained factor: half of its parameters on a square weight.',
     )
 
     tied = ('shards',)

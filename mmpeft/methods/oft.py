@@ -1,4 +1,4 @@
-"""OFT and BOFT: rotations of what each output reads (arXiv:2306.07280, 2311.06243).
+"""OFT and BOFT: rotations within blocks of input channels (arXiv:2306.07280, 2311.06243).
 
     W' = W R^T,   R = (I - Q) (I + Q)^-1,   Q = -Q^T          OFT, Eq. 2 and Section 3.3
     W' = s W (R_m ... R_1)^T                                  BOFT, Section 4
@@ -83,7 +83,7 @@ class OFT(Method):
     card = Card(
         family='extension',
         formula='W Rᵀ, R block-diagonal rotations',
-        suits='Keeping the angles between neurons, as in generation; takes more time a step.',
+        suits='Keeping the angles between neurons, as in image generation; more time per step.',
     )
 
     block_size: int = 32
@@ -120,7 +120,7 @@ class BOFT(OFT):
     card = Card(
         family='extension',
         formula='s W (Rₘ ⋯ R₁)ᵀ, R block-diagonal rotations in the order of a butterfly',
-        suits='Dense rotations of few numbers; takes the more time the more factors it has.',
+        suits='Dense rotations with few parameters; time grows with the number of factors.',
     )
 
     block_size: int = 8

@@ -108,7 +108,7 @@ class MiLoRA(SingularLoRA):
     card = Card(
         family='extension',
         formula='W + s · (B A − B₀ A₀)',
-        suits='Keeping what was learnt: the directions that the weight uses least train.',
+        suits='Keeping what was learnt: only the directions that the weight uses least train.',
     )
 
     def triplets(self, matrix, rank):

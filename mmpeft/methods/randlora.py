@@ -51,7 +51,7 @@ class RandLoRA(Ranked, DeltaMethod):
     card = Card(
         family='extension',
         formula='W + s · Σⱼ Bⱼ Λⱼ A Γⱼ',
-        suits='Updates of full rank at the parameters of a low-rank one; takes more time a step.',
+        suits='Updates of full rank at the parameters of a low-rank one; takes more time per step.',
     )
 
     default_scale = 20.0

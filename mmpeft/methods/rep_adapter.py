@@ -29,7 +29,7 @@ from .spec import WeightSpec
 class RepAdapter(Ranked):
     """A bottleneck of ``rank`` r before each layer; ``scale`` is s, ``groups`` g.
 
-    r is capped by n. Where one of them is no multiple of g there is one block.
+    r is capped by n. Where one of them is not a multiple of g, there is one block.
     """
 
     card = Card(

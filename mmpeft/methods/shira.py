@@ -24,7 +24,7 @@ class SHiRA(SparseMethod):
     card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
-        suits='Adapters that are switched fast or added to each other, of high rank.',
+        suits='Adapters to switch quickly or add together, with high-rank updates.',
     )
 
     density: float = 0.01

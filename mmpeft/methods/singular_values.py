@@ -34,7 +34,8 @@ class SAMPARSER(DeltaMethod):
     card = Card(
         family='reconstruction',
         formula='U (Σ + s · D) Vᵀ',
-        suits='Comparison: the weakest published, as its directions stay the pretrained ones.',
+        suits='Comparison: the weakest of the published methods, because it keeps the pretrained '
+        'directions.',
     )
 
     rank: int | None = None
@@ -70,7 +71,7 @@ class SVDiff(SAMPARSER):
     card = Card(
         family='combination',
         formula='U relu(Σ + s · D) Vᵀ',
-        suits='Few examples: the directions of the pretrained weight are kept.',
+        suits='Few examples: it keeps the directions of the pretrained weight.',
     )
 
     def __post_init__(self):

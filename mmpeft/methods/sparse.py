@@ -76,7 +76,7 @@ class PaFi(SparseMethod):
     card = Card(
         family='reconstruction',
         formula='W + v at k fixed entries',
-        suits='A sparse change without a look at the data, with one mask for all tasks.',
+        suits='A sparse change chosen without data, with one mask for all tasks.',
     )
 
     def scores(self, weight):

@@ -142,7 +142,7 @@ class InsertionPoint:
         numel: Parameters of the module, or of the block whose residual branch it ends.
         first: Whether it is the first of its kind in the network.
         ends: Empty, or the paths below the module of two layers whose input and output are meant:
-            the module has an MLP, say, that is no module of its own. Of a ``'block'`` with
+            the module has an MLP, say, that is not a module of its own. Of a ``'block'`` with
             attention, the norm before its MLP, which gets what lies between the two, and the
             first layer of the MLP.
         layer: The role of the weight, if the point is a ``'layer'``.

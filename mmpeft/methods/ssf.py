@@ -20,7 +20,7 @@ class SSF(Method):
     card = Card(
         family='reconstruction',
         formula='D W and D b + Δb, D = 1 + diag(d)',
-        suits='Small budgets on networks with norms and biases, which it moves too.',
+        suits='Small budgets on networks with norms and biases, which it changes too.',
     )
 
     kinds = ('conv', 'linear', 'norm')

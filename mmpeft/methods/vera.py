@@ -53,7 +53,7 @@ class VeRA(MatrixMethod):
     card = Card(
         family='extension',
         formula='W + s · reshape(diag(b) B diag(d) A)',
-        suits='The smallest adapter files: rows + rank numbers a weight.',
+        suits='The smallest adapter files: rows + rank numbers per weight.',
     )
 
     tied = ('vera_A', 'vera_B')

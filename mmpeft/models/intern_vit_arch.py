@@ -43,10 +43,12 @@ class Architecture:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise UsageError(f'InternViT: width={self.width} is no multiple of heads={self.heads}.')
+            raise UsageError(
+                f'InternViT: width={self.width} is not a multiple of heads={self.heads}.'
+            )
         if self.image_size % self.patch_size:
             raise UsageError(
-                f'InternViT: image_size={self.image_size} is no multiple of '
+                f'InternViT: image_size={self.image_size} is not a multiple of '
                 f'patch_size={self.patch_size}.'
             )
         if self.norm not in NORMS:

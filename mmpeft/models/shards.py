@@ -10,7 +10,7 @@ def shards_of(index: Path) -> list[Path]:
     """The files beside an index of transformers (``*.index.json``) that it names, sorted.
 
     Raises:
-        UsageError: It is no such index.
+        UsageError: It is not such an index.
         MissingFileError: Some of the files are missing.
     """
     try:

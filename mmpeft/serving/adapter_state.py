@@ -1,4 +1,4 @@
-"""What an adapted model holds besides its base, and swapping it with what the base holds."""
+"""The difference between an adapted model and its base, and swapping the two."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

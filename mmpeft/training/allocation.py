@@ -44,7 +44,7 @@ def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> lis
 
 
 class Allocation:
-    """Calls the allocators of a model's methods before and after every optimizer step."""
+    """Handle for the running allocators of a model, called before and after each optimizer step."""
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
         self.allocators, self._optimizer = allocators, optimizer

@@ -1,4 +1,4 @@
-"""Watching a training loop: what goes wrong in it without being seen stops it or is said."""
+"""Watching a training loop: stop it, or warn, when something goes wrong silently."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -255,7 +255,7 @@ def check_optimized(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     lost = [p for p in parameters if p.requires_grad and id(p) not in optimized]
     if lost:
         raise UsageError(
-            f'{len(lost)} adapter parameters are not in the optimizer, so that they would never '
+            f'{len(lost)} adapter parameters are not in the optimizer, so they would never '
             'train. Build it after mmpeft.inject from all parameters that require a gradient. In a '
             'config, the optim_wrapper.constructor leaves them out.'
         )

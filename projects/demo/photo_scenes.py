@@ -161,7 +161,7 @@ def _is_photo_of_class(file):
 def _read(file):
     picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     if picture is None:
-        raise SystemExit(f'{file} is no picture that OpenCV reads. Remove it.')
+        raise SystemExit(f'{file} is not a picture that OpenCV can read. Remove it.')
     return picture
 
 

@@ -44,7 +44,7 @@ def test_instances_are_paired_in_any_order():
     moved = (torch.tensor(BOXES) + 0.01)[order]
     other = instances(moved, [0.8, 0.9, 0.8], [3, 1, 2], masks[order].numpy())
     rows = compared(one, other)
-    assert rows['instances without pair'].relative == 0
+    assert rows['unmatched instances'].relative == 0
     assert rows['corners of boxes'].absolute == pytest.approx(0.01, rel=1e-4)
     assert rows['corners of boxes'].relative == pytest.approx(0.01 / 10.01, rel=1e-4)
     assert rows['scores'].absolute == 0
@@ -68,7 +68,7 @@ def test_an_instance_without_its_like_is_counted(name, boxes, scores, labels):
         instances(boxes, scores, labels),
         instances(BOXES, [0.9, 0.8, 0.8], [1, 2, 3]),
     )
-    alone, tied = rows['instances without pair'], rows['another of equal score']
+    alone, tied = rows['unmatched instances'], rows['equal-score replacements']
     assert {alone.relative, tied.relative} == {0, 1 / 3}
     assert alone.exceeds(1.0) or tied.exceeds(1.0)
     assert (tied.relative > 0) == (name in ('label', 'place', 'nan'))
@@ -92,17 +92,17 @@ def test_a_tie_of_two_boxes_is_no_difference():
     kept = many(first, [0.4])
     for other in (near, far):
         assert exceeded(many(other, [0.4 + 1e-7]), kept) == set()
-        assert exceeded(many(other, [0.402]), kept) == {'instances without pair'}
+        assert exceeded(many(other, [0.402]), kept) == {'unmatched instances'}
     both = many(first + near, [0.4, 0.4])
     assert exceeded(many(near + first, [0.4, 0.4]), both) == set()
-    assert exceeded(kept, many([], [])) == {'instances without pair'}
+    assert exceeded(kept, many([], [])) == {'unmatched instances'}
 
 
 def test_boxes_that_moved_while_scores_did_not_are_no_ties():
     scores = torch.full((20,), 0.25).tolist()
     boxes = torch.rand(20, 4).add(torch.tensor([0, 0, 2, 2])).mul(100)
     wrong = exceeded(many((boxes * 1.05).tolist(), scores), many(boxes.tolist(), scores))
-    assert wrong == {'another of equal score'}
+    assert wrong == {'equal-score replacements'}
     slightly = many((boxes * (1 + 2e-4)).tolist(), scores)
     assert exceeded(slightly, many(boxes.tolist(), scores)) == {'corners of boxes'}
 
@@ -125,15 +125,15 @@ def test_no_instances_at_all():
     none = instances(torch.zeros(0, 5), [], torch.zeros(0, dtype=torch.long))
     assert not any(row.exceeds(0) for row in compared(none, none).values())
     one = instances([[5.0, 5, 4, 2, 0.1]], [0.5], [0])
-    assert compared(none, one)['instances without pair'].relative == 1
-    assert compared(one, none)['instances without pair'].relative == 1
+    assert compared(none, one)['unmatched instances'].relative == 1
+    assert compared(one, none)['unmatched instances'].relative == 1
 
 
 def test_descriptions_of_one_rotated_box_are_one():
     box = torch.tensor([[30.0, 20, 8, 3, 0.4]])
     for same in ([30, 20, 8, 3, 0.4 + math.pi], [30, 20, 3, 8, 0.4 - math.pi / 2]):
         rows = compared(instances(box, [0.5], [0]), instances([same], [0.5], [0]))
-        assert rows['instances without pair'].relative == 0
+        assert rows['unmatched instances'].relative == 0
         assert rows['corners of boxes'].absolute < 1e-5
 
 

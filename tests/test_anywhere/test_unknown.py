@@ -51,7 +51,7 @@ def test_convolutions_that_compute_their_kernel():
 
     norm = spectral_norm(nn.Conv2d(2, 2, 3))
     model = nn.Sequential(R2Conv(), Attributes(), nn.Linear(2, 2), norm)
-    with pytest.warns(UserWarning, match='belong to no layer that is known'):
+    with pytest.warns(UserWarning, match='belong to unsupported layers'):
         summary = mmpeft.inject(model, LORA)
     assert summary.unknown == {'0': 402, '1': 402, '3': 38}
     assert [row.name for row in summary.rows] == ['2.weight']

@@ -183,7 +183,7 @@ def test_adapting_what_was_merged_reversibly(model):
     randomize(model)
     with pytest.raises(UsageError, match='adapted or parametrized since'):
         mmpeft.unmerge(model)
-    with pytest.raises(UsageError, match='merged reversibly already'):
+    with pytest.raises(UsageError, match='already reversibly merged'):
         mmpeft.merge(model, reversible=True)
     x = torch.randn(2, 8, 6, 6)
     other = copy.deepcopy(model).eval()

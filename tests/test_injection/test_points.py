@@ -33,7 +33,7 @@ def test_a_point_is_restored_from_plain_data(name):
 )
 def test_data_of_another_module_is_refused(kind, module, other):
     data = point_at(module(), kind).to_dict()
-    with pytest.raises(UsageError, match=f'{type(other()).__name__} is no .* kind {kind!r}'):
+    with pytest.raises(UsageError, match=f'{type(other()).__name__} is not an .* kind {kind!r}'):
         restore_point(other(), data)
 
 
@@ -46,7 +46,7 @@ def test_data_with_layers_that_are_not_there_is_refused():
     with pytest.raises(UsageError, match="layers .'intermediate.dense', 'output.dense'"):
         restore_point(module.attention, point.to_dict())
     for change in (dict(ends=['output.dense']), dict(kinds=['linear'])):
-        with pytest.raises(UsageError, match='no insertion point'):
+        with pytest.raises(UsageError, match='not an insertion point'):
             restore_point(module, point.to_dict() | change)
 
 
@@ -88,7 +88,7 @@ def test_widths_of_a_named_module_are_those_of_its_layers(kind, module, shape, a
     [
         ('mlp', lambda: nn.ModuleList([mlp(8)]), 'ModuleList .* only lists modules'),
         ('branch', nn.ReLU, 'ReLU .* holds no linear layer, convolution or norm'),
-        ('layer', lambda: mlp(8), 'Sequential .* is no linear layer or convolution'),
+        ('layer', lambda: mlp(8), 'Sequential .* is not a linear layer or convolution'),
         ('border', lambda: nn.Conv2d(4, 4, 3), 'its padding zeros'),
         ('mlp', lambda: nn.Linear(8, 6), 'takes 8 channels and its last one returns 6'),
         ('tokens', lambda: nn.Conv2d(3, 8, 2), 'takes 3 channels and its last one returns 8'),

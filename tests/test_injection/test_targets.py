@@ -51,7 +51,7 @@ def test_targets_select(targets, expected):
         (dict(overrides={'head': dict(rnk=1)}), "no argument 'rnk'. Did you mean 'rank'"),
         (dict(kinds=['convolution']), "no kind 'convolution'.*'conv'"),
         (dict(kinds=['embedding']), 'nothing below .* is left for LoRA'),
-        (dict(include=['(']), 'not a regular expression'),
+        (dict(include=['(']), 'not a valid regular expression'),
         (dict(inclde=['x']), "no key 'inclde'. Did you mean 'include'"),
     ],
 )

@@ -334,7 +334,7 @@ EVERY_KERNEL = dict(type='LoRA', rank=1, layout='channel')
         (EVERY_KERNEL, ['dilated'], r'backbone\.dilated\.weight is of a dilated'),
         (EVERY_KERNEL, ['mirrored'], r"backbone\.mirrored\.weight .*padding_mode='reflect'"),
         (EVERY_KERNEL, ['grouped'], r'backbone\.grouped\.weight is of a grouped'),
-        (EVERY_KERNEL, ['in_proj'], r'attend\.in_proj_weight is no linear layer'),
+        (EVERY_KERNEL, ['in_proj'], r'attend\.in_proj_weight is not a linear layer'),
         (EVERY_KERNEL, ['out_proj'], r'attend\.out_proj\.weight is read directly by nn\.Multihead'),
     ],
 )
@@ -432,9 +432,9 @@ def folder(base, tmp_path):
         (dict(r='two'), "r='two'"),
         (dict(lora_alpha=float('nan')), 'lora_alpha=nan'),
         (dict(use_dora=True), 'does not fit'),
-        (dict(rank_pattern={'(': 3}), 'no regular expression'),
+        (dict(rank_pattern={'(': 3}), 'not a valid regular expression'),
         (dict(alpha_pattern=[1]), r'alpha_pattern=\[1\]'),
-        (dict(modules_to_save='final'), 'no list of names'),
+        (dict(modules_to_save='final'), 'not a list of names'),
         (dict(modules_to_save=[]), "final.bias' is neither"),
         (dict(modules_to_save=['final', 'head']), r'lacks head\.'),
     ],
@@ -459,7 +459,7 @@ FC = 'base_model.model.backbone.fc.lora_A.weight'
         (FC, torch.zeros(2, 6, dtype=torch.int64), 'torch.int64'),
         ('other.fc.lora_A.weight', torch.zeros(1), 'does not start with'),
         ('base_model.model.fcc.lora_A.weight', torch.zeros(1), "layer 'fcc'"),
-        ('base_model.model.backbone.norm.lora_A.weight', torch.zeros(1), 'no linear layer'),
+        ('base_model.model.backbone.norm.lora_A.weight', torch.zeros(1), 'not a linear layer'),
         ('base_model.model.backbone.block.lora_A.weight', torch.zeros(1), 'no weight'),
         (
             'base_model.model.backbone.block.attend.out_proj.lora_A.weight',
@@ -532,7 +532,7 @@ def test_folders_that_are_none(base, folder, tmp_path):
     weights.write_bytes(whole)
     for damaged in (b'{', b'[' * 100_000, b'\xff\xfe\x00', b'[]', b'null'):
         config.write_bytes(damaged)
-        with pytest.raises(UsageError, match='damaged|no config of peft'):
+        with pytest.raises(UsageError, match='damaged|not a config of peft'):
             load_peft(base, folder)
     config.unlink()
     with pytest.raises(FileNotFoundError, match='no adapter_config.json'):

@@ -32,7 +32,7 @@ REFUSED = [
     (dict(type='PiSSA', scale='auto'), "PiSSA: scale='auto' is derived for LoRA, LieRA and"),
     (dict(type='DoRA', scale='auto'), "DoRA: scale='auto' is derived for LoRA, LieRA and"),
     (dict(type='LoRA', scale='auto', alpha=2), 'alpha=2 and scale=auto say the same thing'),
-    (dict(type='LoRA', dropout=1.0), 'LoRA: dropout=1.0 is no probability below 1.'),
+    (dict(type='LoRA', dropout=1.0), 'LoRA: dropout=1.0 must be at least 0 and below 1.'),
     (dict(type='LoRA', alpha=4, scale=2), 'LoRA: alpha=4 and scale=2 say the same thing'),
     (
         dict(type='LoRA', layout='rows'),

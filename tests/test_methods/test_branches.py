@@ -113,7 +113,7 @@ def test_convpass_starts_with_the_identity_in_the_middle():
 
 def test_convpass_needs_a_map():
     _, model = adapted(nn.Sequential(vit().blocks), type='Convpass')
-    with pytest.raises(UsageError, match='7 tokens is no image of patches.*no convolution cut it'):
+    with pytest.raises(UsageError, match='7 tokens is not an image .*no convolution cut it'):
         model(torch.randn(1, 7, 8, dtype=torch.float64))
 
 

@@ -138,13 +138,13 @@ def test_which_tokens_are_a_map(length, grid, expected):
     if expected:
         assert grid_of(length, grid) == expected
     else:
-        with pytest.raises(UsageError, match='is no image of patches that can be convolved'):
+        with pytest.raises(UsageError, match='is not an image of patches that can be convolved'):
             grid_of(length, grid)
 
 
 def test_windows_are_squares_where_there_are_windows():
     assert grid_of(49, (50, 84), windows=True) == ((7, 7), 0)
-    with pytest.raises(UsageError, match='is no image of patches'):
+    with pytest.raises(UsageError, match='is not an image of patches'):
         grid_of(49, (50, 84))
 
 

@@ -220,7 +220,7 @@ def test_the_equal_convnext_of_mmpretrain(config):
 
 def test_what_mmpretrain_has_no_equal_of():
     state = {f'backbone.{k}': v for k, v in TimmBackbone('resnet18').state_dict().items()}
-    with pytest.raises(UsageError, match='no ConvNeXt with output norms'):
+    with pytest.raises(UsageError, match='not a ConvNeXt with output norms'):
         mmpretrain_convnext(dict(type='mmpeft.TimmBackbone', name='resnet18'), state)
 
 

@@ -14,6 +14,7 @@ from sklearn import datasets
 
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.checkpoint.journal import read_journal
 from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError
 from tests.test_projects.language import save_llama
@@ -191,7 +192,7 @@ def test_from_training_to_the_table(project, material, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     (answers,) = run.glob('answers-*')
-    records = {path.stem: project.evaluation.read_records(path) for path in answers.iterdir()}
+    records = {path.stem: read_journal(path) for path in answers.iterdir()}
     assert records.keys() == project.protocol.SETS.keys()
     right = {n: [r['text'].endswith(r['answer']) for r in own] for n, own in records.items()}
     scores = [100 * sum(right[name]) / 3 for name in project.protocol.SETS]
@@ -292,7 +293,7 @@ def test_a_wrong_training_file_is_one_sentence(project, tmp_path, content, messa
 @pytest.mark.parametrize(
     'option, message',
     [
-        ('batch_size=6', 'batch_size=6 is no multiple of the 4 examples that 1 processes'),
+        ('batch_size=6', 'batch_size=6 is not a multiple of the 4 examples that 1 processes'),
         ('held_out=24', 'held_out=24 of the 24 examples .* leave none'),
         ('training.learning_rat=1', "no 'learning_rat'.*Did you mean 'learning_rate'"),
         ('cut_off=1', "there is no 'cut_off'.*Did you mean 'cutoff'"),
@@ -314,7 +315,7 @@ def test_what_is_missing_is_named(project, material, tmp_path, monkeypatch):
         project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
     with pytest.raises(UsageError, match="no set 'bolq'.*Did you mean 'boolq'"):
         project.evaluation.main([str(tmp_path), '--only', 'bolq'])
-    with pytest.raises(MissingFileError, match='no work directory of train.py'):
+    with pytest.raises(MissingFileError, match='not a work directory of train.py'):
         project.evaluation.main([str(tmp_path)])
     (tmp_path / 'boolq').mkdir()
     item = dict(instruction='', input='', output='', answer='yes')

@@ -15,6 +15,7 @@ from skimage import data
 
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
+from mmpeft.checkpoint.journal import read_journal
 from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError, UsageError
 from tests.test_projects.language import small_llama_config, train_tokenizer
@@ -217,7 +218,7 @@ def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     (merged,) = run.glob('train-*.jsonl')
-    records = project.evaluation.read_records(merged)
+    records = read_journal(merged)
     assert [record['answer'] for record in records] == [*PHOTOGRAPHS.values()]
     exact = sum(record['text'].strip() == record['answer'] for record in records)
     assert exact > 5 and f'{exact} of 8 exact = {exact / 8:.1%}' in done.stdout
@@ -339,7 +340,7 @@ def test_what_is_missing_is_named(project, material, tmp_path):
         project.training.main([*arguments(material), '--data', str(tmp_path / 'none.json')])
     with pytest.raises(MissingFileError, match=r'no model .*assemble\.py.*--model'):
         project.training.main([*arguments(material), '--model', str(tmp_path / 'none')])
-    with pytest.raises(UsageError, match='batch_size=6 is no multiple of the 4'):
+    with pytest.raises(UsageError, match='batch_size=6 is not a multiple of the 4'):
         project.training.main(arguments(material, 'batch_size=6'))
-    with pytest.raises(MissingFileError, match='no work directory of train.py'):
+    with pytest.raises(MissingFileError, match='not a work directory of train.py'):
         project.evaluation.main([str(tmp_path)])

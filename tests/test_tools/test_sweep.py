@@ -131,5 +131,5 @@ def test_curves_that_cannot_be_drawn():
         score_name([record(1, 1, None)])
     with pytest.raises(UsageError, match="no score 'mIou'. Did you mean 'mIoU'"):
         score_name([record(1, 1, 0.5)], 'mIou')
-    with pytest.raises(UsageError, match="scale='auto' is no number"):
+    with pytest.raises(UsageError, match="scale='auto' is not a number"):
         draw_curves(points([record('auto', 1, 0.5)], 'mIoU'), 'mIoU')

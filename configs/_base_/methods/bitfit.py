@@ -1,2 +1,2 @@
-# BitFit: the biases alone (arXiv:2106.10199).
+# BitFit: only the biases (arXiv:2106.10199).
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='BitFit'))

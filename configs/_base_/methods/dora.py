@@ -1,2 +1,2 @@
-# DoRA: LoRA on the direction of a weight, its magnitude apart (arXiv:2402.09353).
+# DoRA: LoRA on the direction of a weight, with a separate magnitude (arXiv:2402.09353).
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='DoRA', rank=16))

@@ -1,2 +1,2 @@
-# The lower end: a frozen backbone.
+# The lower baseline: a frozen backbone.
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='Frozen'))

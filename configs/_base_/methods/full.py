@@ -1,2 +1,2 @@
-# The upper end: the whole backbone trains.
+# The upper baseline: the whole backbone trains.
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='Full'))

@@ -1,2 +1,2 @@
-# OFT: rotations of blocks of what each output reads (arXiv:2306.07280).
+# OFT: rotations within blocks of input channels (arXiv:2306.07280).
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='OFT'))

@@ -1,2 +1,2 @@
-# TriLoRA with MPC_o: both factors drawn to orthogonality (arXiv:2407.05417, Eq. 20).
+# TriLoRA with MPC_o: both factors pushed towards orthogonality (arXiv:2407.05417, Eq. 20).
 peft = dict(type='mmpeft.PEFTHook', method=dict(type='TriLoRA', rank=16, mpc='o'))

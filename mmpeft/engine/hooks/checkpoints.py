@@ -61,7 +61,7 @@ class AdapterCheckpointHook(Hook):
             if hook.backend_args or hook.file_client_args or '://' in str(hook.out_dir):
                 runner.logger.warning(
                     "Checkpoints are written by the config's own file backend: without adapter "
-                    'files beside them, and a crash while one is written can leave half of it.'
+                    'files beside them, and a crash during a write can leave a truncated file.'
                 )
             else:
                 hook.backend_args = dict(backend=BACKEND, run=name)

@@ -21,7 +21,7 @@ class AdaptFormer(ScaledParallelAdapter):
     card = Card(
         family='activations',
         formula='MLP(x) + s · (h(x A + a) B + b)',
-        suits='Vision transformers; a usual baseline beside VPT.',
+        suits='Vision transformers; a common baseline next to VPT.',
     )
 
     rank: int = 64

@@ -58,7 +58,7 @@ class HoulsbyAdapter(Ranked, BranchMethod):
     card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after attention and MLP',
-        suits='Transformers and ConvNeXt, where inference may cost a little; the classic baseline.',
+        suits='Transformers and ConvNeXt, where slower inference is fine; the classic baseline.',
     )
 
     kinds = ('attention', 'mixer', 'mlp', 'branch')
@@ -87,7 +87,7 @@ class PfeifferAdapter(HoulsbyAdapter):
     card = Card(
         family='activations',
         formula='y + h(y A + a) B + b after the MLP',
-        suits="Half of Houlsby's parameters and time at about its accuracy.",
+        suits="Half of Houlsby's parameters and time, with about its accuracy.",
     )
 
     kinds = ('mlp', 'branch')

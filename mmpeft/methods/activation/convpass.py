@@ -29,7 +29,7 @@ class Convpass(Ranked, BranchMethod):
     card = Card(
         family='activations',
         formula='f(x) + s · (h(h(x A + a) ∗ K + k) B + b) beside attention and MLP',
-        suits='Vision transformers on few images, where neighbours are to be seen as such.',
+        suits='Vision transformers with few images, where local structure helps.',
     )
 
     kinds = ('attention', 'mixer', 'mlp')

@@ -45,7 +45,7 @@ def grid_of(length: int, grid: Grid | None, windows: bool = False) -> tuple[Grid
     if grid and 0 < length - grid[0] * grid[1] <= MAX_EXTRA:
         return grid, length - grid[0] * grid[1]
     raise UsageError(
-        f'A sequence of {length} tokens is no image of patches that can be convolved: '
+        f'A sequence of {length} tokens is not an image of patches that can be convolved: '
         + (f'the patches are a grid of {grid[0]}x{grid[1]}' if grid else 'no convolution cut it')
         + ', which may be halved, or have up to 8 tokens before it. Leave such modules out with '
         'targets.exclude, or choose among kinds with targets.kinds.'
@@ -70,7 +70,7 @@ def on_maps(
         windows: As in :func:`grid_of`.
 
     Raises:
-        UsageError: The tokens are no map, or ``x`` is a map of another number of axes.
+        UsageError: The tokens are not a map, or ``x`` is a map of another number of axes.
     """
     if x.ndim == 4:
         return function(x.movedim(axis, 1)).movedim(1, axis)

@@ -40,8 +40,8 @@ class Mona(Ranked, ActivationMethod):
 
     card = Card(
         family='activations',
-        formula='x + h(F(U A)) B, F depthwise 3x3, 5x5 and 7x7, behind each residual addition',
-        suits='Detection and segmentation with Swin, where it was published above full tuning.',
+        formula='x + h(F(U A)) B, F depthwise 3x3, 5x5 and 7x7, after each residual addition',
+        suits='Detection and segmentation with Swin, where the paper has it above full tuning.',
     )
 
     kinds = ('block',)

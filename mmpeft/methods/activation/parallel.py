@@ -86,7 +86,7 @@ class ParallelAdapter(Ranked, BranchMethod):
     card = Card(
         family='activations',
         formula='x W + s · h(x A) B',
-        suits='LoRA with a non-linearity between its factors, at as many parameters.',
+        suits='LoRA with a non-linearity between its factors, with as many parameters.',
     )
 
     kinds = ('layer',)

@@ -129,7 +129,7 @@ class VPT(ActivationMethod):
             return cropped(y, point.geometry.zeros).clone()  # dense, in the layout of y
         if y.shape != x.shape:
             raise UsageError(
-                f'VPT: a block returned {tuple(y.shape)} for {tuple(x.shape)}, so that the prompts '
+                f'VPT: a block returned {tuple(y.shape)} for {tuple(x.shape)}, so the prompts '
                 'in its output are unknown. Leave such blocks out with targets.exclude.'
             )
         visible = y[:, : -self.tokens].contiguous()

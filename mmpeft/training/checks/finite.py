@@ -35,7 +35,7 @@ class Finite(Check):
         if nonfinite_iters < 1:
             raise UsageError(f'nonfinite_iters={nonfinite_iters} must be a number of steps >= 1.')
         self.limit = nonfinite_iters
-        self.row = 0
+        self.row = self.steps = 0  # in a row; a step that a scaler skips counts a tenth in row
         self.origin = None
         self._losses, self._skipped, self._stepped = {}, False, False
         self._from_start = set(_nonfinite(dict(monitor.model.named_buffers())))
@@ -70,8 +70,9 @@ class Finite(Check):
     def count(self, scaled: bool) -> None:
         """After a step, or after a gradient scaler (``scaled``) may have skipped one."""
         skipped = self._skipped or (scaled and not self._stepped)
+        self.steps += 1
         if not skipped and not self._losses:
-            self.row = 0
+            self.row = self.steps = 0
         elif scaled and not self._losses:
             self.row += 1
         else:
@@ -103,8 +104,9 @@ class Finite(Check):
         weights = self._nonfinite(self._own())
         held = f'Weights that are not finite: {listed(weights)}. ' if weights else ''
         return (
-            'Loss or gradients were NaN or infinite in too many steps in a row (nonfinite_iters='
-            f'{self.limit}), up to iteration {self.monitor.iteration}: {self._account(skipped)}. '
+            f'Loss or gradients were NaN or infinite in {self.steps} consecutive steps '
+            f'(nonfinite_iters={self.limit}), up to iteration {self.monitor.iteration}: '
+            f'{self._account(skipped)}. '
             f'{self.origin} {held}{self.monitor.last_checkpoint()} Check the data of these '
             'iterations, lower the learning rate, clip gradients (optim_wrapper.clip_grad of a '
             'config), or use bfloat16 instead of float16.'

@@ -54,7 +54,7 @@ def read_items(path: str | Path, get_it: str) -> list[dict[str, str]]:
 
     Raises:
         MissingFileError: There is no such file.
-        UsageError: It is no such list.
+        UsageError: It is not such a list.
     """
     path = Path(path)
     if not path.is_file():

@@ -28,7 +28,7 @@ def encode(
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, of ``cutoff`` tokens at most. Labels of
-        the prompt are -100, which is no part of the loss, unless ``train_on_prompt``.
+        the prompt are -100, which the loss leaves out, unless ``train_on_prompt``.
     """
     asked = prompt(item['instruction'], item['input'])
     encoded = tokenizer(

@@ -21,7 +21,7 @@ def load_pipeline(cfg: Config) -> Pipeline:
 
     Raises:
         MissingFileError: It is neither a folder of diffusers nor a name that can be read.
-        UsageError: It is no Stable Diffusion and no SDXL.
+        UsageError: It is neither Stable Diffusion nor SDXL.
     """
     try:
         pipeline = DiffusionPipeline.from_pretrained(

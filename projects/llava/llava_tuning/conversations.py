@@ -21,7 +21,7 @@ ROLES = 'human', 'gpt'
 def read_conversations(path: str | Path, images: str | Path) -> list[dict]:
     """The list of a JSON file: dicts with ``conversations`` and, of an image, its path ``image``.
 
-    A first turn that is no question is left out, as LLaVA's code does.
+    A first turn that is not a question is left out, as LLaVA's code does.
 
     Raises:
         MissingFileError: The file is missing, or the first image is.

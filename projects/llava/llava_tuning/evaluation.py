@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = args.run / 'recipe.py'
     if not recipe.is_file():
         raise MissingFileError(
-            f'{str(args.run)!r} is no work directory of train.py: it has no recipe.py.'
+            f'{str(args.run)!r} is not a work directory of train.py: it has no recipe.py.'
         )
     paths = dict(model=args.model, data=args.data, images=args.images)
     cfg = read_recipe(recipe, options=args.cfg_options, **paths)

@@ -111,8 +111,8 @@ def test_measuring_takes_no_batch_away_from_training(tmp_path):
     'method, value, expected',
     [
         (dict(type='LoRA', rank=2), 2, 'no method has one'),
-        (LORA, -1, 'is no number of batches'),
-        (LORA, 'all', 'is no number of batches'),
+        (LORA, -1, 'is not a number of batches'),
+        (LORA, 'all', 'is not a number of batches'),
         (dict(type='VeRA', budget='5k'), 2, 'not of VeRA'),
     ],
 )
