@@ -225,7 +225,7 @@ def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
 
     project.evaluation.main([str(run), '--no-merge', *decode])
     (beside,) = set(run.glob('train-*.jsonl')) - {merged}
-    assert beside.read_text() == merged.read_text()
+    assert read_journal(beside) == read_journal(merged)
     cfg = read_recipe(run / 'recipe.py')
     processor, model = project.recipe.load_base(cfg)
     adapt(model.eval(), cfg, empty=True)
@@ -240,7 +240,7 @@ def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
     # A killed evaluation goes on behind its last whole line.
     beside.write_text(beside.read_text()[:-30])
     project.evaluation.main([str(run), '--no-merge', *decode])
-    assert beside.read_text() == merged.read_text()
+    assert read_journal(beside) == read_journal(merged)
 
 
 def test_a_resumed_run(project, material, tmp_path):
