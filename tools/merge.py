@@ -61,6 +61,8 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = load_config(args)
+    if args.out.suffix not in ('.pth', '.pt'):
+        raise UsageError(f'{args.out}: name a file that ends in .pth.')
     check_checkpoint(args.checkpoint)
     if not args.overwrite:
         refuse_existing(args.out, args.out.with_suffix('.py'))

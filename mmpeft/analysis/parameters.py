@@ -57,6 +57,7 @@ def check_format(path: Path) -> None:
 def write(path: Path, summaries: Summaries) -> None:
     """Write all rows, and in ``.json`` and ``.md`` the totals, into a file of :data:`FORMATS`."""
     rows = [(rank, row) for rank, summary in summaries.items() for row in summary.rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.json':
         content = [dict(rank=rank) | summary.to_dict() for rank, summary in summaries.items()]
         path.write_text(json.dumps(content, indent=2))

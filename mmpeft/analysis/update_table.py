@@ -38,6 +38,7 @@ def write_updates(
 ) -> None:
     """Write one line a weight into a file of :data:`~mmpeft.analysis.parameters.FORMATS`."""
     lines = _lines(rows, cosines)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.json':
         path.write_text(json.dumps(lines, indent=2))
     elif path.suffix == '.csv':

@@ -58,6 +58,7 @@ def compose(
                 f'--cfg-options do not fit the config: {error}. An item of a list is named by its '
                 'number, such as default_hooks.peft.method.0.rank=4.'
             ) from error
+        _check_keys(cfg, options)
         if find_hook(cfg) is None and 'peft' in (cfg.get('default_hooks') or {}):
             raise UsageError(
                 f'--cfg-options: {cfg.filename} has no PEFTHook whose arguments default_hooks.peft '
@@ -199,6 +200,17 @@ def _suit_adapters(cfg):
                 '(it is for pretrained weights, not for adapters).'
             )
             value.lr_mult = 1.0
+
+
+def _check_keys(cfg, options):
+    """Refuse an argument of the method that is written as a key of the config itself."""
+    known = set().union(*map(_arguments, _kinds_of(find_hook(cfg) or {})))
+    for key in options:
+        if key in known:
+            raise UsageError(
+                f'--cfg-options: {key!r} is an argument of the method, and would be a key of the '
+                f'config that nothing reads. Write default_hooks.peft.method.{key}.'
+            )
 
 
 def _types_in(cfg):

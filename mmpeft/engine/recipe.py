@@ -39,6 +39,30 @@ def read_recipe(
     return cfg
 
 
+def check_run(cfg: Config, path: Path, resume: bool) -> None:
+    """Refuse a run that is there and not resumed, or was started with other settings.
+
+    Args:
+        cfg: Of the run.
+        path: Of the file that the run's recipe is written to.
+        resume: Whether to go on with it.
+
+    Raises:
+        UsageError: Names the settings.
+    """
+    if not path.is_file():
+        return
+    if not resume:
+        raise UsageError(f'{path.parent} has a run already. Add --resume, or another --work-dir.')
+    there = Config.fromfile(path).to_dict()
+    changed = sorted(k for k in there.keys() | cfg.keys() if there.get(k) != cfg.get(k))
+    if changed:
+        raise UsageError(
+            f'The run in {path.parent} was started with another {" and ".join(changed)}. Resume it '
+            f'with the settings in its {path.name}, or start anew in another --work-dir.'
+        )
+
+
 def adapt(model: nn.Module, cfg: Config, **arguments) -> Summary:
     """Inject a recipe's method where the recipe says.
 

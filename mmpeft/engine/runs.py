@@ -141,6 +141,9 @@ def sweep(
     Raises:
         UsageError: See :func:`with_values`; no run is begun.
     """
+    for key, chosen in [*over.items(), ('--seeds', seeds)]:
+        if len({json.dumps(value, default=str) for value in chosen}) < len(chosen):
+            raise UsageError(f'{key}: a value is given twice, in {", ".join(map(str, chosen))}.')
     settings = [(values, with_values(cfg, values)) for values in combinations(over)]
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     records = []

@@ -11,7 +11,7 @@ from mmpeft.errors import MissingFileError, TrainingError, UsageError, near
 
 from .config import compose, say
 from .data_check import describe, missing_data
-from .runs import check_key, combinations, run
+from .runs import combinations, run, with_values
 
 TUNING, TESTING = ('train800', 'val200'), ('train800val200', 'test')
 """The lists that are trained and evaluated on."""
@@ -64,7 +64,8 @@ def benchmark(
         work_dir: Takes records, logs and checkpoints.
         tasks: Names of tasks.
         seeds: Of heads, adapters and batches.
-        grid: Values to choose from, by dotted keys. For each task all combinations are trained on
+        grid: Values to choose from, by the keys of :func:`~mmpeft.engine.runs.with_values`. For
+            each task all combinations are trained on
             ``train800`` with the first seed, and the best on ``val200`` is taken. The first of
             equal ones wins, and one whose training fails loses.
         root: See :func:`for_task`.
@@ -77,9 +78,9 @@ def benchmark(
             gives no ``accuracy/top1``.
         TrainingError: A run went wrong, or all of a task's grid did.
     """
-    for key in grid or {}:
-        check_key(cfg, key)
     choices = combinations(grid or {})
+    for values in choices:
+        with_values(cfg, values)  # raises for what is wrong, before a run begins
     purposes = [TESTING] if len(choices) == 1 else [TUNING, TESTING]
     for task, lists in itertools.product(tasks, purposes):
         missing = missing_data(for_task(cfg, task, lists, root), ('train', 'test'))
@@ -90,7 +91,7 @@ def benchmark(
         best = choices[0]
         if TUNING in purposes:
             best = _tune(for_task(cfg, task, TUNING, root), work_dir, task, seeds[0], choices)
-        chosen = compose(for_task(cfg, task, TESTING, root), options=best)
+        chosen = with_values(for_task(cfg, task, TESTING, root), best)
         records += [_run(chosen, work_dir, task, 'test', seed) for seed in seeds]
     return records
 
@@ -99,7 +100,7 @@ def _tune(cfg, work_dir, task, seed, choices):
     """The options of the best training."""
     scores = []
     for options in choices:
-        trial = _run(compose(cfg, options=options), work_dir, task, 'val200', seed, may_fail=True)
+        trial = _run(with_values(cfg, options), work_dir, task, 'val200', seed, may_fail=True)
         scores.append(-1 if trial['accuracy'] is None else trial['accuracy'])
     if max(scores) < 0:
         raise TrainingError(f'{task}: no values of the grid train. {trial["error"]}')

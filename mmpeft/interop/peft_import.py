@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -71,6 +71,7 @@ def from_peft(
         sites += sites_at(model, [(path, 'weight', method, None)])
         values.append(given)
     _check_tied(sites, values)
+    _check_saved(model, saved)
     trained = _trained(model, sites, saved, module)
     method = Counter(site.method for site in sites).most_common(1)[0][0]
     freeze_target(model, method, module, trained)
@@ -225,6 +226,22 @@ def _check_tied(sites: list[Site], values):
             raise UsageError(
                 f'{other.path} and {site.path} share one weight, and the folder has two adapters '
                 'for it.'
+            )
+
+
+def _check_saved(model, saved):
+    """peft saves a copy of a module, which a tied weight is no longer equal to."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for held in names.values():
+        inside = [name for name in held if name in saved]
+        if inside and len(held) > 1:
+            other = next((name for name in held if name != inside[0]), '')
+            raise UsageError(
+                f'modules_to_save holds {inside[0]}, which is tied to {other} in this model; peft '
+                'trained a copy of it. Untie them first (tie_word_embeddings=False in the config '
+                'of a Hugging Face model).'
             )
 
 

@@ -90,7 +90,10 @@ def check_layer(model: nn.Module, path: str, tensor: str, spec: WeightSpec) -> N
     kind = next((kind for kind in LAYERS if isinstance(layer, kind)), None)
     own = type(layer).__name__.removeprefix('Parametrized')
     reason = None
-    if kind is None or tensor != 'weight':
+    paths = [name for name, m in model.named_modules(remove_duplicate=False) if m is layer]
+    if len(paths) > 1:
+        reason = f'belongs to a module that is also at {next(n for n in paths if n != path)}'
+    elif kind is None or tensor != 'weight':
         reason = 'is not a linear layer or convolution of torch'
     elif own not in (kind.__name__, 'NonDynamicallyQuantizableLinear'):
         reason = f'belongs to a {own}, which may change its weight before use'

@@ -18,7 +18,7 @@ from glue.tasks import score
 from glue.trial import Encoded, make_trainer, predict
 
 import mmpeft
-from mmpeft.errors import MissingFileError, TrainingError
+from mmpeft.errors import MissingFileError, TrainingError, UsageError
 
 
 def outputs_of(model, tokenizer, splits, folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -40,10 +40,19 @@ def main(arguments: list[str] | None = None) -> None:
     record = json.loads(path.read_text())
     record |= {k: v for k in ('data', 'model') if (v := getattr(args, k)) is not None}
     texts = texts_of(record, record['task'])
+    classes = record.get('classes')
+    if classes is not None and list(texts.classes or ()) != classes:
+        raise UsageError(
+            f'The run was trained on the classes {", ".join(classes)}, and this data has '
+            f'{", ".join(texts.classes or ("numbers",))}. Give it the same names of classes.'
+        )
     tokenizer = read_tokenizer(record['model'])
     encoded = Encoded(tokenizer, texts, record['training']['max_length'])
     splits = {name: encoded(texts.splits[name]) for name in texts.task.splits}
     model = read_model(record['model'], len(texts.classes) if texts.classes else 1)
+    if texts.classes:
+        model.config.id2label = dict(enumerate(texts.classes))
+        model.config.label2id = {name: n for n, name in enumerate(texts.classes)}
     mmpeft.load_adapter(model, args.run / 'adapter.safetensors')
     found = outputs_of(model, tokenizer, splits, args.run)
     print(json.dumps({name: score(texts.task, *pair) for name, pair in found.items()}))

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     trial = Trial(task, args.method, args.seed)
     record = run_trial(config, trial, texts, config['model'], args.out, save=True)
     data = {key: config[key] for key in ('data', 'sentences', 'label')}
+    data['classes'] = texts.classes
     (args.out / 'run.json').write_text(json.dumps(record | data, indent=2) + '\n')
     print(json.dumps(record['scores']))
 

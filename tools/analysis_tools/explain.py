@@ -20,7 +20,9 @@ from mmpeft.analysis.memory import built_without_data
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook
 from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.errors import UsageError
 from mmpeft.execution import CHOICES
+from mmpeft.injection.site import attached
 
 
 def parse_args():
@@ -34,12 +36,17 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if min(args.batch, *args.size) < 1:
+        raise UsageError(f'--batch {args.batch} --size {args.size}: give numbers above 0.')
     cfg = compose(args.config, args.method, args.cfg_options)
     hook = find_hook(cfg)
     if args.execution and hook is not None:
         hook.execution = args.execution
     warnings.simplefilter('ignore')
     model, mode = built_without_data(lambda: build_adapted(cfg))
+    acting = sum(not site.tensor for site in attached(model))
+    if acting:
+        print(f'{acting} adapters on activations are not counted below.')
     with mode:
         images = torch.randn(args.batch, 3, *args.size)
         show(explain(model.backbone, lambda: model.backbone(images)))

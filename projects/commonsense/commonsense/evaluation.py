@@ -105,7 +105,8 @@ def evaluate(
     digest = hashlib.sha256(json.dumps(settings).encode() + adapter.read_bytes()).hexdigest()
     scores = {}
     for name, items in questions.items():
-        path = run / f'answers-{digest[:12]}' / f'{name}.jsonl'
+        asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()
+        path = run / f'answers-{digest[:12]}' / f'{name}-{asked[:8]}.jsonl'
         answer(model, tokenizer, name, items, path, batch, **cfg.generation)
         scores[name] = accuracy(read_journal(path))
     for line in table(summary.rows[0].method, summary.share, scores):

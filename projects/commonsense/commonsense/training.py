@@ -10,7 +10,7 @@ from mmengine.config import Config
 from transformers.integrations import deepspeed
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.errors import UsageError
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
@@ -71,6 +71,8 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
         given |= dict(eval_strategy='no', load_best_model_at_end=False)
     arguments = training_arguments(work_dir, given, cfg.batch_size)
     deepspeed.unset_hf_deepspeed_config()  # whose stage 3 would shard what is not adapted yet
+    if arguments.process_index == 0:
+        check_run(cfg, work_dir / 'recipe.py', resume)
     tokenizer, model = load_base(cfg)
     encoded = [encode(item, tokenizer, cfg.cutoff, cfg.train_on_prompt) for item in items]
     cut = sum(len(example['input_ids']) == cfg.cutoff for example in encoded)

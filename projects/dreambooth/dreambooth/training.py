@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.checkpoint.atomic import replacing
-from mmpeft.errors import UsageError
+from mmpeft.engine.recipe import check_run
 
 from .data import Latents, encode_images, image_files, prompts_of, read_images, subject_name
 from .denoising import Denoising
@@ -40,7 +40,7 @@ def train(cfg: Config, work_dir: str | Path, resume: bool = False) -> None:
     accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=cfg.accumulation)
     prompts_of(cfg, subject_name(cfg))
     read_images(cfg.subject.images)  # missing ones are found before anything is made
-    check_folder(work_dir, cfg, resume)
+    check_run(cfg, work_dir / 'config.py', resume)
     pipeline = load_pipeline(cfg).to(accelerator.device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -69,21 +69,6 @@ def train(cfg: Config, work_dir: str | Path, resume: bool = False) -> None:
     if accelerator.is_main_process:
         save_adapters(parts, work_dir)
     accelerator.wait_for_everyone()
-
-
-def check_folder(work_dir: Path, cfg: Config, resume: bool) -> None:
-    """Raise UsageError if a folder has a run that is not resumed, or one with other settings."""
-    if not (work_dir / 'config.py').is_file():
-        return
-    if not resume:
-        raise UsageError(f'{work_dir} has a run already. Add --resume, or another --work-dir.')
-    there = Config.fromfile(work_dir / 'config.py').to_dict()
-    changed = sorted(k for k in there.keys() | cfg.keys() if there.get(k) != cfg.get(k))
-    if changed:
-        raise UsageError(
-            f'The run in {work_dir} was started with another {" and ".join(changed)}. Resume it '
-            'with the settings in its config.py, or start anew in another --work-dir.'
-        )
 
 
 def material(

@@ -1,7 +1,7 @@
 """Which trials a table takes, and which are left."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from mmpeft.checkpoint.journal import read_journal
 from mmpeft.errors import UsageError
 
-from .trial import Trial
+from .trial import Trial, settings
 
 Records = dict[str, dict]
 
@@ -58,6 +58,27 @@ def final_trial(config: Mapping, task: str, method: str, seed: int, records: Rec
     return Trial(task, method, seed, learning_rate=max(means, key=means.get, default=None))
 
 
+def check_records(config: Mapping, records: Records) -> None:
+    """Refuse records of another model or with other training than the config's.
+
+    Raises:
+        UsageError: Names the first such record.
+    """
+    fields_of = {field.name for field in fields(Trial)}
+    for record in records.values():
+        trial = Trial(**{key: record[key] for key in fields_of & record.keys()})
+        known = trial.method in config['methods']
+        wanted = dict(model=config['model'])
+        if known:
+            wanted['training'] = settings(config, trial)
+        for key, value in wanted.items():
+            if record.get(key, value) != value:
+                raise UsageError(
+                    f'The records have {trial.id!r} with another {key}: {record[key]}, where the '
+                    f'config says {value}. Name other files by --records.'
+                )
+
+
 def pending(
     config: Mapping, tasks: Sequence[str], methods: Sequence[str], seeds: int, records: Records
 ) -> Iterator[Trial]:
@@ -66,6 +87,7 @@ def pending(
     All methods are tuned first. Then come the seeds one after another, each with all methods, so
     that a run that is stopped has treated all alike.
     """
+    check_records(config, records)
     for task in tasks:
         for method in methods:
             tuning = tuning_trials(config, task, method, records)

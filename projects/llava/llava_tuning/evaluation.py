@@ -74,8 +74,11 @@ def evaluate(cfg: Config, run: Path, merge: bool = True) -> float:
         mmpeft.merge(model)
     model.model.multi_modal_projector.to(getattr(torch, cfg.dtype))
     settings = [cfg.model, cfg.dtype, cfg.frozen_dtype, cfg.generation.to_dict(), merge]
-    made_by = json.dumps(settings).encode() + adapter.read_bytes() + Path(cfg.data).read_bytes()
-    path = run / f'{Path(cfg.data).stem}-{hashlib.sha256(made_by).hexdigest()[:12]}.jsonl'
+    made_by = hashlib.sha256(json.dumps(settings).encode())
+    images = {item['image'] for item in items if item.get('image')}
+    for path in adapter, Path(cfg.data), *(Path(cfg.images, name) for name in sorted(images)):
+        made_by.update(path.read_bytes())
+    path = run / f'{Path(cfg.data).stem}-{made_by.hexdigest()[:12]}.jsonl'
     for item in items[len(read_journal(path)) :]:
         text = answer(model, processor, item, cfg.images, **cfg.generation)
         expected = item['conversations'][1]['value']

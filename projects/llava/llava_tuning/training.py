@@ -8,7 +8,7 @@ import transformers
 from mmengine.config import Config
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
 from .conversations import Collator, Conversations, read_conversations
@@ -44,6 +44,8 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     # The Trainer would take the pixels for an argument that a text has no use for.
     given = cfg.training.to_dict() | dict(remove_unused_columns=False)
     arguments = training_arguments(work_dir, given, cfg.batch_size)
+    if arguments.process_index == 0:
+        check_run(cfg, work_dir / 'recipe.py', resume)
     processor, model = load_base(cfg)
     transformers.set_seed(arguments.seed)  # of the adapters
     summary = adapt(model.to(arguments.device), cfg)
