@@ -17,6 +17,9 @@ from .site import adapter_parameters
 from .statistics import freeze_statistics, release_statistics
 from .weights import plain_key
 
+# Attribute of parameters whose memory several models share (mmpeft.share_base).
+IN_COMMON = 'peft_in_common'
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -138,3 +141,12 @@ def _set_training(model, names, trains):
     for name, parameter in plain_parameters(model).items():
         if name in names and not isinstance(parameter, Quantized):
             parameter.requires_grad_(trains)
+            if trains and parameter.__dict__.pop(IN_COMMON, False):
+                parameter.register_post_accumulate_grad_hook(_part)
+
+
+def _part(parameter):
+    """Give a parameter that has its first gradient memory of its own: other models keep theirs."""
+    if not parameter.__dict__.setdefault('peft_parted', False):
+        parameter.data = parameter.data.clone()
+        parameter.peft_parted = True

@@ -1,5 +1,6 @@
 """Adapters in the Trainer of transformers, and in its checkpoints."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
 from mmpeft.errors import MissingFileError, UsageError, near
-from mmpeft.injection.site import named_adapters
+from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_in_deepspeed, is_sharded, refuse_deepspeed
 from mmpeft.training.allocation import allocate
 from mmpeft.training.monitor import Monitor, adapted_model
@@ -63,7 +64,14 @@ class PEFTCallback(TrainerCallback):
                     "the state of the adapters' training. Name the folder that it resumes from: "
                     'PEFTCallback(resume_from=...).'
                 )
-            self.monitor.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+            stored = torch.load(path, map_location='cpu', weights_only=True)
+            if stored.pop('adapters', None) not in (None, _digest(adapted_model(model))):
+                raise UsageError(
+                    f'{path} is of another run: its adapters were others than those that the '
+                    'Trainer has loaded. Name the folder that it resumes from: '
+                    'PEFTCallback(resume_from=...).'
+                )
+            self.monitor.load_state_dict(stored)
 
     def on_step_end(self, args, state, control, **_):
         if control.should_save and self.monitor:
@@ -78,7 +86,8 @@ class PEFTCallback(TrainerCallback):
         if self.save_adapters and (writes or is_sharded(model)):  # all gather a sharded model
             save_adapter(adapted_model(model), folder / ADAPTER)
         if writes and self.monitor:
-            torch.save(self.monitor.state_dict(look=False), folder / STATE)
+            own = dict(adapters=_digest(adapted_model(model)))
+            torch.save(self.monitor.state_dict(look=False) | own, folder / STATE)
 
     def on_train_end(self, args, state, control, **_):
         if self.monitor:
@@ -167,6 +176,16 @@ def check_unwatched(model: nn.Module, optimizer: Optimizer) -> None:
         'watch for adapters without a gradient, for NaN, or for changes of the frozen base.',
         stacklevel=2,
     )
+
+
+def _digest(model):
+    """A checksum of the adapters' parameters; None of those that are sharded."""
+    if is_sharded(model):
+        return None
+    found = hashlib.sha256()
+    for parameter in adapter_parameters(model):
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _folder(args, state):

@@ -65,7 +65,8 @@ class FisherMask(Allocator):
 
     It sees the gradient of W' by hooks on the adapters, and sums it over all
     uses of a weight in a step before squaring. A step whose gradient is not
-    finite is left out; gradient scaling multiplies all entries alike.
+    finite is left out, and so is what no step of the optimizer follows. Gradient scaling multiplies
+    all entries alike, as long as the scale does not change within the samples.
 
     Attributes:
         scores: Sums of squared gradients over steps and processes, by path;
@@ -79,6 +80,7 @@ class FisherMask(Allocator):
         self.samples = min(common_method(adapters, 'samples').samples, steps // 2)
         self.scores = {}
         self._gradients = {}
+        self._backward = {}  # which backward pass was the last to add to each
         self._handles = []
         trained = any(bool(adapter.values.any()) for adapter in adapters.values())
         if self.samples and not trained:
@@ -88,6 +90,12 @@ class FisherMask(Allocator):
 
     def _watch(self, path):
         def collect(gradient):
+            # A gradient that no step followed, as one that a scaler has skipped, is gone from the
+            # parameter when another backward begins.
+            backward, held = torch._C._current_graph_task_id(), self.adapters[path].values.grad
+            if backward != self._backward.get(path) and (held is None or not held.any()):
+                self._gradients.pop(path, None)
+            self._backward[path] = backward
             gradient = gradient.to(self.scores[path].dtype)
             self._gradients[path] = gradient + self._gradients.get(path, 0)
 

@@ -67,6 +67,8 @@ class SingularLoRA(LoRA):
         }
 
     def penalty(self, factors, spec):
+        if super().penalty(factors, spec) is None:
+            return None
         moved = {f'lora_{x}': factors[f'start_{x}'] + factors[f'lora_{x}'] for x in 'AB'}
         return super().penalty(moved, spec)
 

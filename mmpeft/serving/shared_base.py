@@ -9,6 +9,7 @@ from torch import nn
 from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.checkpoint.keys import frozen_keys
 from mmpeft.errors import UsageError
+from mmpeft.injection.freeze import IN_COMMON
 from mmpeft.injection.weights import plain_key
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
 from mmpeft.quantization import stored_in, stored_parts
@@ -61,6 +62,10 @@ def _share(models):
         if first.data_ptr() != tensor.data_ptr():
             freed[tensor.data_ptr()] = tensor.nbytes
             tensor.data = first.data
+    for first, tensor in same:
+        for each in (first, tensor):
+            if isinstance(each, nn.Parameter):
+                setattr(each, IN_COMMON, True)
     return sum(freed.values())
 
 

@@ -17,10 +17,13 @@ def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> lis
     """Call functions before and after each step of an optimizer; returns handles to remove.
 
     A step that is given a closure computes the gradients itself: ``before`` follows the closure.
+    Steps by which torch.distributed.checkpoint fills an optimizer's state are none.
     """
 
     @torch.compiler.disable
     def pre_hook(optimizer, args, kwargs):
+        if _fills_state(optimizer):
+            return None
         closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
         if closure is None:
             before()
@@ -34,13 +37,23 @@ def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> lis
         return args[:1], kwargs | dict(closure=closed)
 
     @torch.compiler.disable
-    def post_hook(*_):
-        after()
+    def post_hook(optimizer, *_):
+        if not _fills_state(optimizer):
+            after()
 
     return [
         optimizer.register_step_pre_hook(pre_hook),
         optimizer.register_step_post_hook(post_hook),
     ]
+
+
+def _fills_state(optimizer):
+    """Whether all rates are 0 and so are all gradients, none of which is left out."""
+    groups = optimizer.param_groups
+    if any(group['lr'] != 0 for group in groups):
+        return False
+    parameters = [p for group in groups for p in group['params'] if p.requires_grad]
+    return all(p.grad is not None and not p.grad.any() for p in parameters)
 
 
 class Allocation:

@@ -41,9 +41,10 @@ def add_gradients(model: nn.Module, scale: float | Tensor = 1.0) -> None:
     """Add the gradients of :func:`penalty`, times a scale, to those of the parameters."""
     with torch.enable_grad():
         term = penalty(model)
+        term = None if term is None else term * scale
     if term is not None:
         parameters = [p for a in named_adapters(model).values() for p in a.parameters()]
-        gradients = torch.autograd.grad(term * scale, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(term, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 own = parameter.grad

@@ -180,3 +180,9 @@ def test_arguments_of_a_hook_that_is_not_there():
     plain = read_config(f'{RETINANET}.py') if RETINANET.endswith('.py') else read_config(DINO)
     with pytest.raises(UsageError, match='has no PEFTHook whose arguments default_hooks.peft'):
         compose(plain, options={'default_hooks.peft.method.rank': 4})
+
+
+def test_an_argument_of_the_method_is_no_key_of_the_config():
+    with pytest.raises(UsageError, match='Write default_hooks.peft.method.rank'):
+        compose(FLORA, 'lora', dict(rank=3))
+    assert compose(FLORA, options=dict(resume=True)).resume

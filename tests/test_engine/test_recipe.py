@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.errors import UsageError
 
 TEXT = """
@@ -46,3 +46,15 @@ def test_what_replaces_a_recipe(file):
 def test_a_key_that_no_recipe_has(file):
     with pytest.raises(UsageError, match="there is no 'modle.x'.*Did you mean 'model'"):
         read_recipe(file, options={'modle.x': 1})
+
+
+def test_a_run_that_is_there_is_not_overwritten(file, tmp_path):
+    cfg, path = read_recipe(file), tmp_path / 'run' / 'recipe.py'
+    check_run(cfg, path, resume=False)
+    path.parent.mkdir()
+    cfg.dump(path)
+    check_run(cfg, path, resume=True)
+    with pytest.raises(UsageError, match='has a run already. Add --resume'):
+        check_run(cfg, path, resume=False)
+    with pytest.raises(UsageError, match='was started with another model'):
+        check_run(read_recipe(file, model='large'), path, resume=True)

@@ -152,6 +152,14 @@ def test_an_evaluator_without_the_accuracy_is_refused(data, tmp_path):
         benchmark(cfg, tmp_path, ['patch_camelyon'], grid={RATE: [1e-3, 1e-4]}, root=data)
 
 
+def test_a_grid_of_the_methods_own_arguments(data, tmp_path):
+    cfg = compose(CONFIG, options=SMALL)
+    import_task(cfg)
+    benchmark(cfg, tmp_path, ['patch_camelyon'], grid=dict(rank=[1, 3]), root=data)
+    trials = [json.loads(line) for line in (tmp_path / 'runs.jsonl').read_text().splitlines()]
+    assert trials[0]['backbone_parameters'] < trials[1]['backbone_parameters']
+
+
 def test_a_task_changes_data_and_classes_alone(data):
     cfg = compose('mmpeft::liera/convnext_vtab.py')
     other = for_task(cfg, 'sun397', TUNING)

@@ -559,3 +559,29 @@ def test_conv1d_of_gpt2(method, tmp_path):
     theirs.save_pretrained(tmp_path / 'theirs')
     loaded = load_peft(copy.deepcopy(base), tmp_path / 'theirs')
     torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('saved', ['head', 'embed'])
+def test_a_tied_weight_that_peft_has_trained_a_copy_of(saved, tmp_path):
+    def network():
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.embed, model.fc = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        model.head = nn.Linear(4, 4, bias=False)
+        model.head.weight = model.embed.weight
+        return model
+
+    config = peft.LoraConfig(target_modules=['fc'], modules_to_save=[saved])
+    theirs = peft.get_peft_model(network(), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f'holds {saved}.weight, which is tied to'):
+        load_peft(network(), tmp_path)
+
+
+def test_a_module_at_two_paths_is_not_converted(tmp_path):
+    model = nn.Module()
+    model.a = model.b = nn.Linear(4, 4)
+    model.c = nn.Linear(4, 4)
+    mmpeft.inject(model, dict(type='LoRA', rank=2))
+    with pytest.raises(UsageError, match='a.weight belongs to a module that is also at b'):
+        save_peft(model, tmp_path)

@@ -1,15 +1,18 @@
 """Runs of transformers' Trainer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
-from torch import nan
+from torch import nan, nn
 from torch.utils.data import Dataset
 
 import mmpeft
 from mmpeft.checkpoint.adapter_file import read_adapter
-from mmpeft.errors import MissingFileError, TrainingError
+from mmpeft.errors import MissingFileError, TrainingError, UsageError
 from mmpeft.interop.transformers import PEFTCallback, PEFTTrainer
+from tests.cases import randomize
 from tests.hf_zoo import WORDS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -143,3 +146,23 @@ def test_a_run_that_goes_wrong_stops_and_saves_nothing(tmp_path):
     with pytest.raises(TrainingError, match=r"frozen tensors changed .*'model\.norm\.weight'"):
         trainer.train()
     assert not list(tmp_path.rglob('checkpoint-*'))
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    model, other = (nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    for each in (model, other):
+        mmpeft.inject(each, dict(type='LoRA', rank=2))
+    state = SimpleNamespace(global_step=2, max_steps=4)
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    (tmp_path / 'checkpoint-2').mkdir()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    callback = PEFTCallback(save_adapters=False)
+    callback.on_train_begin(
+        args, SimpleNamespace(global_step=0, max_steps=4), None, model, optimizer
+    )
+    callback.on_save(args, state, None, model)
+    callback.on_train_begin(args, state, None, model, optimizer)
+    randomize(other)
+    optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], 0.1)
+    with pytest.raises(UsageError, match='is of another run.*resume_from'):
+        PEFTCallback().on_train_begin(args, state, None, other, optimizer)

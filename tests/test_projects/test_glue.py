@@ -442,3 +442,18 @@ def test_a_table_is_resumed_and_printed(glue, encoder, tmp_path, capsys, monkeyp
     rte = [100 * r['scores']['validation']['accuracy'] for r in found if r['task'] == 'rte'][:2]
     assert f'| 2 | {np.mean(rte):.2f} ± {np.std(rte, ddof=1):.2f} |' in printed[2]
     assert printed[3].startswith("| dict(type='IA3') | ") and len(printed) == 4 + 3 + 3
+
+
+def test_records_of_another_model_are_not_taken(glue):
+    from glue import plan
+    from glue.trial import Trial
+
+    trial = Trial('own', 'lora', 0)
+    config = dict(
+        model='small', tasks=dict(own=dict(learning_rate=0.1)), training={}, methods=dict(lora={})
+    )
+    record = dict(vars(trial), id=trial.id, model='small', training=dict(learning_rate=0.1))
+    plan.check_records(config, {trial.id: record})
+    for key, value in dict(model='large', training=dict(learning_rate=0.2)).items():
+        with pytest.raises(UsageError, match=f'with another {key}'):
+            plan.check_records(config, {trial.id: record | {key: value}})

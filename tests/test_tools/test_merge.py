@@ -155,3 +155,10 @@ def test_a_model_that_draws_random_numbers(draws_each_time, scope):
     load_whole(again, checkpoint, 'It')  # with the bases, which a new model does not have yet
     bases = 'decode_head.hamburger.ham.bases'
     assert (bases in again.state_dict()) is not draws_each_time
+
+
+@pytest.mark.parametrize('name', ['a.py', 'a.safetensors', 'a'])
+def test_a_checkpoint_is_not_written_over_by_its_config(name, merge, adapted_demo, tmp_path):
+    with pytest.raises(UsageError, match='name a file that ends in .pth'):
+        merge(*adapted_demo('coco'), tmp_path / name)
+    assert not list(tmp_path.iterdir())

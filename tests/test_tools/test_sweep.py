@@ -133,3 +133,9 @@ def test_curves_that_cannot_be_drawn():
         score_name([record(1, 1, 0.5)], 'mIou')
     with pytest.raises(UsageError, match="scale='auto' is not a number"):
         draw_curves(points([record('auto', 1, 0.5)], 'mIoU'), 'mIoU')
+
+
+@pytest.mark.parametrize('words', [('rank=2,2',), ('rank=1,2', '--seeds', 0, 0)])
+def test_a_value_is_not_counted_twice(words, tool):
+    with pytest.raises(UsageError, match='a value is given twice'):
+        tool('--over', *words)

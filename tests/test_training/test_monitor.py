@@ -311,3 +311,26 @@ def test_sparse_gradients_are_looked_at():
         (scale * model(torch.tensor([1, 1, 2])).sum()).backward()
         optimizer.step()
         assert torch.equal(before, model[0].weight) is (scale != 1.0)
+
+
+def test_a_run_that_ends_before_its_allocator_warns():
+    model, optimizer, monitor = started(ADALORA, steps=60)
+    train(model, optimizer, range(10))
+    with pytest.warns(UserWarning, match='within 60 steps, and the run ended after 10'):
+        monitor.close()
+
+
+def test_an_optimizer_that_never_steps_warns():
+    model, optimizer, monitor = started()
+    loss_of(model, 0).backward()
+    with pytest.warns(UserWarning, match='was never called: nothing was watched'):
+        monitor.close()
+
+
+def test_a_loss_that_the_model_does_not_return_is_not_called_finite():
+    network = nn.Sequential(nn.Linear(4, 4))
+    mmpeft.inject(network, LORA)
+    optimizer = torch.optim.SGD(trainable(network), 0.1)
+    with mmpeft.monitor(network, optimizer), pytest.warns(UserWarning, match='loss was not seen'):
+        (network(torch.randn(2, 4)).sum() * nan).backward()
+        optimizer.step()

@@ -37,7 +37,7 @@ class Finite(Check):
         self.limit = nonfinite_iters
         self.row = self.steps = 0  # in a row; a step that a scaler skips counts a tenth in row
         self.origin = None
-        self._losses, self._skipped, self._stepped = {}, False, False
+        self._losses, self._skipped, self._stepped, self._seen = {}, False, False, False
         self._from_start = set(_nonfinite(dict(monitor.model.named_buffers())))
         self._check_layers()
 
@@ -65,6 +65,7 @@ class Finite(Check):
 
     def note(self, losses: dict[str, float]) -> None:
         """Take note of losses by name."""
+        self._seen = self._seen or bool(losses)
         self._losses |= {k: v for k, v in losses.items() if not isfinite(v)}
 
     def count(self, scaled: bool) -> None:
@@ -80,7 +81,7 @@ class Finite(Check):
             self.monitor.warn(f'Iteration {self.monitor.iteration}: {self._account(skipped)}.')
         if self.row >= SCALER_PATIENCE * self.limit:
             raise TrainingError(self._report(skipped))
-        self._losses, self._skipped, self._stepped = {}, False, False
+        self._losses, self._skipped, self._stepped, self._seen = {}, False, False, False
         self._check_layers()
 
     def _check_layers(self):
@@ -95,7 +96,7 @@ class Finite(Check):
 
     def _account(self, skipped):
         losses = ', '.join(f'{name} is {value}' for name, value in self._losses.items())
-        losses = losses or 'the loss is finite'
+        losses = losses or ('the loss is finite' if self._seen else 'the loss was not seen')
         if not skipped:
             return f'{losses}, the gradients are finite'
         return f'{losses}, gradients are NaN or infinite, and the step was skipped'

@@ -65,7 +65,7 @@ def check_records(config: Mapping, records: Records) -> None:
         UsageError: Names the first such record.
     """
     fields_of = {field.name for field in fields(Trial)}
-    for record in records.values():
+    for record in (record for record in records.values() if 'model' in record):
         trial = Trial(**{key: record[key] for key in fields_of & record.keys()})
         known = trial.method in config['methods']
         wanted = dict(model=config['model'])
