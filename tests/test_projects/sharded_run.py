@@ -6,6 +6,7 @@ accelerate shards on GPUs alone: here it takes the CPU for one. Arguments are th
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -42,7 +43,9 @@ def main():
     torch.distributed.barrier()
     main([*sys.argv[1:], '--resume'])
     assert len(sharded) == 5 and all(sharded), sharded
-    torch.distributed.destroy_process_group()  # its threads may outlive Python otherwise, and abort
+    # Threads of gloo that outlive Python abort; they end a moment after the last call.
+    time.sleep(0.5)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
