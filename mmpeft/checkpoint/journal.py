@@ -1,6 +1,7 @@
 """Records of long work, one JSON line each, that survive kills and many writers."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def read_journal(path: str | Path) -> list[dict]:
 
 
 def append_record(path: str | Path, record: Mapping) -> None:
-    """Add one line to a file, in one write, so that those of several writers do not mix.
+    """Add one line to a file, while no other writer on this or another machine does.
 
     Args:
         path: Of the file; its folder is created if it does not exist.
@@ -34,8 +35,12 @@ def append_record(path: str | Path, record: Mapping) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record, default=float) + '\n'
-    with path.open('a+b', buffering=0) as file:
-        if file.tell() and file.seek(-1, 2) and file.read() != b'\n':
-            line = f'\n{line}'  # behind a line that was cut off
-        file.write(line.encode())
+    line = json.dumps(record, default=float).encode() + b'\n'
+    with path.open('a+b') as file:
+        if os.name == 'posix':
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b'\n':
+            line = b'\n' + line  # behind a line that was cut off
+        file.write(line)

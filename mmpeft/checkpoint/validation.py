@@ -64,7 +64,7 @@ def check_fits(
 
 
 def _check_trained(model, manifest, source):
-    """What trains itself is no part of the frozen base that fingerprints compare."""
+    """Name other trained parameters, which are not part of the base that fingerprints compare."""
     theirs = {join(i['module'], name) for i in manifest['injections'] for name in i['trained']}
     ours = {record.prefix + name for record in model.peft for name in record.trained}
     if theirs != ours:

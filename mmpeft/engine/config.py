@@ -50,7 +50,7 @@ def compose(
     if method is not None:
         _set_method(cfg, read_method(method), is_written_out=not is_name(method))
     if options:
-        before = _types_in(cfg)
+        before, new = _types_in(cfg), [key for key in options if key not in cfg]
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(options)))
         except (TypeError, KeyError, IndexError) as error:
@@ -58,7 +58,7 @@ def compose(
                 f'--cfg-options do not fit the config: {error}. An item of a list is named by its '
                 'number, such as default_hooks.peft.method.0.rank=4.'
             ) from error
-        _check_keys(cfg, options)
+        _check_keys(cfg, new)
         if find_hook(cfg) is None and 'peft' in (cfg.get('default_hooks') or {}):
             raise UsageError(
                 f'--cfg-options: {cfg.filename} has no PEFTHook whose arguments default_hooks.peft '
@@ -202,10 +202,10 @@ def _suit_adapters(cfg):
             value.lr_mult = 1.0
 
 
-def _check_keys(cfg, options):
+def _check_keys(cfg, new):
     """Refuse an argument of the method that is written as a key of the config itself."""
     known = set().union(*map(_arguments, _kinds_of(find_hook(cfg) or {})))
-    for key in options:
+    for key in new:
         if key in known:
             raise UsageError(
                 f'--cfg-options: {key!r} is an argument of the method, and would be a key of the '

@@ -128,14 +128,14 @@ def check_work_dir(cfg: Config) -> None:
         UsageError: The work directory has them.
     """
     folder = Path(cfg.work_dir)
-    if cfg.get('resume') or not (folder / 'last_checkpoint').exists():
+    file = folder / Path(cfg.filename or '').name  # where a Runner writes its config
+    if cfg.get('resume') or not (folder / 'last_checkpoint').exists() or not file.is_file():
         return
-    for file in sorted(folder.glob('*.py')):
-        if _adapts(Config.fromfile(file)) != _adapts(cfg):
-            raise UsageError(
-                f'{folder} has the checkpoints of a run with another method or other targets '
-                f'({file.name}). Give another folder by --work-dir, or remove this one.'
-            )
+    if _adapts(Config.fromfile(file)) != _adapts(cfg):
+        raise UsageError(
+            f'{folder} has the checkpoints of a run with another method or other targets '
+            f'({file.name}). Give another folder by --work-dir, or remove this one.'
+        )
 
 
 def _adapts(cfg):

@@ -47,7 +47,7 @@ def enable(layer: nn.Module, execution: str = AUTO) -> None:
     if _is_torchs(type(layer)) and has_one_adapter(layer):
         geometry = settings = None
         if not isinstance(layer, nn.Linear):
-            settings = settings_of(layer)
+            settings = tuple(tuple(s) if isinstance(s, list) else s for s in settings_of(layer))
             geometry = ConvGeometry.of(layer, layer.parametrizations.weight[0].spec)
         attributes = dict(execution=execution, geometry=geometry, settings=settings)
         change_class(layer, Adapted, **attributes)

@@ -142,11 +142,14 @@ def _set_training(model, names, trains):
         if name in names and not isinstance(parameter, Quantized):
             parameter.requires_grad_(trains)
             if trains and parameter.__dict__.pop(IN_COMMON, False):
-                parameter.register_post_accumulate_grad_hook(_part)
+                _part(parameter)
 
 
 def _part(parameter):
-    """Give a parameter that has its first gradient memory of its own: other models keep theirs."""
-    if not parameter.__dict__.setdefault('peft_parted', False):
+    """Give a parameter memory of its own with its first gradient: other models keep theirs."""
+
+    def part(parameter):
+        handle.remove()
         parameter.data = parameter.data.clone()
-        parameter.peft_parted = True
+
+    handle = parameter.register_post_accumulate_grad_hook(part)

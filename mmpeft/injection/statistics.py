@@ -20,7 +20,7 @@ class FrozenStatistics:
         return super().train(False)
 
     def reset_running_stats(self):
-        """``torch.optim.swa_utils.update_bn`` calls it, and counts on training mode after it."""
+        """Keep the statistics, with a warning: in evaluation mode nothing would fill them again."""
         warnings.warn(
             'The statistics of frozen norms stay as they are: reset_running_stats, which '
             'torch.optim.swa_utils.update_bn calls, does nothing here.',

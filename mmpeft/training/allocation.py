@@ -50,7 +50,7 @@ def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> lis
 def _fills_state(optimizer):
     """Whether all rates are 0 and so are all gradients, none of which is left out."""
     groups = optimizer.param_groups
-    if any(group['lr'] != 0 for group in groups):
+    if any(group.get('lr') != 0 for group in groups):
         return False
     parameters = [p for group in groups for p in group['params'] if p.requires_grad]
     return all(p.grad is not None and not p.grad.any() for p in parameters)

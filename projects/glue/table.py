@@ -10,10 +10,11 @@ what has a line is not run again.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from glue.cli import add_arguments, read_config, run, tasks_of, texts_of
-from glue.plan import check_records, pending, read_records, result
+from glue.plan import pending, read_records, result
 from glue.report import differences, table
 from glue.shares import shares
 from glue.trial import run_trial
@@ -44,8 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     files = args.records or [Path('work_dirs/glue') / f'{args.config.stem}.jsonl']
     records = read_records(files)
     if args.command == 'print':
-        check_records(config, records)
         print(table(config, tasks, methods, args.seeds, records))
+        models = {record['model'] for record in records.values() if 'model' in record}
+        print(f'Models of the records: {", ".join(sorted(models))}', file=sys.stderr)
         if args.against:
             print(differences(config, tasks, methods, args.seeds, records, args.against))
         return

@@ -177,7 +177,7 @@ def test_what_the_user_writes_out_wins():
 
 
 def test_arguments_of_a_hook_that_is_not_there():
-    plain = read_config(f'{RETINANET}.py') if RETINANET.endswith('.py') else read_config(DINO)
+    plain = read_config(DINO)
     with pytest.raises(UsageError, match='has no PEFTHook whose arguments default_hooks.peft'):
         compose(plain, options={'default_hooks.peft.method.rank': 4})
 

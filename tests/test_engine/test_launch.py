@@ -348,12 +348,17 @@ def test_operators_of_mmcv_take_bfloat16_on_a_cpu():
 
 
 def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
-    cfg = toy_config(tmp_path, dict(type='LoRA', rank=2))
+    def config(rank):
+        toy_config(tmp_path, dict(type='LoRA', rank=rank)).dump(tmp_path / f'{rank}' / 'config.py')
+        return Config.fromfile(tmp_path / f'{rank}' / 'config.py')
+
+    for rank in (2, 4):
+        (tmp_path / f'{rank}').mkdir()
+    cfg, other = config(2), config(4)
     launch.check_work_dir(cfg)
     cfg.dump(tmp_path / 'config.py')
     (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
     launch.check_work_dir(cfg)
-    other = toy_config(tmp_path, dict(type='LoRA', rank=4))
     with pytest.raises(UsageError, match='another method or other targets .*--work-dir'):
         launch.check_work_dir(other)
     other.resume = True  # which the hook checks

@@ -89,6 +89,7 @@ def doubled(x, weight, bias):
     [
         dict(padding_mode='circular'),
         dict(stride=(2, 2)),
+        dict(stride=[2, 2]),
         dict(padding=(0, 0)),
         dict(dilation=(2, 2)),
         dict(_conv_forward=doubled),
@@ -147,7 +148,7 @@ def test_inputs_can_be_named():
         assert torch.equal(layer(input=x), layer(x))
 
 
-def test_hooks_that_were_put_on_after_the_adapters_stay(network):
+def test_hooks_added_after_the_adapters_stay(network):
     """accelerate keeps the forward that it replaces on the layer."""
     x = torch.randn(2, 3, 3, 3)
     expected = network(x)

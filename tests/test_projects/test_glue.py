@@ -453,7 +453,17 @@ def test_records_of_another_model_are_not_taken(glue):
         model='small', tasks=dict(own=dict(learning_rate=0.1)), training={}, methods=dict(lora={})
     )
     record = dict(vars(trial), id=trial.id, model='small', training=dict(learning_rate=0.1))
-    plan.check_records(config, {trial.id: record})
+    assert not plan.has_run(config, trial, {})
+    assert plan.has_run(config, trial, {trial.id: record | dict(model='models/small')})
     for key, value in dict(model='large', training=dict(learning_rate=0.2)).items():
         with pytest.raises(UsageError, match=f'with another {key}'):
-            plan.check_records(config, {trial.id: record | {key: value}})
+            plan.has_run(config, trial, {trial.id: record | {key: value}})
+
+
+def test_the_records_of_what_was_measured_are_printed(glue, script, monkeypatch, capsys):
+    table = script('projects/glue', 'table')
+    files = [str(PROJECT / 'configs/minilm_movies.py')]
+    files += ['--records', str(PROJECT / 'records/minilm_movies.jsonl')]
+    table.main(['print', *files])
+    printed = capsys.readouterr()
+    assert 'lora' in printed.out and 'models/all-MiniLM-L6-v2' in printed.err

@@ -1,7 +1,8 @@
 """Which trials a table takes, and which are left."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,25 +59,28 @@ def final_trial(config: Mapping, task: str, method: str, seed: int, records: Rec
     return Trial(task, method, seed, learning_rate=max(means, key=means.get, default=None))
 
 
-def check_records(config: Mapping, records: Records) -> None:
-    """Refuse records of another model or with other training than the config's.
+def has_run(config: Mapping, trial: Trial, records: Records) -> bool:
+    """Whether a trial has a record.
 
     Raises:
-        UsageError: Names the first such record.
+        UsageError: It has one of another model, or with other settings of the training.
     """
-    fields_of = {field.name for field in fields(Trial)}
-    for record in (record for record in records.values() if 'model' in record):
-        trial = Trial(**{key: record[key] for key in fields_of & record.keys()})
-        known = trial.method in config['methods']
-        wanted = dict(model=config['model'])
-        if known:
-            wanted['training'] = settings(config, trial)
-        for key, value in wanted.items():
-            if record.get(key, value) != value:
-                raise UsageError(
-                    f'The records have {trial.id!r} with another {key}: {record[key]}, where the '
-                    f'config says {value}. Name other files by --records.'
-                )
+    record = records.get(trial.id)
+    if record is None:
+        return False
+    if 'model' not in record:
+        return True
+    ours = json.loads(json.dumps(settings(config, trial)))
+    # A folder stands for the model that was downloaded into it.
+    models = [Path(name).name for name in (record['model'], config['model'])]
+    pairs = dict(model=models, training=[record['training'], ours])
+    for key, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise UsageError(
+                f'The records have {trial.id!r} with another {key}: {theirs}, where the config '
+                f'says {ours}. Name other files by --records.'
+            )
+    return True
 
 
 def pending(
@@ -87,14 +91,13 @@ def pending(
     All methods are tuned first. Then come the seeds one after another, each with all methods, so
     that a run that is stopped has treated all alike.
     """
-    check_records(config, records)
     for task in tasks:
         for method in methods:
             tuning = tuning_trials(config, task, method, records)
-            yield from (trial for trial in tuning if trial.id not in records)
+            yield from (trial for trial in tuning if not has_run(config, trial, records))
     for seed in range(seeds):
         for task in tasks:
             for method in methods:
                 trial = final_trial(config, task, method, seed, records)
-                if trial.id not in records:
+                if not has_run(config, trial, records):
                     yield trial
