@@ -89,6 +89,16 @@ class Allocation:
         for allocator, state in zip(self.allocators, states, strict=True):
             allocator.load_state_dict(state)
 
+    def unfinished(self) -> list[str]:
+        """What to say of allocators that began and did not come to their end."""
+        return [
+            f'{type(next(iter(allocator.adapters.values())).method).__name__} was to decide what '
+            f'it keeps within {allocator.steps} steps, and the run ended after {allocator.step}: '
+            'give the steps of the optimizer, not those of batches that are accumulated.'
+            for allocator in self.allocators
+            if 0 < allocator.step < allocator.steps
+        ]
+
     def close(self) -> None:
         """Remove the hooks of the optimizer."""
         for handle in self._handles:

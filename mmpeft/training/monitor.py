@@ -208,25 +208,10 @@ class Monitor:
                     self.check()
                 for check in self.checks:
                     check.close()
-                self._account()
+                for text in self.allocation.unfinished():
+                    self.warn(text)
             finally:
                 self.detach()
-
-    def _account(self):
-        """Warn of a run whose steps were not seen, or ended before allocators did."""
-        if not self.iterations and any(self.gradients.reached.values()):
-            self.warn(
-                'Gradients reached the adapters, and optimizer.step() of the optimizer that the '
-                'monitor was given was never called: nothing was watched.'
-            )
-        for allocator in self.allocation.allocators:
-            if 0 < allocator.step < allocator.steps:
-                method = next(iter(allocator.adapters.values())).method
-                self.warn(
-                    f'{type(method).__name__} was to decide what it keeps within {allocator.steps} '
-                    f'steps, and the run ended after {allocator.step}: give the steps of the '
-                    'optimizer, not those of batches that are accumulated.'
-                )
 
     def detach(self) -> None:
         """Remove all hooks, without a look."""

@@ -9,7 +9,6 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.errors import UsageError
 from mmpeft.execution.classes import Fast
 from tests.cases import METHODS, randomize
 
@@ -122,22 +121,18 @@ def test_a_convolution_computes_as_its_layer_says_now(change, method):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('method', ['lora', 'flora', 'ssb', 'dora', 'liera'])
+@pytest.mark.parametrize('method', ['lora', 'flora', 'ssb'])
 def test_complex_weights_are_left_to_torch(method):
     found = []
     for way in ('plain', 'auto'):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.complex128)
-        try:
-            mmpeft.inject(network, METHODS[method], execution=way)
-        except (UsageError, RuntimeError) as error:
-            found.append(str(error))
-            continue
+        mmpeft.inject(network, METHODS[method], execution=way)
         randomize(network)
         network(torch.randn(3, 4, dtype=torch.complex128)).abs().square().sum().backward()
         found.append([p.grad for p in network.parameters() if p.requires_grad])
     for one, other in zip(*found, strict=True):
-        assert one == other if isinstance(one, str) else torch.allclose(one, other, atol=1e-10)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_inputs_can_be_named():

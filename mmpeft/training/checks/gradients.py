@@ -62,6 +62,11 @@ class Gradients(Check):
         if 0 < self.monitor.iterations < self.monitor.check_iters:  # a short run
             self.monitor.stop_if(self.problem())
             self._finish()
+        if not self.monitor.iterations and any(self.reached.values()):
+            self.monitor.warn(
+                'Gradients reached the adapters, and optimizer.step() of the optimizer that the '
+                'monitor was given was never called: nothing was watched.'
+            )
         self._remove()
 
     def problem(self):
