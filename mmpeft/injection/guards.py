@@ -1,4 +1,4 @@
-"""What warns of files that do not know of the adapters: plain state dicts, and save_pretrained."""
+"""Guards against files that know nothing of adapters: plain state dicts, and save_pretrained."""
 
 import warnings
 
@@ -16,12 +16,13 @@ def guard(model: nn.Module) -> None:
     - ``load_state_dict`` of a plain state dict, which ``strict=False`` lets pass.
     - ``save_pretrained`` of the model's own, whose file holds adapted weights under other names.
 
-    Copies and pickles of the model warn too.
+    ``load_state_dict(assign=True)`` keeps shared what several adapters or layers share. Copies and
+    pickles of the model are guarded too.
     """
     unguard(model)
     for path in {above for site in attached(model) for above in lineage(site.path)}:
         module = model.get_submodule(path)
-        module.register_load_state_dict_pre_hook(_warn_of_plain)
+        module.register_load_state_dict_pre_hook(_before_loading)
         if callable(getattr(type(module), SAVE, None)):
             module.__dict__[SAVE] = _Save(module)
 
@@ -30,17 +31,19 @@ def unguard(model: nn.Module) -> None:
     """Undo :func:`guard`."""
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
-        for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _warn_of_plain]:
+        for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _before_loading]:
             del hooks[key]
         if isinstance(module.__dict__.get(SAVE), _Save):
             del module.__dict__[SAVE]
 
 
-def _warn_of_plain(module, state_dict, prefix, *rest):
+def _before_loading(module, state_dict, prefix, local_metadata, *rest):
     if prefix and not hasattr(module, 'peft'):
         return  # the module that load_state_dict was called on has warned
     plain = [site.name for site in attached(module) if site.tensor]
     plain = [name for name in dict.fromkeys(plain) if prefix + name in state_dict]
+    if local_metadata.get('assign_to_params_buffers'):
+        _keep_shared(module, state_dict, prefix)
     if plain:
         warnings.warn(
             f'{len(plain)} weights of this state dict, such as {prefix + plain[0]}, have other '
@@ -49,6 +52,18 @@ def _warn_of_plain(module, state_dict, prefix, *rest):
             'before mmpeft.inject.',
             stacklevel=4,
         )
+
+
+def _keep_shared(module, state_dict, prefix):
+    """Give a parameter one entry under all its names, or ``assign`` would make one of each."""
+    names = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(prefix + name)
+    for parameter, shared in names.items():
+        given = [name for name in shared if name in state_dict]
+        if len(shared) > 1 and given:
+            entry = nn.Parameter(state_dict[given[-1]], parameter.requires_grad)
+            state_dict.update(dict.fromkeys(given, entry))
 
 
 class _Save:

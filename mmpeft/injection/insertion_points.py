@@ -33,7 +33,7 @@ from .weights import is_below, join, layers, lineage, within
 
 QUERY = re.compile(r'(^|[._])(w?q|query|queries)([._]|$)', re.IGNORECASE)
 KEY = re.compile(r'(^|[._])(w?k|w?v|w?kv|keys?|values?)([._]|$)', re.IGNORECASE)
-POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries')
+POSITIONS = re.compile(r'rope|rel_pos|relative|position|object_queries|(^|_)(size|shape)$')
 
 Points = dict[str, InsertionPoint]
 

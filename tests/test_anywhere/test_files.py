@@ -154,3 +154,20 @@ def test_a_base_is_loaded_through_wrappers(model):
     assert mmpeft.load_base(wrapped, state) is wrapped
     mmpeft.remove(model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('above', [False, True], ids=['model', 'above'])
+@pytest.mark.parametrize('method', ['FacT', 'LoTR'])
+def test_assign_keeps_shared_factors_shared(method, above):
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    mmpeft.inject(model, dict(type=method, rank=2))
+    randomize(model)
+    whole = nn.Sequential(model) if above else model
+    before = list(whole.parameters())
+    state = {name: value.clone() for name, value in whole.state_dict().items()}
+    whole.load_state_dict(state, assign=True)
+    after = list(whole.parameters())
+    assert len(after) == len(before) and not any(a is b for a, b in zip(after, before, strict=True))
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a, b) and a.requires_grad == b.requires_grad
+    assert set(state) == set(whole.state_dict())

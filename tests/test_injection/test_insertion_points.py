@@ -452,6 +452,11 @@ class Rotary(TransformerBlock):
         return x
 
 
+class Sized(TransformerBlock):
+    def forward(self, x, feat_size):
+        return x
+
+
 def windowed():
     block = TransformerBlock(Attention(8), 8)
     block.attn.window_size = (7, 7)
@@ -469,10 +474,11 @@ def sequence_first():
         sequence_first,
         lambda: TransformerBlock(Attention(8, window=4), 8),
         lambda: Rotary(Attention(8), 8),
+        lambda: Sized(Attention(8), 8),
         lambda: holding(attn=Attention(8), conv=nn.Conv2d(8, 8, 3), mlp=mlp(8)),
         lambda: holding(attn=Attention(8), other=Attention(8), mlp=mlp(8)),
     ],
-    ids=['window', 'sequence first', 'table', 'rotary', 'convolution', 'two attentions'],
+    ids=['window', 'sequence first', 'table', 'rotary', 'size', 'convolution', 'two attentions'],
 )
 def test_blocks_that_prompts_do_not_suit_are_no_tokens(block):
     assert_none(nn.Sequential(block()), 'tokens')

@@ -620,6 +620,13 @@ def test_arguments_that_adapters_refuse(method, arguments, message):
         mmpeft.METHODS.build(dict(type=method, **arguments))
 
 
+def test_a_branch_does_not_expand_what_a_module_returns():
+    model = timm.create_model('cait_xxs24_224', depth=1, img_size=32)
+    mmpeft.inject(model, dict(type='Convpass', rank=2))
+    with pytest.raises(UsageError, match=r'returned .*\(1, 1, 192\) for \(1, 5, 192\), as att'):
+        model(torch.randn(1, 3, 32, 32))
+
+
 # What all of them live with
 
 

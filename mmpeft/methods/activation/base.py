@@ -68,6 +68,12 @@ class BranchMethod(ActivationMethod):
 
     def after(self, x, y, factors, point):
         added = self.branch(x, y, factors, point)
+        if added.shape != y.shape:  # torch would expand one of them
+            raise UsageError(
+                f'{type(self).__name__}: an insertion point returned a tensor of shape '
+                f'{tuple(y.shape)} for {tuple(x.shape)}, as attention does that asks for the class '
+                'token alone. Leave such modules out with targets.exclude.'
+            )
         return (y.to(added.dtype) + added).to(y.dtype)
 
 
