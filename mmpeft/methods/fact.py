@@ -67,7 +67,7 @@ class FacT(Ranked, DeltaMethod):
         r, s = min(self.rank, n), min(self.rank, m)
         shared = {'left': uniform(weight, n, r), 'right': weight.new_zeros(m, s)}
         if self.form == 'tt':
-            cores = uniform(weight, r, s, count, *kernel).movedim(2, 0)
+            cores = uniform(weight, r, s, count, *kernel).movedim(2, 0).contiguous()
             return shared | {'cores': cores.flatten(2)}  # of 5 axes a model takes no memory format
         core, own = uniform(weight, r, s, self.rank), uniform(weight, count, self.rank, *kernel)
         return shared | {'core': core, 'own': own}

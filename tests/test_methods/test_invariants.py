@@ -155,6 +155,11 @@ def test_identity_at_start_to_the_last_bit(case):
 
 
 @over(EVERYWHERE, has_adapters)
+def test_factors_are_contiguous_for_fully_shard(case):
+    assert all(p.is_contiguous() for p in adapter_parameters(case.model))
+
+
+@over(EVERYWHERE, has_adapters)
 def test_gradients_against_finite_differences(case):
     model, x = case.model, case.layer.input()
     randomize(model)
