@@ -1,5 +1,6 @@
 """Attach adapters to a model, and detach them."""
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -47,7 +48,7 @@ def make_adapters(
             own = getattr(adapter, name)
             key = site.method, name, site.method.tie_key(site.spec), own.dtype, own.device
             if site.method.tied_in_layer:
-                key += id(site.layer), site.tensor.removesuffix('weight').removesuffix('bias')
+                key += id(site.layer), re.sub('(weight|bias|gamma|beta)$', '', site.tensor)
             setattr(adapter, name, shared.setdefault(key, own))
         adapters[site.tie_key] = adapter
     return [replace(s, adapter=adapters[s.tie_key], execution=execution) for s in sites]

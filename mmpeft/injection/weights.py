@@ -1,5 +1,6 @@
 """The roles of weights in their layers, and names with and without adapters."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 from torch import Size, Tensor, nn
@@ -139,8 +140,9 @@ def _shaped(module, name) -> Tensor | None:
 
 def _spec(module, name, tensor) -> WeightSpec | None:
     kinds, shape, size = _kinds(module), tensor.shape, tensor.numel()
-    is_bias = name == 'bias' or name.endswith('_bias')
-    if is_bias or (name == 'weight' and 'norm' in kinds):
+    is_norm = 'norm' in kinds  # GRN of mmpretrain calls its weight gamma, its bias beta
+    is_bias = name == 'bias' or name.endswith('_bias') or (is_norm and name == 'beta')
+    if is_bias or (is_norm and name in ('weight', 'gamma')):
         return WeightSpec(shape, kinds, size, size, is_bias=is_bias)
     if name != 'weight' and not isinstance(module, nn.MultiheadAttention):
         return None
@@ -178,4 +180,5 @@ def _kinds(module) -> frozenset[str]:
             return frozenset({kind})
     if _is_a(module, CONV1D):
         return frozenset({'linear'})
-    return frozenset({'norm'} if 'norm' in type(module).__name__.lower() else ())
+    is_norm = re.search('norm|grn$', type(module).__name__, re.IGNORECASE)
+    return frozenset({'norm'} if is_norm else ())

@@ -3,9 +3,9 @@
     W' = D1 W D2            Subspace tuning, Eq. 7
 
 with W as torch stores it, (out, in), and D1, D2 diagonal: IA3 has D1 alone,
-SSL D2 alone, SSB both. What is trained is the difference of each scale from
-one. A kernel keeps its axes, and a grouped convolution has one scale a channel
-over all groups.
+SSL D2 alone, SSB both. (The paper has the transpose, with D1 and D2 exchanged.)
+What is trained is the difference of each scale from one. A kernel keeps its
+axes, and a grouped convolution has one scale a channel over all groups.
 
 IA3's third vector in the paper scales the input of an MLP's second layer, and
 is SSL on that layer; Subspace tuning scales the output of the first instead.

@@ -22,8 +22,8 @@ def magnitude_ratio(magnitude: Tensor, norm: Tensor, detach: bool = False) -> Te
 
 def per_output(values: Tensor, spec: WeightSpec) -> Tensor:
     """A number for each output channel, (out_features,), shaped to multiply the weight."""
-    if len(spec.shape) == 1:
-        return values
+    if spec.numel == spec.out_features:  # a norm's weight or a bias, in transformers also on 4 axes
+        return values.view(spec.shape)
     ones = (1,) * len(spec.kernel_size)
     if not spec.input_first:
         return values.view(-1, 1, *ones)

@@ -19,7 +19,8 @@ run, which is the second half here; it prunes biases, which stay here.
 
 log_alpha is stored as its distance from ``start`` divided by ``gate_speed``.
 The paper trains it with an optimizer of its own, at 10,000 times the learning
-rate of delta; under Adam such a factor has the same effect.
+rate of delta; under Adam such a factor has the same effect. The default is a
+tenth of that.
 
 An adapter has two dense copies of a weight (delta and gates), while it trains
 and in its file: it is sparse in what it changes, not in what it takes.

@@ -126,7 +126,7 @@ class DiTASK(DeltaMethod):
 
     def delta(self, factors, spec) -> Tensor:
         left, values, theta = factors['left'], factors['values'], factors['theta']
-        places = torch.linspace(0, 1, values.shape[1]).to(values)
+        places = torch.linspace(0, 1, values.shape[1], dtype=values.dtype, device=values.device)
         moved = flow(places, torch.nn.functional.pad(theta, (1, 1)))
         change = resampled(values, moved) - values
         return (left * change[:, None] @ factors['right']).reshape(spec.shape)

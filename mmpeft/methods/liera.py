@@ -5,7 +5,8 @@
 
 Any other method that gives a dW takes the same ``update`` argument; this is
 the paper's name for LoRA with it. The default of s follows the weights, see
-:class:`~.delta.DeltaMethod`. The paper has s = 1.
+:class:`~.delta.DeltaMethod`. The paper's equations have no
+s; its Tables 9 and 10 have alpha = 2 r, which is s = 2.
 """
 
 from .base import Card, register

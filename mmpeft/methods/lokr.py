@@ -15,10 +15,11 @@ The block is low rank only where that takes fewer parameters than the whole of
 it, and so is C with ``decompose_both``; LyCORIS asks whether r is below half
 of the larger side, which is the same for square blocks.
 
-The start is LyCORIS': uniform as in linear layers, but zero for A, the whole
-block, or the core. Factors that are a single number start at 1. ``alpha /
-rank`` is applied once and to blocks of every form (LyCORIS squares it when it
-merges, and leaves it out if C and the block are whole).
+The start is LyCORIS': uniform as in linear layers (B of ``tucker`` as its
+transpose would be), but zero for A, or the whole block. Factors that are a
+single number start at 1. ``alpha / rank`` is applied once and to blocks of
+every form (LyCORIS squares it when it merges, and leaves it out if C and the
+block are whole).
 """
 
 from math import isqrt, prod
@@ -103,7 +104,9 @@ class LoKr(KernelRankMethod):
             name: uniform(weight, *shape) if prod(shape) > 1 else weight.new_ones(shape)
             for name, shape in (first | second).items()
         }
-        zero = list(second)[-1]  # the block, A, or T
+        if 'lokr_T' in second:  # LyCORIS stores this B transposed
+            factors['lokr_B'] = uniform(weight, *reversed(second['lokr_B'])).mT.contiguous()
+        zero = 'lokr_A' if 'lokr_A' in second else 'lokr_block'
         return factors | {zero: torch.zeros_like(factors[zero])}
 
     def delta(self, factors, spec) -> Tensor:

@@ -1,10 +1,11 @@
 """LoRA: a product of two low-rank matrices (arXiv:2106.09685).
 
-    dW = reshape(B A)           FLoRA, Eq. 2; kernels Eq. 3
+    dW = reshape(B A)           FLoRA, Eq. 2; kernels after Eq. 3
 
-B starts at zero and A as a linear layer does. :mod:`.matrix` describes the two
-layouts of kernels. The published counts are those of ``loralib``, in which A
-is (r k, in k) and B (out/groups k, r k); in the default ``channel`` A is
+B starts at zero and A as a linear layer does, as in loralib (in FLoRA and LieRA
+it is Gaussian). :mod:`.matrix` describes the two layouts of kernels. Eq. 3 prints
+r for the inner size; the published counts are those of ``loralib``, in which A is
+(r k, in k) and B (out/groups k, r k). In the default ``channel`` A is
 (r, in/groups k k) and B (out, r).
 """
 
@@ -25,7 +26,7 @@ class LoRA(ScaledRankMethod, MatrixMethod):
     """Low-rank update of the weight as a matrix.
 
     ``mpc`` names a constraint on the factors (:mod:`.mpc`), a term of the loss
-    with the weight ``mpc_weight``.
+    with the weight ``mpc_weight``, for which the paper has no figure.
     """
 
     card = Card(

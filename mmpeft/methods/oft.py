@@ -7,7 +7,7 @@ with W the stored weight unfolded along its first mode, rows by n columns, and R
 (OFT, Eq. 3): each block of columns is rotated on its own. The factors of BOFT take the columns in
 other orders, as a fast Fourier transform does (BOFT, Eq. 2), so that m sparse ones make a dense R;
 s is a scale for each row (OFT, Section 3.5). The upper triangle of Q trains, and s. They start at
-the identity.
+the identity. The sign of Q is peft's.
 
 ``block_size`` is exchanged for the nearest size that divides n; BOFT's has to be even with
 2^(m - 1) times as many columns to each block, and where n does not allow it, as in a kernel of
@@ -81,7 +81,7 @@ class OFT(Method):
     """A rotation of each block of ``block_size`` columns."""
 
     card = Card(
-        family='extension',
+        family='reconstruction',
         formula='W Rᵀ, R block-diagonal rotations',
         suits='Keeping the angles between neurons, as in image generation; more time per step.',
     )
@@ -118,7 +118,7 @@ class BOFT(OFT):
     """A product of ``factors`` m rotations, and a scale of each row."""
 
     card = Card(
-        family='extension',
+        family='reconstruction',
         formula='s W (Rₘ ⋯ R₁)ᵀ, R block-diagonal rotations in the order of a butterfly',
         suits='Dense rotations with few parameters; time grows with the number of factors.',
     )

@@ -33,7 +33,7 @@ class RepAdapter(Ranked):
     """
 
     card = Card(
-        family='extension',
+        family='reconstruction',
         formula='W (I + s · U D) on the input channels',
         suits='Adapters before a layer that cost nothing when merged; U and D are small.',
     )

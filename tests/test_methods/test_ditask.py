@@ -34,7 +34,7 @@ def test_the_flow_is_the_velocitys_integral(size):
     velocities[3:5] = size  # constant in a cell
     places = np.sort(np.concatenate([random.uniform(size=10), np.linspace(0, 1, 9)]))
     moved = flow(torch.from_numpy(places), torch.from_numpy(velocities)).numpy()
-    np.testing.assert_allclose(places + moved, integrated(places, velocities), atol=2e-7)
+    np.testing.assert_allclose(places + moved, integrated(places, velocities), atol=1e-9)
 
 
 @pytest.mark.parametrize('make', [lambda: nn.Linear(9, 7), lambda: nn.Conv2d(3, 6, 3)])
@@ -44,7 +44,7 @@ def test_singular_values_are_resampled(make):
     places = np.linspace(0, 1, len(values))
     warped = integrated(places, np.pad(f['theta'], 1))
     expected = left * np.interp(warped, places, values) @ right
-    np.testing.assert_allclose(new.reshape(expected.shape), expected, atol=1e-7)
+    np.testing.assert_allclose(new.reshape(expected.shape), expected, atol=1e-9)
     found = np.linalg.svd(new.reshape(len(new), -1), compute_uv=False)
     close(found[[0, -1]], values[[0, -1]], 1e-9)
 
@@ -56,7 +56,7 @@ def test_queries_keys_and_values_are_cut():
         values, found = (np.linalg.svd(w, compute_uv=False) for w in (part, changed))
         places = np.linspace(0, 1, 5)
         warped = integrated(places, np.pad(f['theta'], 1))
-        np.testing.assert_allclose(found, np.interp(warped, places, values), atol=1e-7)
+        np.testing.assert_allclose(found, np.interp(warped, places, values), atol=1e-9)
 
 
 def test_a_weight_has_one_number_less_than_cells():

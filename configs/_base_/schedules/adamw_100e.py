@@ -1,6 +1,6 @@
-# 100 epochs of AdamW at 1e-3 with weight decay 0.05 (LieRA, Table 8), a warm-up of 10 epochs and a
-# cosine. LieRA gives no rate and no epochs for VTAB-1k: these are those of the works whose protocol
-# it follows. The last epoch alone is evaluated.
+# 100 epochs of AdamW at 1e-3 with weight decay 0.05 (as in LieRA's Table 8, for COCO), a warm-up of
+# 10 epochs and a cosine. LieRA gives no rate and no epochs for VTAB-1k: these are of the works
+# whose protocol it follows. The last epoch alone is evaluated.
 _base_ = 'adamw_12e.py'
 
 max_epochs = 100

@@ -1,5 +1,5 @@
 # 160k iterations of AdamW at 1e-4 with weight decay 0.05, falling linearly to zero, as in mmseg's
-# ConvNeXt recipes; norms and biases do not decay.
+# ConvNeXt recipes, but without their layer decay of 0.9; norms and biases do not decay.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

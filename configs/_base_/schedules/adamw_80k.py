@@ -1,5 +1,5 @@
 # 80k iterations of AdamW at 4e-5 with weight decay 0.05 in bfloat16, falling linearly to zero, as
-# in InternVL's UperNet recipe; norms and biases do not decay.
+# in InternVL's UperNet recipe, but without its layer decay of 0.95; norms and biases do not decay.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=80000, val_interval=8000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -11,8 +11,9 @@ and any block that does not have two norms of its own, one at its end. Class tok
 are maps of one position each.
 
 V starts at zero, so that the start is the identity (in the authors' program as a linear layer
-does), all else as there: s1 at 1e-6, s2 and the norm at 1, the rest uniform. The program drops
-entries of what gelu returns with a probability of 0.1; this has no dropout.
+does), all else as there: s1 at 1e-6, s2 and the norm at 1, the rest uniform. But biases start at
+zero here, and the depthwise convolutions have one bias together. The program drops entries of what
+gelu returns with a probability of 0.1; this has no dropout.
 """
 
 import torch.nn.functional as F

@@ -1,5 +1,5 @@
 # FLoRA, Table 3 (arXiv:2405.14739), whose hyper-parameters are not printed: ours are those of
-# Subspace tuning, whose Table 3 has the same results.
+# Subspace tuning, whose Table 3 has the same results but for FLoRA of rank 2.
 _base_ = '_base_/subspace.py'
 model = 'microsoft/deberta-v3-base'
 paper = dict(table='flora_deberta_v3_base', unit=1_000_000)
