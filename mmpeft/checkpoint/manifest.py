@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import attach, make_adapters
-from mmpeft.injection.calls import watch
-from mmpeft.injection.freeze import freeze_target
-from mmpeft.injection.guards import guard
+from mmpeft.injection.attach import adapt
+from mmpeft.injection.freeze import Injection
 from mmpeft.injection.points import restore_point
 from mmpeft.injection.prompts import check_prompts
 from mmpeft.injection.quantized import adopt_quantized
@@ -123,14 +121,8 @@ def attach_adapters(model: nn.Module, manifest: Mapping) -> None:
         sites = sites_at(model, entries)
         check_ranks(sites)
         check_prompts(model, sites)
-        method = checked_method(injection['method'], version)
-        freeze_target(model, method, injection['module'], injection['trained'])
-        sites = make_adapters(sites, empty=True)
-        for site in sites:
-            site.adapter.injection = number
-        attach(sites)
-    watch(model)
-    guard(model)
+        method, trained = checked_method(injection['method'], version), injection['trained']
+        adapt(model, Injection(method, injection['module'], tuple(trained)), sites, empty=True)
 
 
 def check_manifest(manifest: Mapping) -> None:

@@ -16,13 +16,36 @@ from mmpeft.execution.classes import share_class
 from mmpeft.methods import ActivationAdapter, WeightAdapter
 from mmpeft.quantization import Quantized
 
-from .calls import unwatch
-from .guards import unguard
+from .calls import unwatch, watch
+from .freeze import Injection, freeze_target
+from .guards import guard, unguard
 from .site import Site, adapters_of, attached, holder_of
 from .weights import ADAPTERS, PARAMETRIZATIONS
 
 # Attribute of a layer: the order that its parameters had before the first adapter.
 ORDER = 'peft_order'
+
+
+def adapt(
+    model: nn.Module, injection: Injection, sites: Sequence[Site], empty: bool = False
+) -> list[Site]:
+    """Do one injection, of which everything is known: freeze its target, attach its adapters.
+
+    Args:
+        model: With or without adapters of earlier injections.
+        injection: See :func:`freeze_target`, as the errors.
+        sites: Of the injection, without adapters.
+        empty: See :func:`make_adapters`.
+
+    Returns:
+        The sites with their adapters.
+    """
+    sites = make_adapters(sites, empty, injection.execution)
+    freeze_target(model, injection)
+    for site in sites:
+        site.adapter.injection = len(model.peft) - 1
+    attach(model, sites)
+    return sites
 
 
 def make_adapters(
@@ -54,8 +77,12 @@ def make_adapters(
     return [replace(s, adapter=adapters[s.tie_key], execution=execution) for s in sites]
 
 
-def attach(sites: Iterable[Site]) -> None:
-    """Attach the adapters of sites, in their layers' mode, device and precision."""
+def attach(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Attach the adapters of a model's sites, in their layers' mode, device and precision.
+
+    The model then watches its first pass (:func:`.watch`) and warns of plain files
+    (:func:`.guard`).
+    """
     for site in sites:
         adapter, layer = site.adapter, site.layer
         like = site.original if site.tensor else next(layer.parameters(), None)
@@ -75,6 +102,8 @@ def attach(sites: Iterable[Site]) -> None:
         adapter.hook(layer)
     # Inside torch's parametrize.cached() weights of earlier adapters would be read again.
     parametrize._cache.clear()
+    watch(model)
+    guard(model)
 
 
 def detach(sites: Iterable[Site]) -> None:

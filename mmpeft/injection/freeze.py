@@ -1,7 +1,7 @@
 """Freeze the target module of an injection, and release it again."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -51,42 +51,36 @@ class Injection:
         return f'{self.module}.' if self.module else ''
 
 
-def freeze_target(
-    model: nn.Module,
-    method: Method,
-    module: str = '',
-    trained: Sequence[str] = (),
-    execution: str = execution.AUTO,
-    memory: str = SPEED,
-) -> None:
-    """Freeze a module except for some parameters, and append the record to ``model.peft``.
+def freeze_target(model: nn.Module, injection: Injection) -> None:
+    """Freeze a target module except for what trains in it, and record it in ``model.peft``.
 
     Adapters, and parameters that earlier injections train, stay trainable. Call
-    it before the adapters of the injection are attached. The arguments are those of
-    :class:`Injection`.
+    it before the adapters of the injection are attached.
+
+    Args:
+        model: With or without adapters.
+        injection: ``trained_before`` and ``frozen_before`` are found here.
 
     Raises:
         UsageError: No parameter has a name in ``trained``; the model is unchanged.
     """
-    records = getattr(model, 'peft', [])
+    records, module = getattr(model, 'peft', []), injection.module
     everything, own = plain_parameters(model), plain_parameters(model.get_submodule(module))
-    for name in trained:
+    for name in injection.trained:
         if name not in own:
             raise UsageError(
                 f'{module or "The model"!r} has no parameter {name!r} to train. {near(name, own)}'
             )
-    kept = {id(own[name]) for name in trained}
-    kept |= {id(everything[r.prefix + name]) for r in records for name in r.trained}
+    kept = {id(own[name]) for name in injection.trained}
+    kept |= {id(p) for p in trained_parameters(model)}
     frozen = {id(p) for p in own.values() if p.requires_grad} - kept
-    thawed = {id(own[name]) for name in trained if not own[name].requires_grad}
-    record = Injection(
-        method,
-        module,
-        tuple(trained),
-        tuple(n for n, p in everything.items() if id(p) in frozen and not method.trains_base),
-        tuple(n for n, p in everything.items() if id(p) in thawed),
-        execution,
-        memory,
+    if injection.method.trains_base:
+        frozen = set()
+    thawed = {id(own[name]) for name in injection.trained if not own[name].requires_grad}
+    record = replace(
+        injection,
+        trained_before=tuple(name for name, p in everything.items() if id(p) in frozen),
+        frozen_before=tuple(name for name, p in everything.items() if id(p) in thawed),
     )
     _apply(model, record)
     model.peft = [*records, record]
@@ -121,6 +115,12 @@ def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     adapters = {id(p) for p in adapter_parameters(module)}
     named = module.named_parameters(remove_duplicate=False)
     return {plain_key(name): p for name, p in named if id(p) not in adapters}
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that injections let train themselves."""
+    own, records = plain_parameters(model), getattr(model, 'peft', [])
+    return [own[record.prefix + name] for record in records for name in record.trained]
 
 
 def _apply(model, record):

@@ -14,10 +14,8 @@ from mmpeft.methods import Method, Ranked
 from mmpeft.quantization import Quantized
 from mmpeft.registry import METHODS
 
-from .attach import attach, make_adapters
-from .calls import watch
-from .freeze import freeze_target, plain_parameters
-from .guards import guard
+from .attach import adapt, make_adapters
+from .freeze import Injection, plain_parameters, trained_parameters
 from .prompts import check_prompts
 from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
@@ -103,17 +101,13 @@ def inject(
     trained = _trained(root, unfreeze)
     _check_trainable(method, root, trained, frozen_dtype)
     if frozen_dtype is not None:
-        kept = _kept(model, root, trained)
+        own = plain_parameters(root)
+        kept = [*trained_parameters(model), *(own[name] for name in trained)]
         stored = to_quantize(model, targets.module, frozen_dtype, kept)
         make_adapters(sites, empty=True)  # raises for what does not fit, while weights are whole
         quantize_weights(stored, frozen_dtype)
-    sites = make_adapters(sites, empty, execution)
-    freeze_target(model, method, targets.module, trained, execution, memory)
-    for site in sites:
-        site.adapter.injection = len(model.peft) - 1
-    attach(sites)
-    watch(model)
-    guard(model)
+    injection = Injection(method, targets.module, trained, execution=execution, memory=memory)
+    sites = adapt(model, injection, sites, empty)
     if isinstance(method, Ranked):  # other methods have no argument for their size
         _warn_oversized(Summary(summary_rows(sites)))
     result = summary(model)
@@ -194,15 +188,6 @@ def _check_trainable(method, root, trained, frozen_dtype):
                 f'{name} is stored in few bits ({own[name].format}), so it cannot be trained. '
                 'Adapt it, or load the model without quantization.'
             )
-
-
-def _kept(model, root, trained):
-    """The parameters that train themselves, by this injection and earlier ones."""
-    own, everything = plain_parameters(root), plain_parameters(model)
-    earlier = [
-        everything[r.prefix + name] for r in getattr(model, 'peft', []) for name in r.trained
-    ]
-    return [*(own[name] for name in trained), *earlier]
 
 
 def _warn_unknown(summary):

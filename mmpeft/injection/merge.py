@@ -11,7 +11,7 @@ from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
-from .guards import guard, unguard
+from .guards import unguard
 from .site import Site, chains_by_weight
 from .ties import TIE, holders, tying_configs
 from .weights import join
@@ -145,11 +145,10 @@ def unmerge(model: nn.Module) -> nn.Module:
         layer._parameters[name] = moved_to(original, layer._parameters[name])
     for config in kept.untied:
         setattr(config, TIE, True)
-    attach(kept.sites)
+    attach(model, kept.sites)
     if kept.records:
         model.peft = kept.records
     del model.__dict__[MERGED]
-    guard(model)
     return model
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from mmpeft.checkpoint.safe_patterns import check_patterns
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.attach import attach, make_adapters
-from mmpeft.injection.freeze import freeze_target
-from mmpeft.injection.guards import guard
+from mmpeft.injection.attach import adapt
+from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import Site, sites_at
 from mmpeft.injection.weights import layers, weights_of
 from mmpeft.methods.dora import DoRA
@@ -74,10 +73,7 @@ def from_peft(
     _check_saved(model, saved)
     trained = _trained(model, sites, saved, module)
     method = Counter(site.method for site in sites).most_common(1)[0][0]
-    freeze_target(model, method, module, trained)
-    sites = make_adapters(sites, empty=True)
-    attach(sites)
-    guard(model)
+    sites = adapt(model, Injection(method, module, trained), sites, empty=True)
     own = {key: value for key, value in model.state_dict().items() if key in saved}
     with torch.no_grad():
         for site, given in zip(sites, values, strict=True):

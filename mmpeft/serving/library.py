@@ -11,9 +11,7 @@ from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
 from mmpeft.checkpoint.manifest import attach_adapters
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import attach, detach_all
-from mmpeft.injection.calls import watch
 from mmpeft.injection.freeze import freeze_again, release
-from mmpeft.injection.guards import guard
 from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
@@ -127,9 +125,7 @@ class AdapterLibrary:
         if state is not None:
             swap_tensors(self.model, state.tensors)
             freeze_again(self.model, state.records)
-            attach(state.sites)
-            watch(self.model)
-            guard(self.model)
+            attach(self.model, state.sites)
         self.current = name
         return self.model
 

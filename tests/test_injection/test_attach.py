@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.attach import attach, detach, detachable, make_adapters
-from mmpeft.injection.freeze import freeze_target
+from mmpeft.injection.attach import adapt, attach, detach, detachable
+from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import adapter_parameters, attached, sites_at
 from tests.cases import METHODS, Attention, TransformerBlock, randomize
 from tests.networks import Net, Tied, assert_same, snapshot
@@ -82,8 +82,7 @@ def by_path(model, empty):
             sites = [s for s in attached(model) if s.adapter.injection == number]
             entries = [(s.path, s.tensor, s.method, None if s.tensor else s.spec) for s in sites]
             sites = sites_at(plain, entries)
-            freeze_target(plain, record.method, record.module, record.trained)
-            attach(make_adapters(sites, empty))
+            adapt(plain, Injection(record.method, record.module, record.trained), sites, empty)
         return plain
 
     return attach_to
@@ -134,7 +133,7 @@ def test_adapters_of_activations_keep_their_order_and_names():
     expected, sites = model(x), detachable(model)
     detach(sites)
     assert not attached(model) and not any('peft' in key for key in model.state_dict())
-    attach(sites)
+    attach(model, sites)
     assert_same(model, before)
     assert torch.equal(model(x), expected)
 

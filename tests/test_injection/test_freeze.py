@@ -9,7 +9,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.freeze import freeze_target, plain_parameters
+from mmpeft.injection.freeze import Injection, freeze_target, plain_parameters
 from mmpeft.injection.site import adapter_parameters
 from tests.networks import Net, NewNorms, Tied, assert_same, snapshot
 
@@ -96,7 +96,7 @@ def test_a_name_that_is_not_there_is_refused_and_changes_nothing():
     before = snapshot(model)
     method = mmpeft.METHODS.build(dict(type='Frozen'))
     with pytest.raises(UsageError, match=r"'backbone' has no parameter '0.nrm.bias'.*'0.norm.bias"):
-        freeze_target(model, method, 'backbone', ['0.norm.weight', '0.nrm.bias'])
+        freeze_target(model, Injection(method, 'backbone', ('0.norm.weight', '0.nrm.bias')))
     assert_same(model, before)
     assert not hasattr(model, 'peft')
 
