@@ -13,13 +13,12 @@ takes timm's own model: ``backbone.model``, under the names that
 ``timm.create_model(name)`` has.
 """
 
-import argparse
 from pathlib import Path
 
 import mmpeft
 from mmpeft.engine.config import find_hook
 from mmpeft.engine.inference import init_model
-from mmpeft.engine.launch import add_arguments, load_config, run
+from mmpeft.engine.launch import add_arguments, load_config, parser_of, run
 from mmpeft.engine.merging import refuse_existing
 from mmpeft.errors import UsageError
 from mmpeft.interop.converted import base_names, files_of, write_converted
@@ -28,7 +27,7 @@ from mmpeft.interop.peft_import import from_peft
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Convert adapters to and from peft's format")
+    parser = parser_of(__doc__)
     ways = parser.add_subparsers(dest='way', required=True)
     for way, source, out in (
         ('to', 'checkpoint with adapters, or an adapter file', 'folder for peft'),

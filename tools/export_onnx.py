@@ -20,12 +20,11 @@ The file is run by onnxruntime on random batches and compared with torch before
 it takes its place; a dynamic one on another batch and another size, too.
 """
 
-import argparse
 from pathlib import Path
 
 from mmpeft.analysis.comparison import quantity, table
 from mmpeft.engine.inference import init_model
-from mmpeft.engine.launch import add_arguments, load_config, run
+from mmpeft.engine.launch import add_arguments, load_config, parser_of, run
 from mmpeft.engine.merging import plain_config, refuse_existing
 from mmpeft.errors import UsageError
 from mmpeft.interop.onnx import (
@@ -40,7 +39,7 @@ from mmpeft.interop.onnx import (
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Export a network to ONNX, adapters merged')
+    parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint with adapters, or an adapter file')
     parser.add_argument('out', type=Path, help='file to write, OUT.onnx')

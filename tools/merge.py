@@ -13,20 +13,19 @@ through it and through the adapted model, and prints how much maps and
 predictions differ. Above a bound it ends with an error and writes nothing.
 """
 
-import argparse
 from pathlib import Path
 
 import mmpeft
 from mmpeft.analysis.comparison import default_bound, observe, table
 from mmpeft.engine.inference import init_model, read_saved
-from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, run
+from mmpeft.engine.launch import add_arguments, check_checkpoint, load_config, parser_of, run
 from mmpeft.engine.merging import compare_merged, merged, refuse_existing, write_merged
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Merge adapters into a plain checkpoint')
+    parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint with adapters, or adapter file')
     parser.add_argument('out', type=Path, help='plain checkpoint to write, OUT.pth')

@@ -9,21 +9,18 @@ held at once and share the memory of the frozen backbone. Each writes its predic
 pictures to OUT/<name>, by its package's own inferencer.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.launch import parser_of, run
 from mmpeft.engine.merging import refuse_existing
 from mmpeft.engine.prediction import load_on_one_base, pictures_in, predict
 from mmpeft.errors import UsageError, near
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('images', nargs='+', type=Path, help='pictures, or folders of them')
     parser.add_argument(
         '--adapter',

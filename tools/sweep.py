@@ -9,26 +9,21 @@ the method or a dotted key of the config; the first one is the axis of the pictu
 are kept in WORK_DIR/runs.jsonl and not run again; an interrupted one goes on.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from mmengine.config import DictAction
-from rich.console import Console
 
 from mmpeft.analysis.curves import draw_curves, points, score_name, table
 from mmpeft.engine.config import compose, run_name
 from mmpeft.engine.data_check import describe, missing_data
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.runs import sweep
 from mmpeft.errors import MissingFileError
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument(
         '--over', nargs='+', action=DictAction, required=True, help='values as key=value,value'
@@ -54,7 +49,7 @@ def main():
     records = sweep(cfg, work_dir, over, args.seeds)
     score = score_name(records, args.score)
     found = points(records, score)
-    Console(width=None if sys.stdout.isatty() else 120).print(table(found, score, name))
+    show(table(found, score, name))
     picture = work_dir / f'{"_".join(over)}.png'
     draw_curves(found, score, name).savefig(picture)
     print(f'written: {picture}')

@@ -6,17 +6,21 @@ The checkpoint may hold adapters alone, everything, or merged weights. Logs go
 to the folder ``test`` of the work directory.
 """
 
-import argparse
 from pathlib import Path
 
-from mmpeft.engine.launch import add_arguments, build_runner, check_checkpoint, load_config, run
+from mmpeft.engine.launch import (
+    add_arguments,
+    build_runner,
+    check_checkpoint,
+    load_config,
+    parser_of,
+    run,
+)
 from mmpeft.errors import UsageError
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description='Test (and evaluate) a detector, segmentor or classifier'
-    )
+    parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(

@@ -8,8 +8,6 @@ What is adapted, and how, is the config's ``default_hooks.peft``, or ``--method`
 The composed config is written into the work directory, work_dirs/<method>/<config>.
 """
 
-import argparse
-
 from mmpeft.engine.launch import (
     add_arguments,
     build_runner,
@@ -19,12 +17,13 @@ from mmpeft.engine.launch import (
     enable_auto_scale_lr,
     enable_shard,
     load_config,
+    parser_of,
     run,
 )
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Train a detector, segmentor or classifier')
+    parser = parser_of(__doc__)
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(

@@ -9,24 +9,19 @@ Then it is trained on all 1,000 images and tested once, after the last epoch. Fi
 kept in WORK_DIR/runs.jsonl and not run again; calls with other tasks can run side by side.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from mmengine.config import DictAction
-from rich.console import Console
 
 from mmpeft.analysis.vtab import TASKS, table
 from mmpeft.engine.config import compose, run_name
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.vtab import benchmark
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument('--tasks', nargs='+', default=list(TASKS), help='all 19 if left out')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
@@ -51,8 +46,7 @@ def main():
     work_dir = Path(args.work_dir or f'work_dirs/{name}')
     work_dir.mkdir(parents=True, exist_ok=True)
     records = benchmark(cfg, work_dir, args.tasks, args.seeds, grid, args.data)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(records, name))
+    show(table(records, name))
 
 
 if __name__ == '__main__':

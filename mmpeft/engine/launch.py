@@ -19,6 +19,8 @@ from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
 
 from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, UsageError
 
@@ -35,6 +37,19 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UsageError, TrainingError, UnwrittenFileError) as error:
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
+
+
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with a tool's docstring."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=tool, formatter_class=formatter)
+
+
+def show(*tables: Table, width: int = 120) -> None:
+    """Print tables, in a file or pipe with lines of a given width."""
+    console = Console(width=None if sys.stdout.isatty() else width)
+    for table in tables:
+        console.print(table)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, **config) -> None:

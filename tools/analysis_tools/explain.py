@@ -7,26 +7,24 @@ products and convolutions in forward and backward; passes over memory are not
 counted.
 """
 
-import argparse
 import warnings
 from collections import defaultdict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mmpeft.analysis.explain import explain
 from mmpeft.analysis.memory import built_without_data
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.errors import UsageError
 from mmpeft.execution import CHOICES
 from mmpeft.injection.site import attached
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Explain how adapted layers are computed')
+    parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument('--size', type=int, nargs=2, default=[800, 1344], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, default=1)
@@ -49,10 +47,10 @@ def main():
         print(f'{acting} adapters on activations are not counted below.')
     with mode:
         images = torch.randn(args.batch, 3, *args.size)
-        show(explain(model.backbone, lambda: model.backbone(images)))
+        print_costs(explain(model.backbone, lambda: model.backbone(images)))
 
 
-def show(rows):
+def print_costs(rows):
     """Print one line a group of equal layers, and the sum."""
     groups = defaultdict(list)
     for row in rows:
@@ -68,10 +66,9 @@ def show(rows):
             f'{sum(m.extra for m in members) / 1e9:.2f}',
             f'{members[0].ratio:.3f}',
         )
-    console = Console()
-    console.print(table)
+    show(table)
     floor, extra = sum(row.floor for row in rows), sum(row.extra for row in rows)
-    console.print(
+    print(
         f'{floor / 1e9:.1f} GMAC in the adapted layers with the input gradients (the floor), '
         f'{extra / 1e9:.1f} more for the adapters: {1 + extra / max(floor, 1):.3f} times.'
     )

@@ -9,21 +9,17 @@ which runs the same operators; the activations of neck and heads are not
 counted.
 """
 
-import argparse
-import sys
 import warnings
 from functools import partial
-
-from rich.console import Console
 
 from mmpeft.analysis.memory import predict, table
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Predict the memory that training takes')
+    parser = parser_of(__doc__)
     add_config_arguments(parser, nargs='+')
     parser.add_argument('--size', type=int, nargs=2, default=[504, 504], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, nargs='+', default=[1], help='images a GPU')
@@ -39,7 +35,7 @@ def main():
         for batch in args.batch:
             memory = predict(partial(build_adapted, cfg), (batch, 3, *args.size))
             rows.append((f'{config}, {batch}', memory))
-    Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
+    show(table(rows))
 
 
 if __name__ == '__main__':

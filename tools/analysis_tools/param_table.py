@@ -7,21 +7,17 @@ The model is built without memory, adapted as the config's hook says, and
 counted as ``mmpeft.summary`` does.
 """
 
-import argparse
-import sys
 import warnings
 from pathlib import Path
-
-from rich.console import Console
 
 from mmpeft.analysis.parameters import check_format, kind_table, layer_table, write
 from mmpeft.engine.building import adapt, build_model
 from mmpeft.engine.config import compose
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Count the parameters that a config adapts')
+    parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument(
         '--rank', type=int, nargs='+', help="ranks in place of the config's; totals are compared"
@@ -38,13 +34,11 @@ def main():
     warnings.simplefilter('ignore')  # oversized adapters are marked in the table
     ranks = args.rank or [None]
     summaries = {rank: adapt(build_model(cfg, meta=True), cfg, rank) for rank in ranks}
-    console = Console(width=None if sys.stdout.isatty() else 120)
     title = ' '.join(str(word) for word in (args.config, args.method) if word)
-    console.print(layer_table(summaries[ranks[0]], title))
-    console.print(kind_table(summaries))
+    show(layer_table(summaries[ranks[0]], title), kind_table(summaries))
     if args.out:
         write(args.out, summaries)
-        console.print(f'written: {args.out}')
+        print(f'written: {args.out}')
 
 
 if __name__ == '__main__':

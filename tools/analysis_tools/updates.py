@@ -9,11 +9,7 @@
 CHECKPOINT is one of training or an adapter file. docs/updates.md says what the columns are.
 """
 
-import argparse
-import sys
 from pathlib import Path
-
-from rich.console import Console
 
 import mmpeft
 from mmpeft.analysis.kernels import check_kernel, draw_kernels
@@ -28,13 +24,11 @@ from mmpeft.analysis.updates import (
     updates,
     without_updates,
 )
-from mmpeft.engine.launch import add_config_arguments, run
+from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint with adapters, or adapter file')
     parser.add_argument(
@@ -66,8 +60,7 @@ def main():
         other = mmpeft.init_model(args.config, args.against, method=method, **options)
         angles = cosines(model, other)
     rows = figures(updates(model))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(update_table(rows, angles, args.checkpoint))
+    show(update_table(rows, angles, args.checkpoint), width=160)
     for method, number in without_updates(model).items():
         print(f'left out: {number} adapters of {method}, which changes activations')
     if args.out:
