@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from mmengine.dist import all_reduce, broadcast
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import TrainingError, UsageError
@@ -75,10 +76,10 @@ def sensitivity(
             if value.requires_grad:
                 value.backward()
             count += 1
-        count = _sum(count).item()
+        all_reduce(count)
         if not count:
             raise UsageError('sensitivity: there is no batch to measure on. Give at least one.')
-        measured = {key: _gains(site, count) for key, site in by_weight.items()}
+        measured = {key: _gains(site, count.item()) for key, site in by_weight.items()}
     total = torch.cat(list(measured.values())).sum()
     if not (total.isfinite() and total):
         raise TrainingError(
@@ -146,20 +147,11 @@ def _gains(site, count):
     weight, spec = site.original, site.spec
     gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
     weight.grad = None
-    gradient = _sum(gradient.double().contiguous()) / count
+    gradient = gradient.double().contiguous()
+    all_reduce(gradient)
+    gradient = gradient / count
     if not gradient.isfinite().all():
         return torch.full((1,), torch.nan)
     gains = site.method.gains(turned(weight.double(), spec), turned(gradient, spec), spec)
-    if _in_processes():
-        distributed.broadcast(gains, 0)
+    broadcast(gains)
     return gains.cpu()
-
-
-def _sum(tensor):
-    if _in_processes():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def _in_processes():
-    return distributed.is_available() and distributed.is_initialized()
