@@ -63,7 +63,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p_values)
     raised = [(len(order) - i) * p_values[k] for i, k in enumerate(order)]
     adjusted = np.minimum(np.maximum.accumulate(raised), 1.0)
-    return [float(adjusted[np.where(order == k)[0][0]]) for k in range(len(order))]
+    return adjusted[np.argsort(order)].tolist()
 
 
 def differences(scores: Mapping[str, Scores], pairs: Sequence[tuple[str, str]]) -> list[Difference]:

@@ -1,6 +1,7 @@
 """Updates dW = phi(W) - W of adapted weights, and the figures that papers report of them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
@@ -47,7 +48,7 @@ class Update:
             u, s, vh = torch.linalg.svd(delta, full_matrices=False)
             v = vh.mT
         else:
-            (left, up), (right, down) = (torch.linalg.qr(m) for m in _tall(self.factors))
+            (left, up), (right, down) = map(torch.linalg.qr, (self.factors[0], self.factors[1].mT))
             u, s, vh = torch.linalg.svd(up @ down.mT)
             u, v = left @ u, right @ vh.mT
         size = max(self.weight.norm().item(), self.delta.norm().item())
@@ -146,8 +147,7 @@ def select(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
 def without_updates(model: nn.Module) -> dict[str, int]:
     """The methods of a model that act on activations, each with the number of its adapters."""
     with unwrapped(model) as bare:
-        names = [type(site.method).__name__ for site in attached(bare) if not site.tensor]
-    return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(type(s.method).__name__ for s in attached(bare) if not s.tensor))
 
 
 def figures(found: Iterable[Update]) -> list[UpdateFigures]:
@@ -213,11 +213,6 @@ def _factors(chain):
     core = form.core if form.down is None else torch.einsum('ab...,bi->ai...', form.core, form.down)
     up, down = form.scale * form.up, core.flatten(1)
     return (up, down) if 2 * up.shape[1] <= min(len(up), down.shape[1]) else None
-
-
-def _tall(factors):
-    up, down = factors
-    return up, down.mT
 
 
 def _figures(update):

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -113,11 +113,10 @@ def _is_running(process):
     if os.name != 'posix':
         return True  # elsewhere signal 0 would end the process
     try:
-        os.kill(process, 0)
+        with suppress(PermissionError):  # of another user
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

@@ -24,7 +24,8 @@ def _widened(function):
     @wraps(function)
     def call(*args, **kwargs):
         given = [*args, *kwargs.values()]
-        narrow = {id(t): t for t in given if _is_narrow(t)}
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        narrow = {id(t): t for t in tensors if t.is_cpu and t.dtype == torch.bfloat16}
         wide = {key: tensor.float() for key, tensor in narrow.items()}
         kwargs = {key: wide.get(id(value), value) for key, value in kwargs.items()}
         result = function(*(wide.get(id(value), value) for value in args), **kwargs)
@@ -33,10 +34,6 @@ def _widened(function):
         return result
 
     return call
-
-
-def _is_narrow(value):
-    return isinstance(value, torch.Tensor) and value.is_cpu and value.dtype == torch.bfloat16
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -44,7 +44,8 @@ def _newest(runner):
     if last and '://' in last:
         return read_source(last)
     damaged = []
-    for path in sorted(_candidates(runner, last), key=_order, reverse=True):
+    candidates = {path: (*saved_at(path), path.name) for path in _candidates(runner, last)}
+    for path in sorted(candidates, key=candidates.get, reverse=True):
         try:
             source = read_source(path)
         except DamagedFileError as error:
@@ -64,10 +65,6 @@ def _newest(runner):
             'is no other checkpoint to resume from. Set load_from to its new place.'
         )
     return None
-
-
-def _order(path):
-    return *saved_at(path), path.name
 
 
 def _candidates(runner, last):

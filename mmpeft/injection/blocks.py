@@ -45,8 +45,8 @@ def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
             stacklevel=2,
         )
     for path, block in blocks_of_root.items():
-        around = [modules[above] for above in lineage(path)]
-        if any(_recomputes(module) for module in (*around, *block.modules())):
+        related = [*(modules[above] for above in lineage(path)), *block.modules()]
+        if any(getattr(module, name, False) is True for module in related for name in SWITCHES):
             continue
         norms = [m for m in block.modules() if isinstance(m, STATISTICS)]
         if any(m.track_running_stats and not isinstance(m, FrozenStatistics) for m in norms):
@@ -61,10 +61,6 @@ def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
             stacklevel=2,
         )
     return found
-
-
-def _recomputes(module):
-    return any(getattr(module, name, False) is True for name in SWITCHES)
 
 
 def _kind(module):

@@ -183,8 +183,9 @@ class Search:
         blocks = {}
         for path, module in self.modules.items():
             attention, mlps = within(self.attention, path), within(self.mlp, path)
+            has_conv = any('conv' in spec.kinds for spec in self._inside[path].values())
             is_called = not isinstance(module, LISTS)
-            if is_called and len(attention) == len(mlps) == 1 and not self._has_conv(path):
+            if is_called and len(attention) == len(mlps) == 1 and not has_conv:
                 blocks[path] = make_point('tokens', module, self.attention[attention[0]].shape)
         return {p: point for p, point in smallest(blocks).items() if self._takes_prompts(p)}
 
@@ -258,6 +259,3 @@ class Search:
     def _near(self, path):
         """The layers that are children or grandchildren of a module."""
         return {p: spec for p, spec in self._inside[path].items() if p.count('.') < 2}
-
-    def _has_conv(self, path):
-        return any('conv' in spec.kinds for spec in self._inside[path].values())

@@ -52,7 +52,12 @@ def to_quantize(
         for name, spec in weights_of(layer):
             weight = original_of(layer, name)
             if isinstance(weight, Quantized):
-                _check_same(join(path, below, name), weight, dtype)
+                if weight.format != dtype:
+                    raise UsageError(
+                        f'frozen_dtype={dtype!r}: {join(path, below, name)} is stored in '
+                        f'{weight.format!r} already. Leave frozen_dtype out, or give what it is '
+                        'stored in where that is a frozen_dtype.'
+                    )
                 present = True
             if name != 'weight' or id(weight) in trained or not _multiplies(layer, spec):
                 continue
@@ -78,14 +83,6 @@ def to_quantize(
 
 def _multiplies(layer, spec):
     return 'linear' in spec.kinds or execution.is_enabled(layer) or multiplies(layer)
-
-
-def _check_same(name, weight, dtype):
-    if weight.format != dtype:
-        raise UsageError(
-            f'frozen_dtype={dtype!r}: {name} is stored in {weight.format!r} already. Leave '
-            'frozen_dtype out, or give what it is stored in where that is a frozen_dtype.'
-        )
 
 
 def quantize_weights(weights: list[list[tuple[nn.Module, str]]], dtype: str) -> None:

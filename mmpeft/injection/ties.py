@@ -31,7 +31,9 @@ def tying_configs(model: nn.Module, weight: Tensor) -> list[Any]:
         with suppress(AttributeError, NotImplementedError):
             ends = module.get_input_embeddings(), module.get_output_embeddings()
             tied = [original_of(end, 'weight') is weight for end in ends]
-        if not tied or not all(tied) or TIE in _names_in(type(module).forward):
+        if not tied or not all(tied):
+            continue
+        if TIE in inspect.unwrap(type(module).forward).__code__.co_names:
             continue
         config = getattr(module, 'config', None)
         found = [config]
@@ -39,7 +41,3 @@ def tying_configs(model: nn.Module, weight: Tensor) -> list[Any]:
             found.append(config.get_text_config(decoder=True))
         return [each for each in found if getattr(each, TIE, False)]
     return []
-
-
-def _names_in(function):
-    return inspect.unwrap(function).__code__.co_names

@@ -77,9 +77,7 @@ class PEFTCallback(TrainerCallback):
         if control.should_save and self.monitor:
             self.monitor.check()
 
-    def on_epoch_end(self, args, state, control, **_):
-        if control.should_save and self.monitor:
-            self.monitor.check()
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, model=None, **_):
         folder, writes = _folder(args, state), args.should_save  # which one process does

@@ -55,8 +55,10 @@ class Finite(Check):
 
     def _are_finite(self, gradients):
         """On all ranks, where each holds a part of them."""
-        parts = [part for g in gradients if (part := local_part(g)).numel()]
-        finite = not parts or bool(_norms(parts).isfinite().all())
+        parts = [values_of(part) for g in gradients if (part := local_part(g)).numel()]
+        norms = torch._foreach_norm(parts) if parts else ()
+        norms = [norm.to(norms[0].device, torch.float32) for norm in norms]
+        finite = not norms or bool(torch.stack(norms).isfinite().all())
         if not self.monitor.sharded:
             return finite
         flag = torch.tensor(float(finite), device=next(self.monitor.model.parameters()).device)
@@ -142,8 +144,3 @@ class Finite(Check):
 
 def _nonfinite(state):
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-
-
-def _norms(gradients):
-    norms = torch._foreach_norm([values_of(gradient) for gradient in gradients])
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
