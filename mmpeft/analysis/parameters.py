@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -56,23 +56,31 @@ def check_format(path: Path) -> None:
 
 def write(path: Path, summaries: Summaries) -> None:
     """Write all rows, and in ``.json`` and ``.md`` the totals, into a file of :data:`FORMATS`."""
-    rows = [(rank, row) for rank, summary in summaries.items() for row in summary.rows]
+    pairs = [(rank, row) for rank, summary in summaries.items() for row in summary.rows]
+    cells = [_cells(rank, row) for rank, row in pairs]
+    numbers = [(row.weight, row.adapter, row.adapter / row.weight) for _, row in pairs]
+    rows = [[*own[:5], *values] for own, values in zip(cells, numbers, strict=True)]
+    content = [dict(rank=rank) | summary.to_dict() for rank, summary in summaries.items()]
+    write_table(path, COLUMNS, rows, cells, content)
+    if path.suffix == '.md':
+        totals = ', '.join(f'{s.adapters:,}' for s in summaries.values())
+        with path.open('a') as file:
+            file.write(f'\nadapter parameters: {totals}\n')
+
+
+def write_table(
+    path: Path, header: Sequence[str], rows: Iterable, cells: Iterable, content: list
+) -> None:
+    """Write ``rows`` as .csv, their ``cells`` of text as .md, or ``content`` as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.json':
-        content = [dict(rank=rank) | summary.to_dict() for rank, summary in summaries.items()]
         path.write_text(json.dumps(content, indent=2))
     elif path.suffix == '.csv':
         with path.open('w', newline='') as file:
-            writer = csv.writer(file, lineterminator='\n')
-            writer.writerow(COLUMNS)
-            for rank, row in rows:
-                own = _cells(rank, row)[:5]
-                writer.writerow([*own, row.weight, row.adapter, row.adapter / row.weight])
+            csv.writer(file, lineterminator='\n').writerows([header, *rows])
     else:
-        lines = [COLUMNS, ['---'] * len(COLUMNS), *(_cells(rank, row) for rank, row in rows)]
-        totals = ', '.join(f'{s.adapters:,}' for s in summaries.values())
-        text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-        path.write_text(f'{text}\n\nadapter parameters: {totals}\n')
+        lines = [header, ['---'] * len(header), *cells]
+        path.write_text(''.join(f'| {" | ".join(line)} |\n' for line in lines))
 
 
 def _cells(rank, row):

@@ -1,13 +1,12 @@
 """Tables of the figures of updates."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Column, Table
 
+from .parameters import write_table
 from .updates import UpdateFigures, means
 
 
@@ -38,18 +37,8 @@ def write_updates(
 ) -> None:
     """Write one line a weight into a file of :data:`~mmpeft.analysis.parameters.FORMATS`."""
     lines = _lines(rows, cosines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == '.json':
-        path.write_text(json.dumps(lines, indent=2))
-    elif path.suffix == '.csv':
-        with path.open('w', newline='') as file:
-            writer = csv.DictWriter(file, lines[0], lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(lines)
-    else:
-        cells = [list(lines[0]), ['---'] * len(lines[0])]
-        cells += [map(_cell, line.values()) for line in lines]
-        path.write_text('\n'.join(f'| {" | ".join(line)} |' for line in cells) + '\n')
+    values = [list(line.values()) for line in lines]
+    write_table(path, list(lines[0]), values, [map(_cell, line) for line in values], lines)
 
 
 def _lines(rows, cosines):
