@@ -120,7 +120,7 @@ def _with_ranks(given, manifest, number):
             name = join(entry['path'], entry['tensor']).removeprefix(f'{module}.')
             names[tuple(rank) if isinstance(rank, list) else rank].append(re.escape(name))
     ranks = {f'^({"|".join(same)})$': dict(rank=rank) for rank, same in names.items()}
-    overrides = {**given['targets'].get('overrides', {}), **ranks}
+    overrides = {**(given['targets'].get('overrides') or {}), **ranks}
     method = {key: value for key, value in given['method'].items() if key != 'budget'}
     return given | dict(method=method, targets={**given['targets'], 'overrides': overrides})
 

@@ -182,7 +182,7 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     Raises:
         UsageError: The config does not say for which batch size it is.
     """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UsageError(
             f'--auto-scale-lr: {cfg.filename} does not say for how many images a step its learning '
             'rate is. Add auto_scale_lr=dict(enable=False, base_batch_size=16) with their number.'

@@ -8,6 +8,7 @@ import mmpeft
 from mmpeft.checkpoint.manifest import describe
 from mmpeft.engine.injections import inject_all, injections
 from mmpeft.errors import UsageError
+from mmpeft.injection.site import attached
 from mmpeft.methods.lora import LoRA
 
 LORA = dict(type='LoRA', rank=2)
@@ -110,3 +111,11 @@ def test_memory_of_all_injections():
     with pytest.warns(UserWarning, match="memory='small' finds no blocks in Sequential"):
         inject_all(model, injections([LORA, LORA]), memory='small')
     assert [record.memory for record in model.peft] == ['small', 'small']
+
+
+def test_ranks_by_sensitivity_are_those_of_the_checkpoint():
+    model, other = net(), net()
+    mmpeft.inject(model, LORA, dict(module='backbone', overrides={'^0': dict(rank=1)}))
+    budget, targets = dict(type='LoRA', budget=500), dict(overrides=None)
+    inject_all(other, injections(budget, targets, sensitivity=1), describe(model))
+    assert [site.method.rank for site in attached(other)] == [1, 2]

@@ -275,8 +275,9 @@ def test_amp_on_an_accelerator_is_mmengines(monkeypatch):
 
 
 def test_auto_scale_lr_needs_a_batch_size():
-    with pytest.raises(UsageError, match='base_batch_size'):
-        launch.enable_auto_scale_lr(Config(dict()))
+    for without in (dict(), dict(auto_scale_lr=None)):
+        with pytest.raises(UsageError, match='base_batch_size'):
+            launch.enable_auto_scale_lr(Config(without))
     cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
     launch.enable_auto_scale_lr(cfg)
     assert cfg.auto_scale_lr.enable
