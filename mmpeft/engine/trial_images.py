@@ -15,14 +15,13 @@ from .config import type_name
 from .data_check import missing_data
 
 
-def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2) -> tuple[dict, str]:
+def trial_batch(cfg: Config, images: Sequence[str | Path] = ()) -> tuple[dict, str]:
     """Images through the test pipeline of a config.
 
     Args:
         cfg: With ``test_dataloader``; its package is imported and registered.
-        images: Files. Without any, the first images of the test data; if that
-            does not exist, noise of the size that the pipeline resizes to.
-        count: How many images, unless given.
+        images: Files. Without any, the first two images of the test data; if that
+            does not exist, two of noise of the size that the pipeline resizes to.
 
     Returns:
         A batch as a dataloader gives it, and what it is in words.
@@ -39,16 +38,16 @@ def trial_batch(cfg: Config, images: Sequence[str | Path] = (), count: int = 2) 
             raise MissingFileError(f'There is no image {str(path)!r}.')
     if not images and not missing_data(cfg, ['test']):
         data = DATASETS.build(copy.deepcopy(dataset))
-        items = [data[index] for index in range(min(count, len(data)))]
+        items = [data[index] for index in range(min(2, len(data)))]
         return pseudo_collate(items), f'{len(items)} images of the test data'
     steps = _pipeline(dataset, cfg.get('default_scope'))
     if images:
         words, items = 'the given images', [dict(img_path=str(path)) for path in images]
     else:
         width, height = _size(steps, cfg.model)
-        words = f'{count} images of noise, {width}x{height} (the test data is not there)'
+        words = f'2 images of noise, {width}x{height} (the test data is not there)'
         shapes = dict(img_shape=(height, width), ori_shape=(height, width))
-        items = [dict(shapes, img=_noise(width, height, seed)) for seed in range(count)]
+        items = [dict(shapes, img=_noise(width, height, seed)) for seed in range(2)]
         del steps[0]  # which reads a file, and gives such a dict
     pipeline = Compose(steps)
     return pseudo_collate([pipeline(dict(each, img_id=i)) for i, each in enumerate(items)]), words

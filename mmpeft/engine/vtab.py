@@ -53,11 +53,7 @@ def benchmark(
     grid: Mapping[str, Sequence] | None = None,
     root: str | Path | None = None,
 ) -> list[dict]:
-    """Train and test a config on each task with each seed.
-
-    Every finished run is one line of ``<work_dir>/runs.jsonl``, and is not run again unless its
-    config changes. An interrupted one goes on from its last checkpoint. Calls with other tasks can
-    share a folder and run side by side.
+    """Train and test a config on each task with each seed; see :func:`~mmpeft.engine.runs.run`.
 
     Args:
         cfg: See :func:`for_task`.

@@ -49,11 +49,6 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
             children[name] = child
 
 
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether a model or a module in it is a wrapper."""
-    return any(inner(module) is not module for module in model.modules())
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether a rank holds only parts of some parameters: FSDP, DTensor, stage 3 of DeepSpeed."""
     by_fsdp = any(SHARDED in module.__dict__ for module in model.modules())

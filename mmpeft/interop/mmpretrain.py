@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmpeft.errors import UsageError
 
+PREFIX = 'backbone.'
 RENAMED = (
     (r'^model\.stem_(\d)\.', r'downsample_layers.0.\1.'),
     (r'^model\.stages_(\d)\.downsample\.(\d)\.', r'downsample_layers.\1.\2.'),
@@ -22,20 +23,17 @@ RENAMED = (
 )
 
 
-def mmpretrain_convnext(
-    backbone: dict, state: dict[str, Tensor], prefix: str = 'backbone.'
-) -> tuple[dict, dict[str, Tensor]]:
+def mmpretrain_convnext(backbone: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Config and weights of the equal ``mmpretrain.ConvNeXt``.
 
     Args:
         backbone: Config of a ``TimmBackbone`` that holds a ConvNeXt (V1 or V2).
         state: State dict of the model around it, without adapters.
-        prefix: Of the backbone's keys there.
 
     Raises:
         UsageError: The backbone is not a ConvNeXt with output norms.
     """
-    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    own = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     indices = tuple(backbone.get('out_indices', (0, 1, 2, 3)))
     found = [re.match(r'model\.stages_(\d)\.blocks\.\d+\.conv_dw\.weight$', k) for k in own]
     depths = Counter(int(match[1]) for match in found if match)
@@ -61,10 +59,10 @@ def mmpretrain_convnext(
     )
     renamed = {}
     for key, value in state.items():
-        if key.startswith(prefix):
-            name = key.removeprefix(prefix)
+        if key.startswith(PREFIX):
+            name = key.removeprefix(PREFIX)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
-            key = prefix + name
+            key = PREFIX + name
         renamed[key] = value
     return config, renamed

@@ -16,7 +16,7 @@ from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
-from mmpeft.injection.wrappers import is_wrapped, refuse_sharded
+from mmpeft.injection.wrappers import inner, refuse_sharded
 
 from .adapter_state import AdapterState, clone_state, swap_tensors
 from .combination import check_weights, combine
@@ -49,7 +49,7 @@ class AdapterLibrary:
 
     def __init__(self, model: nn.Module):
         refuse_sharded(model, 'AdapterLibrary')
-        if is_wrapped(model):
+        if any(inner(module) is not module for module in model.modules()):
             raise UsageError(
                 'A library of adapters needs the model itself, and this one, or a module in it, is '
                 'in a wrapper (DDP, torch.compile, checkpoint_wrapper). Give the model inside.'
