@@ -73,7 +73,7 @@ def convert_from(args, cfg):
     config, state = read_peft(args.source)
     hook = find_hook(cfg)
     model = mmpeft.remove(init_model(cfg, cfg.get('load_from')))
-    module = hook.get('targets', {}).get('module', 'backbone')
+    module = (hook.get('targets') or {}).get('module', 'backbone')
     names = base_names(model, args.module, args.timm)
     from_peft(model, config, state, module, names, args.inference)
     write_converted(model, args.out, cfg, hook)

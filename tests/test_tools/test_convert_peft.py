@@ -68,7 +68,8 @@ def test_timm_adapted_by_peft_computes_what_the_backbone_does(tool, adapted, tmp
     assert (there - here).abs().max() < 2e-6 * here.abs().max()
     assert (there - before).abs().max() > 1e-3 * here.abs().max()
 
-    tool('from', adapted[0], tmp_path / 'folder', tmp_path / 'back.pth', '--timm')
+    files = adapted[0], tmp_path / 'folder', tmp_path / 'back.pth'
+    tool('from', *files, '--timm', '--cfg-options', 'default_hooks.peft.targets=None')
     assert {path.name for path in tmp_path.iterdir()} == {'folder', 'back.pth', 'back.py'}
     again = mmpeft.init_model(tmp_path / 'back.py', tmp_path / 'back.pth')
     assert torch.equal(again.backbone.model(images)[-1], here)
