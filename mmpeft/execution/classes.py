@@ -76,6 +76,16 @@ def restore_class(layer: nn.Module, mixin: type) -> None:
         kind = below
 
 
+def forward_owner(kind: type) -> type:
+    """The class that defines what a layer's ``forward`` computes.
+
+    mmcv's wrappers of torch's layers, which its transformers use, only handle empty inputs in
+    torch 1.4 and older.
+    """
+    owners = (c for c in kind.__mro__ if 'forward' in vars(c))
+    return next(c for c in owners if c.__module__ != 'mmcv.cnn.bricks.wrappers')
+
+
 def set_attributes(layer: nn.Module, **attributes) -> None:
     """Put attributes on the class that :func:`change_class` made last for a layer."""
     above, below = type(layer).__bases__

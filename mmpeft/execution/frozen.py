@@ -14,7 +14,7 @@ from mmpeft.methods.adapter import SHARDED
 from mmpeft.quantization import Quantized
 from mmpeft.transforms import is_transformed
 
-from .classes import Fast
+from .classes import Fast, forward_owner
 from .cpu import onednn
 from .function import FastFunction
 from .matmul import linear
@@ -171,7 +171,7 @@ KINDS = {
 
 def kind_for(layer: nn.Module) -> type | None:
     """Which of the classes above fits a layer, by the class that defines its ``forward``."""
-    owner = next(c for c in type(layer).__mro__ if 'forward' in vars(c))
+    owner = forward_owner(type(layer))
     return KINDS.get(f'{owner.__module__}.{owner.__qualname__}')
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from mmpeft.methods.spec import ConvGeometry
 from mmpeft.quantization import Quantized
 
-from .classes import Fast, change_class, is_changed, restore_class
+from .classes import Fast, change_class, forward_owner, is_changed, restore_class
 from .frozen import kind_for
 from .recompute import run_again
 from .select import AUTO, PLAIN, Kernel, has_one_adapter, select_kernel, settings_of
@@ -81,11 +81,9 @@ def execution_of(layer: nn.Module) -> str:
 
 def _is_torchs(kind):
     """Whether a class computes what torch's linear layer or convolution does."""
-    if kind.forward is nn.Linear.forward:
-        return True
-    return any(
-        kind.forward is torchs.forward and kind._conv_forward is torchs._conv_forward
-        for torchs in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    owner = forward_owner(kind)
+    return owner is nn.Linear or (
+        owner in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and kind._conv_forward is owner._conv_forward
     )
 
 

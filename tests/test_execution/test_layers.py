@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from mmcv.cnn.bricks import wrappers as mmcv
 from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.analysis.memory import saved_bytes
 from mmpeft.execution.classes import Fast
 from tests.cases import METHODS, randomize
 
@@ -158,3 +160,24 @@ def test_hooks_added_after_the_adapters_stay(network):
     assert torch.equal(network(x), expected)
     x.requires_grad_(True)
     network(x).sum().backward()
+
+
+@pytest.mark.parametrize('memory', ['speed', 'balanced'])
+def test_layers_of_mmcv_compute_as_torchs(memory):
+    """Its transformers have these wrappers."""
+
+    def adapted(linear, conv):
+        torch.manual_seed(0)
+        block = nn.Sequential(linear(8, 16), nn.GELU(), linear(16, 8), nn.LayerNorm(8))
+        mixer = nn.Sequential(conv(4, 4, 3, padding=1), nn.GELU(), conv(4, 4, 3, padding=1))
+        model = nn.Sequential(block, mixer)
+        mmpeft.inject(model, METHODS['lora'], memory=memory)
+        randomize(model)
+        return model
+
+    plain, wrapped = adapted(nn.Linear, nn.Conv2d), adapted(mmcv.Linear, mmcv.Conv2d)
+    x = torch.randn(2, 4, 8, 8)
+    for a, b in zip(plain.modules(), wrapped.modules(), strict=True):
+        assert isinstance(a, Fast) == isinstance(b, Fast)
+    assert torch.equal(plain(x), wrapped(x))
+    assert saved_bytes(plain, x)[0] == saved_bytes(wrapped, x)[0]
