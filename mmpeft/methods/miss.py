@@ -9,8 +9,6 @@ layer it is peft's MiSS, whose variants 'bat' and 'mini' are not here.
 It is LoRA with a fixed A, and takes half of its parameters where a weight is square.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -18,10 +16,8 @@ from .base import Card, Factors, register
 from .matrix import MatrixMethod
 
 
-# The cache serves the weights of one shape that follow each other in a network.
-@lru_cache(maxsize=8)
 def shards(rank: int, columns: int) -> Tensor:
-    """Unit matrices beside each other, (rank, columns). Not to be changed in place."""
+    """Unit matrices beside each other, (rank, columns)."""
     return torch.eye(rank).repeat(1, -(-columns // rank))[:, :columns]
 
 

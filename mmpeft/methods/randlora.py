@@ -24,8 +24,6 @@ from .ranked import Ranked
 from .spec import WeightSpec
 
 
-# The cache serves the weights of one shape that follow each other in a network.
-@lru_cache(maxsize=8)
 def random_bases(large: int, small: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """The frozen matrices in float32, equal on every machine.
 
@@ -34,10 +32,15 @@ def random_bases(large: int, small: int, rank: int, seed: int) -> tuple[Tensor, 
     Returns:
         B (large, bases, rank) and A (rank, small). Not to be changed in place.
     """
+    return tuple(map(torch.from_numpy, _drawn(large, small, rank, seed)))
+
+
+# As in VeRA.
+@lru_cache(maxsize=8)
+def _drawn(large, small, rank, seed):
     stream = np.random.RandomState([seed, large, small, rank])
     shapes = (large, -(-small // rank), rank), (rank, small)
-    drawn = (stream.uniform(-(3**0.5), 3**0.5, shape).astype(np.float32) for shape in shapes)
-    return tuple(map(torch.from_numpy, drawn))
+    return [stream.uniform(-(3**0.5), 3**0.5, shape).astype(np.float32) for shape in shapes]
 
 
 @register

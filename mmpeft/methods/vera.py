@@ -20,8 +20,6 @@ from .base import Card, Factors, register
 from .matrix import MatrixMethod
 
 
-# The cache serves the weights of one shape that follow each other in a network.
-@lru_cache(maxsize=8)
 def random_pair(rows: int, inner: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """The frozen matrices, equal on every machine and for every dtype of the weight.
 
@@ -31,13 +29,16 @@ def random_pair(rows: int, inner: int, columns: int, seed: int) -> tuple[Tensor,
     Returns:
         B (rows, inner) and A (inner, columns). Not to be changed in place.
     """
+    return tuple(map(torch.from_numpy, _drawn(rows, inner, columns, seed)))
+
+
+# The cache serves the weights of one shape that follow each other in a network. It holds arrays,
+# since tensors may be those of a mode, such as FakeTensorMode's.
+@lru_cache(maxsize=8)
+def _drawn(rows, inner, columns, seed):
     stream = np.random.RandomState([seed, rows, inner, columns])
-
-    def kaiming(*shape):
-        bound = np.sqrt(6 / shape[1])
-        return torch.from_numpy(stream.uniform(-bound, bound, shape).astype(np.float32))
-
-    return kaiming(rows, inner), kaiming(inner, columns)
+    bounds = ((shape, np.sqrt(6 / shape[1])) for shape in ((rows, inner), (inner, columns)))
+    return [stream.uniform(-bound, bound, shape).astype(np.float32) for shape, bound in bounds]
 
 
 @register

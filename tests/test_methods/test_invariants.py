@@ -5,12 +5,16 @@ other invariants are tested for every method on every group of layers; which
 layer of a group, and which variant of a method, changes from one to the next.
 """
 
+import contextlib
 import copy
+import math
 from dataclasses import replace
 from functools import cached_property
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
 import mmpeft
@@ -139,6 +143,17 @@ def test_every_layer_and_every_method_is_in_a_pair():
     assert sorted(layer for group in GROUPS.values() for layer in group) == sorted(LAYERS)
     assert {layer for layer, _ in PAIRS} == {*LAYERS, *BLOCKS}
     assert {name for _, name in PAIRS} == set(METHODS)
+
+
+@pytest.mark.parametrize('name', ['vera', 'randlora', 'miss'])
+def test_a_model_without_values_leaves_nothing_behind(name):
+    """As the memory table makes it, with weights of one shape as a later model has."""
+    for mode in FakeTensorMode(allow_non_fake_inputs=True), contextlib.nullcontext():
+        with mode:
+            model = nn.Linear(17, 13)
+            mmpeft.inject(model, METHODS[name])
+    assert not any(isinstance(b, FakeTensor) for b in model.buffers())
+    assert math.isfinite(float(model(torch.ones(2, 17)).sum()))
 
 
 # Of every method on every layer

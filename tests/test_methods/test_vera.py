@@ -10,6 +10,7 @@ from torch import nn
 import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import adapters_of
+from mmpeft.methods import vera
 from mmpeft.methods.matrix import matrix_shape
 from mmpeft.methods.vera import VeRA, random_pair
 from tests.adapting import (
@@ -106,7 +107,7 @@ def test_vera_shares_its_matrices_and_stores_none(tmp_path):
     randomize(model)
     x = torch.randn(IMAGES)
     path = mmpeft.save_adapter(model, tmp_path / 'vera.safetensors')
-    random_pair.cache_clear()
+    vera._drawn.cache_clear()
     other_seed = copy.deepcopy(plain)
     mmpeft.load_adapter(plain, path)
     assert torch.equal(plain(x), model(x))
