@@ -19,6 +19,7 @@ from mmengine.config import Config
 
 from mmpeft.injection.inject import inject
 from mmpeft.methods import Method
+from mmpeft.methods.base import FAMILIES
 from mmpeft.models import TimmBackbone
 from mmpeft.registry import METHODS
 
@@ -26,13 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = 'docs/methods.md'
 BEGIN = '<!-- written by docs/methods_page.py from here -->'
 END = '<!-- to here -->'
-FAMILIES = dict(
-    ends='the two baselines: nothing in the backbone trains, or everything',
-    reconstruction='`f(W)`: scale or turn the directions that a weight has, or change some entries',
-    extension='`g(W)`: add an update of few numbers to a weight, or multiply the weight by it',
-    combination='`g(f(W))`: both',
-    activations='change activations instead of weights; these cannot be merged',
-)
 
 
 @dataclass
@@ -101,7 +95,10 @@ def entries(folder: Path) -> dict[str, list[Entry]]:
     for path in sorted(folder.glob('*.py')):
         comment = re.match(r'# (.+?)(?: \((arXiv.*)\))?\.\n', path.read_text())
         if not comment:
-            raise SystemExit(f'{path} does not begin with a comment that says what the method is.')
+            raise SystemExit(
+                f'{path} must begin with a line such as '
+                '# LoRA: the product of two thin matrices (arXiv:2106.09685).'
+            )
         peft = Config.fromfile(path).peft.to_dict()
         targets = peft.get('targets', {}) | dict(module='')
         entry = Entry(path.stem, *comment.groups(), peft['method'], targets)

@@ -31,6 +31,12 @@ def build_method(cfg: Any, registry: Registry, *args, **kwargs) -> Any:
             name, or an argument is unknown to the method or wrong.
     """
     if not isinstance(cfg, dict) and hasattr(cfg, 'apply'):
+        kind = type(cfg)
+        if registry.get(kind.__name__) is not kind:  # adapter files name methods
+            raise UsageError(
+                f'{kind.__name__} is not registered, so its adapter files could not be read. Write '
+                '@mmpeft.methods.base.register above the class.'
+            )
         return cfg
     if not isinstance(cfg, dict) or not cfg.get('type'):
         raise UsageError(f"A method is a dict such as dict(type='FLoRA', rank=32), not {cfg!r}.")

@@ -81,7 +81,7 @@ def test_sizes_are_the_papers(found):
 
 def test_a_file_that_does_not_say_what_it_is(tool, tmp_path):
     (tmp_path / 'new.py').write_text("peft = dict(method=dict(type='LoRA'))\n")
-    with pytest.raises(SystemExit, match='new.py does not begin with a comment that says what'):
+    with pytest.raises(SystemExit, match='new.py must begin with a line such as'):
         tool.entries(tmp_path)
 
 

@@ -39,20 +39,34 @@ class Adapter(nn.Module):
 
     def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
         super().__init__()
-        self.method = method
-        self.spec = spec
+        self.method, self.spec, self.shapes = method, spec, {}
         like = dequantized(weight.detach())
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         with torch.no_grad():
             factors = method.init(like.to('meta') if empty else like, spec)
+            self._check(factors)
             self.shapes = {name: tuple(value.shape) for name, value in factors.items()}
             for name, value in factors.items():
                 kind = nn.Buffer if isinstance(value, nn.Buffer) else nn.Parameter
+                if value.untyped_storage()._cdata == like.untyped_storage()._cdata:
+                    value = value.clone()  # training would change the weight
                 setattr(self, name, kind(_unset(value, like.device) if empty else value))
             for name, value in method.rebuilt(spec).items():
                 value = value.to(like) if value.is_floating_point() else value.to(like.device)
                 setattr(self, name, nn.Buffer(value, persistent=False))
         self._expect_allocation()
+
+    def _check(self, factors):
+        """What :meth:`Method.init` returned; TypeError names what it should be."""
+        name = f'{type(self.method).__name__}.init'
+        if not isinstance(factors, dict):
+            raise TypeError(f'{name} returned a {type(factors).__name__}, not tensors by name.')
+        for key, value in factors.items():
+            if hasattr(self, key):
+                raise TypeError(f'{name}: adapters have an attribute {key!r}. Choose another name.')
+            trains = value.is_floating_point() or value.is_complex()
+            if not trains and not isinstance(value, nn.Buffer):
+                raise TypeError(f'{name}: {key!r} is {value.dtype}. Fixed tensors are nn.Buffer.')
 
     def __setstate__(self, state):
         super().__setstate__(state)

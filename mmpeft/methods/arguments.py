@@ -38,6 +38,18 @@ def check_types(method: Any) -> None:
         require(method, name, has_type(value, hint), _rule(hint))
 
 
+def check_ranges(method: Any) -> None:
+    """Raise UsageError where a factor starts dead for good, or a penalty is a reward."""
+    for name in types_of(type(method)):
+        value = getattr(method, name)
+        if name == 'scale' and value == 0:
+            require(method, name, False, 'would leave the weights as they are.')
+        if name == 'init_std' and value is not None:
+            require(method, name, value > 0, 'must be above 0.')
+        if name in ('mpc_weight', 'orthogonality', 'l0_weight'):
+            require(method, name, value >= 0, 'must not be below 0.')
+
+
 @cache
 def types_of(method: type) -> dict[str, Any]:
     """The types of a method's arguments, by name."""

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 from mmpeft.registry import METHODS
 
-from .arguments import check_types
+from .arguments import check_ranges, check_types, require
 from .normal_form import NormalForm, Scales
 from .spec import WeightSpec
 
 Factors = dict[str, Tensor]
+
+# The inner three are the branches of subspace tuning.
+FAMILIES = dict(
+    ends='the two baselines: nothing in the backbone trains, or everything',
+    reconstruction='`f(W)`: scale or turn the directions that a weight has, or change some entries',
+    extension='`g(W)`: add an update of few numbers to a weight, or multiply the weight by it',
+    combination='`g(f(W))`: both',
+    activations='change activations instead of weights; these cannot be merged',
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +36,7 @@ class Card:
     """What docs/methods.md says of a method.
 
     Attributes:
-        family: One of ``ends``, ``reconstruction``, ``extension``, ``combination`` and
-            ``activations``, of which the inner three are the branches of subspace tuning.
+        family: A key of :data:`FAMILIES`.
         formula: phi(W) in one line.
         suits: When to choose it.
     """
@@ -36,6 +44,9 @@ class Card:
     family: str
     formula: str
     suits: str
+
+    def __post_init__(self):
+        require(self, 'family', self.family in FAMILIES, f'is none of {", ".join(FAMILIES)}.')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,7 @@ class Method:
     def __post_init__(self):
         """Check the arguments; subclasses call this first and then check further."""
         check_types(self)
+        check_ranges(self)
 
     @property
     def allocates(self) -> bool:
@@ -90,11 +102,14 @@ class Method:
         """Initial values of an adapter's tensors, by name.
 
         Tensors are trained. An ``nn.Buffer`` is fixed and stored with the
-        adapter, such as the factors of a decomposition of the weight. This
-        runs once, when an adapter is made; for an adapter that is about to be
-        loaded, the weight is on the meta device and only shapes are used.
+        adapter, such as the factors of a decomposition of the weight. With
+        these values phi(W) is W to the last bit; where a formula only comes
+        near, as an orthogonal matrix from vectors, apply its difference from
+        the start. This runs once, when an adapter is made; for an adapter that
+        is about to be loaded, the weight is on the meta device and only shapes
+        are used.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no init.')
 
     def rebuilt(self, spec: WeightSpec) -> Factors:
         """Fixed tensors that are not stored: functions of role and arguments alone."""
@@ -105,8 +120,8 @@ class Method:
         return tuple(spec.shape)
 
     def apply(self, weight: Tensor, factors: Factors, spec: WeightSpec, training=False) -> Tensor:
-        """phi(W): the adapted weight, of the shape and dtype of ``weight``."""
-        raise NotImplementedError
+        """phi(W): a weight of the shape and dtype of ``weight``, which itself is left unchanged."""
+        raise NotImplementedError(f'{type(self).__name__} has no apply.')
 
     def normal_form(
         self, factors: Factors, spec: WeightSpec, training: bool = False
@@ -152,7 +167,15 @@ class Method:
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Make a class a frozen dataclass with keyword arguments, and register it as a method."""
+    """Make a class a frozen dataclass with keyword arguments, and register it as a method.
+
+    Raises:
+        TypeError: The class has no ``card`` of its own or inherited.
+    """
+    if not isinstance(getattr(method, 'card', None), Card):
+        raise TypeError(
+            f'{method.__name__} has no card = Card(family=..., formula=..., suits=...).'
+        )
     return METHODS.register_module(module=dataclass(frozen=True, kw_only=True)(method))
 
 

@@ -136,7 +136,8 @@ class DeltaMethod(Method):
     ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
         """``up``, ``core`` and ``down`` of the :class:`~.normal_form.NormalForm` of dW, unscaled.
 
-        None if dW is not of this form, as on grouped and transposed convolutions.
+        ``core`` has the axes of the kernel, also if it is of one element: (a, b, 1, 1). None if dW
+        is not of this form, as on grouped and transposed convolutions.
         """
         return None
 

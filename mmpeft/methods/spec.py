@@ -64,7 +64,7 @@ class WeightSpec:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is (out, in), with a kernel of 1 at most."""
+        """Whether all outputs see all inputs, at one position: (out, in), or (out, in, 1, 1)."""
         return self.is_plain and all(size == 1 for size in self.kernel_size)
 
     @property

@@ -1,6 +1,11 @@
-"""Methods that act on activations, one file each."""
+"""Methods that act on activations, one file each, all imported."""
 
-from . import adaptformer, bottleneck, conv_adapter, convpass, mona, parallel, prompts
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import ActivationAdapter, ActivationMethod, BranchMethod
+
+for _module in iter_modules(__path__):
+    import_module(f'{__name__}.{_module.name}')
 
 __all__ = ['ActivationAdapter', 'ActivationMethod', 'BranchMethod']
