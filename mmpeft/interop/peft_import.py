@@ -12,7 +12,7 @@ from mmpeft.checkpoint.safe_patterns import check_patterns
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.attach import adapt
 from mmpeft.injection.freeze import Injection
-from mmpeft.injection.site import Site, sites_at
+from mmpeft.injection.site import Site, attached, sites_at
 from mmpeft.injection.weights import layers, weights_of
 from mmpeft.methods.dora import DoRA
 from mmpeft.methods.lora import LoRA
@@ -59,7 +59,7 @@ def from_peft(
             computes something else; the model is unchanged.
     """
     names = names or Names()
-    if getattr(model, 'peft', []):
+    if any(vars(m).get('peft') for m in model.modules()) or attached(model):
         raise UsageError('The model has adapters already. Give the base alone (mmpeft.remove).')
     _check_config(config, inference)
     factors, saved = _sorted_tensors(model, config, state, names)

@@ -54,7 +54,8 @@ class AdapterLibrary:
                 'A library of adapters needs the model itself, and this one, or a module in it, is '
                 'in a wrapper (DDP, torch.compile, checkpoint_wrapper). Give the model inside.'
             )
-        if getattr(model, 'peft', []) or MERGED in model.__dict__:
+        records = (vars(m).get('peft') or MERGED in vars(m) for m in model.modules())
+        if any(records) or attached(model):
             raise UsageError(
                 'A library of adapters needs a plain base, and this model is adapted: the heads '
                 'of its base are no longer known. Build the base anew, and give the library what '

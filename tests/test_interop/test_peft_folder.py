@@ -489,6 +489,10 @@ def test_bases_that_are_refused(base, folder):
         from_peft(copy.deepcopy(base).float(), config, state)
     with pytest.raises(UsageError, match='has adapters already'):
         from_peft(adapted(base), config, state)
+    part = copy.deepcopy(base)
+    mmpeft.inject(part.backbone, dict(type='LoRA'))
+    with pytest.raises(UsageError, match='has adapters already'):
+        from_peft(part, config, state)
     with pytest.raises(UsageError, match="not below 'head'"):
         from_peft(base, config, state, module='head')
 

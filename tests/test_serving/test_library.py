@@ -273,6 +273,16 @@ def test_an_adapted_model_is_no_base(models):
         mmpeft.AdapterLibrary(models['coco'])
 
 
+def test_nor_is_one_of_which_a_part_or_the_whole_was_adapted(models):
+    for path, method in (('backbone', 'LoRA'), ('', 'LoRA'), ('head', 'Frozen')):
+        model = mmpeft.remove(copy.deepcopy(models['coco']))
+        mmpeft.inject(model.get_submodule(path), dict(type=method))
+        before = snapshot(model)
+        with pytest.raises(UsageError, match='plain base'):
+            mmpeft.AdapterLibrary(model if path else model.backbone)
+        assert_same(model, before)
+
+
 @pytest.mark.parametrize(
     'change',
     [
