@@ -71,7 +71,8 @@ def settle_ranks(
 
     Raises:
         UsageError: The budget is smaller than rank 1 needs, a rank is larger than any of its
-            weights allows, or ``sensitivity`` is given without a budget or lacks a site.
+            weights allows, ``sensitivity`` is given without a budget or lacks a site, or
+            ``max_share`` for a method without ranks.
     """
     ranked = [site for site in sites if isinstance(site.method, Ranked)]
     free = budgeted(ranked)
@@ -88,6 +89,11 @@ def settle_ranks(
             _distribute(budget - _size(set(ranked) - set(free)), free, share, sensitivity)
     check_ranks(ranked)
     if max_share is not None:
+        if sites and not ranked:
+            raise UsageError(
+                f'targets.max_share lowers ranks, and {type(method).__name__} has none. Leave '
+                'max_share out.'
+            )
         for site in ranked:
             site.method = _capped(site, max_share)
     return method

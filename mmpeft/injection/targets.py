@@ -188,6 +188,11 @@ def _overridden(method, overrides, matched):
     for pattern in filter(matched.__contains__, overrides):
         where = f'targets.overrides[{pattern!r}]: '
         arguments = known_arguments(type(method), overrides[pattern], where)
+        if arguments.get('budget') is not None:
+            raise UsageError(
+                f'{where}a budget is one for all adapters of a method. Write it in the method, or '
+                'give a rank here.'
+            )
         if 'rank' in arguments and hasattr(method, 'budget'):
             arguments = dict(budget=None) | arguments
         method = replace(method, **arguments)

@@ -87,3 +87,13 @@ def test_an_oversized_adapter_is_warned_of_and_can_be_capped():
         rank_1 = 'rank=1,' in row.method or 'rank=1)' in row.method
         assert row.adapter <= 0.5 * row.weight or rank_1
     assert len({row.method for row in summary.rows}) > 1
+
+
+def test_a_cap_on_ranks_needs_ranks():
+    with pytest.raises(UsageError, match='max_share lowers ranks, and OFT has none'):
+        mmpeft.inject(Net(), dict(type='OFT'), dict(max_share=0.5))
+
+
+def test_a_budget_is_not_one_weights():
+    with pytest.raises(UsageError, match=r"overrides\['dw'\]: a budget is one for all adapters"):
+        mmpeft.inject(Net(), dict(type='LoRA', budget=3000), dict(overrides=dict(dw={'budget': 9})))
