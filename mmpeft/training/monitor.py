@@ -100,10 +100,9 @@ class Monitor:
                 'needs the number of optimizer steps of the whole run: '
                 'mmpeft.monitor(model, optimizer, steps=1000).'
             )
-        self.finite, self.gradients = Finite(self, nonfinite_iters), Gradients(self)
-        self.checks: list[Check] = [self.finite, self.gradients, Penalty(self)]
-        self.movement = None if self.sharded else Movement(self)
-        self.checks += [self.movement] if self.movement else []
+        self.finite = Finite(self, nonfinite_iters)
+        self.checks: list[Check] = [self.finite, Gradients(self), Penalty(self)]
+        self.checks += [] if self.sharded else [Movement(self)]
         self.checks += [Frozen(self)] if check_frozen else []
         self.checks += [Ranks(self)] if self.compares and not self.sharded else []
         # Before the allocators, which are to see nothing of a step that is skipped.
@@ -118,15 +117,16 @@ class Monitor:
 
     def before_step(self) -> None:
         """Guard the step of the optimizer, and add the penalty's gradients if asked to."""
-        self.gradients.before_step()
+        for check in self.checks:
+            check.before_step()
         if self.finite.guard() and self.add_penalty:
             scale = getattr(self.optimizer, 'grad_scale', None)  # of a fused optimizer
             add_gradients(self.model, 1.0 if scale is None else scale)
 
     def after_step(self) -> None:
         """Count the step, and look at what is due."""
-        if self.movement:
-            self.movement.after_step()
+        for check in self.checks:
+            check.after_step()
         loss, self._loss = self._loss, None
         self.finite.note({} if loss is None else dict(loss=float(loss)))
         self.advance(scaled=getattr(self.optimizer, 'found_inf', None) is not None)

@@ -20,8 +20,8 @@ class RunnerMonitor(Monitor):
         super().__init__(runner.model, runner.optim_wrapper, steps, **options)
 
     def after_step(self):
-        if self.movement:
-            self.movement.after_step()
+        for check in self.checks:
+            check.after_step()
 
     def _watch_loss(self):
         return []  # a Runner hands the losses over

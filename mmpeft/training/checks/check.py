@@ -24,6 +24,12 @@ class Check:
         """What is wrong, as a paragraph; None if nothing is. All ranks call it together."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Before each step of the optimizer."""
+
+    def after_step(self) -> None:
+        """After each step of the optimizer."""
+
     def close(self) -> None:
         """The run is over."""
 
