@@ -225,7 +225,7 @@ class Search:
         for path, (first, *_, last) in self._chains.items():
             own, module = self._inside[path], self.modules[path]
             shape = own[last].out_features, own[first].in_features
-            found[path] = make_point('block', module, shape, axis_of(getattr(module, last)))
+            found[path] = make_point('block', module, shape, axis_of(getattr(module, first)))
         return smallest(found)
 
     def _between(self, path, attention, mlp):

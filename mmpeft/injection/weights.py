@@ -70,7 +70,8 @@ def newly_initialized(module: nn.Module) -> list[str]:
     """
     found = []
     for path, layer in layers(module):
-        for name in getattr(layer, 'newly_initialized', ()):
+        names = getattr(layer, 'newly_initialized', ())
+        for name in (names,) if isinstance(names, str) else names:
             if not hasattr(layer, name):
                 raise UsageError(
                     f'{type(layer).__name__}.newly_initialized names {name!r}, which it does not '

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from mmpretrain.models import ConvNeXt
 
 import mmpeft
 from mmpeft.errors import UsageError
@@ -95,3 +96,15 @@ def test_methods_on_activations(name):
 
 def test_every_network_has_an_expectation():
     assert EXPECTED.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize('linear', [True, False])
+def test_mona_on_mmpretrains_convnext(linear):
+    """Its 1x1 convolutions may be linear layers, channels last in a block that has them first."""
+    arch = dict(depths=[1, 1], channels=[8, 16])
+    model = ConvNeXt(arch, linear_pw_conv=linear, out_indices=1)
+    model.eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)[0]
+    mmpeft.inject(model, dict(type='Mona', rank=2))
+    torch.testing.assert_close(model(x)[0], expected)

@@ -20,6 +20,7 @@ def test_the_form_is_phi(case, name):
     if not adapter.spec.is_plain:
         assert form is None
     if form is not None:
+        assert form.core is None or form.core.ndim == 2 + len(adapter.spec.kernel_size)
         expected = layer.weight
         assert (form.apply(weight) - expected).abs().max() < 1e-12
         completed = form.with_core(adapter.spec.kernel_size)
