@@ -137,7 +137,7 @@ def test_without_a_normal_form_the_weight_is_built(name):
     assert select_kernel(model[0], TABLE['linear'].input()) is None
 
 
-def test_a_method_that_redefines_what_it_computes_does_not_inherit_the_form():
+def test_a_method_that_redefines_what_it_computes_does_not_inherit_the_form(monkeypatch):
     from mmpeft.methods.lora import LoRA
 
     class Doubled(LoRA):
@@ -150,6 +150,7 @@ def test_a_method_that_redefines_what_it_computes_does_not_inherit_the_form():
 
     for kind in (Doubled, Squared):
         layer = nn.Sequential(nn.Linear(6, 4)).double()
+        monkeypatch.setitem(mmpeft.METHODS.module_dict, kind.__name__, kind)
         mmpeft.inject(layer, kind(rank=2))
         assert select_kernel(layer[0], torch.randn(3, 6).double()) is None
 

@@ -1,10 +1,11 @@
 """A depthwise convolution with a faster gradient of its kernel.
 
 The gradient is itself a grouped convolution, of the padded input with dy as the
-kernel, which for large maps is many times faster on a CPU than torch's own.
+kernel, which for kernels above 3x3 is many times faster on a CPU than torch's own.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from mmpeft.execution.conv import convolution_gradients
 from mmpeft.execution.function import FastFunction
+from mmpeft.execution.recompute import is_tagged
 from mmpeft.methods.spec import ConvGeometry
 
+FAST_TAPS = 9  # Up to so many elements torch's own gradient of a kernel is as fast or faster.
 SMALL_MAP = 2**12  # Maps of fewer elements (N C H W) are not worth it.
 
 
@@ -33,11 +36,12 @@ class DepthwiseConv(FastFunction):
 
     def gradients(self, needs, dy, x, weight, bias):
         need_x, need_weight, need_bias = needs
+        by_torch = need_weight and weight[0].numel() <= FAST_TAPS
         dx = d_weight = None
-        if need_x:
-            args = self.geometry, dy, x, weight, [True, False]
-            dx, _ = convolution_gradients(*args, groups=len(weight))
-        if need_weight:
+        if need_x or by_torch:
+            args = self.geometry, dy, x, weight, [need_x, by_torch]
+            dx, d_weight = convolution_gradients(*args, groups=len(weight))
+        if need_weight and not by_torch:
             d_weight = kernel_gradient(x, dy, weight.shape, self.geometry.zeros)
         return dx, d_weight, dy.sum((0, 2, 3)) if need_bias else None
 
@@ -46,13 +50,17 @@ class DepthwiseConv(FastFunction):
 
 
 def pays(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> bool:
-    """Whether a layer is such a convolution, on a map x (N, C, H, W) that is large enough."""
+    """Whether a layer is such a convolution, on a map x (N, C, H, W) that is large enough.
+
+    Where torch's gradient is fast, it is one only if its input is not to be kept.
+    """
     return (
         isinstance(layer, nn.Conv2d)
         and set(geometry.stride) == set(geometry.dilation) == {1}
         and layer.in_channels == layer.out_channels == layer.groups
         and x.device.type == 'cpu'
         and x.numel() >= SMALL_MAP
+        and (prod(layer.kernel_size) > FAST_TAPS or is_tagged(x))
     )
 
 
