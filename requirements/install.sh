@@ -132,4 +132,4 @@ import cv2, timm
 import mmcv.ops, mmdet.apis, mmrotate.apis, mmrotate.datasets, mmrotate.models, mmseg.apis
 import mmpeft
 EOF
-say "Installed into $venv"
+say "Installed into $venv. Activate it: . $venv/bin/activate"
