@@ -67,6 +67,7 @@ class Monitor:
     """
 
     _before = 0  # iterations before the start, in a run that was resumed
+    had_ended = False  # whether it was resumed with no iteration left
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class RunnerMonitor(Monitor):
         # The last step takes what is left when iterations do not divide.
         steps = math.ceil(runner.max_iters / runner.optim_wrapper._accumulative_counts)
         self.runner, self._before = runner, runner.iter
+        self.had_ended = 0 < runner.max_iters <= runner.iter
         super().__init__(runner.model, runner.optim_wrapper, steps, **options)
 
     def after_step(self):

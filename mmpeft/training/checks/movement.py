@@ -69,7 +69,7 @@ class Movement(Check):
     def close(self):
         """Warn about adapters that had fewer steps, as where the learning rate was always 0."""
         unmoved = self._unmoved(self._steps)
-        if unmoved:
+        if unmoved and not self.monitor.had_ended:
             self.monitor.warn(
                 f'{len(unmoved)} of {len(self._adapters)} adapters are where they started, such '
                 f'as {listed(unmoved)}. The run gave them no step, or none at a learning rate '

@@ -50,6 +50,13 @@ def test_a_run_at_rate_zero_has_a_warning(tmp_path, warned):
     assert text.startswith('4 of 4 adapters are where they started, ')
 
 
+def test_a_finished_run_that_is_resumed_has_no_warning(tmp_path, warned):
+    run(tmp_path, stop=2, interval=2)
+    warned.clear()
+    assert run(tmp_path, stop=2, interval=2, resume=True).iter == 2
+    assert not [text for text in warned if 'where they started' in text]
+
+
 def test_a_warmup_is_waited_for(tmp_path, warned):
     """IA3's ones do not move in float32 as long as the rate is below their precision."""
     warmup = [dict(type='LinearLR', start_factor=1e-9, end=400, by_epoch=False)]
