@@ -36,12 +36,14 @@ def describe(missing: Sequence[tuple[str, str]]) -> str:
     shown = '; '.join(f'{path} ({key})' for key, path in missing[:4])
     more = f' and {len(missing) - 4} more' if len(missing) > 4 else ''
     key, path = missing[0]
-    parts = Path(path).parts
-    top = Path(*parts[: max(1, min(2, len(parts) - 1))])
+    dataset = re.sub(r'\.(ann_file|data_prefix.*)$', '', key)
+    root = f'{dataset}.data_root or ' if '_dataloader.' in key else ''  # metrics have none
+    folders = [*reversed(Path(path).parents), Path(path)]
+    top = next((folder for folder in folders if not folder.exists()), path)
     return (
         f'the data is not where the config says, seen from {Path.cwd()}: {shown}{more}. Put it '
         f'there, link it (ln -s /where/it/is {top}), or inherit the config and set '
-        f'{key.rsplit(".", 1)[0]}.data_root and similar keys.'
+        f'{root}{key}, and similar keys.'
         + ''.join(f' {text}' for pattern, text in SOURCES.items() if re.search(pattern, path))
     )
 

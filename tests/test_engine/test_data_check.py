@@ -32,8 +32,15 @@ def test_data_paths_are_found_where_mmengine_looks(tmp_path):
     assert missing_data(cfg, ()) == []
 
 
-def test_missing_data_names_key_and_remedy():
+def test_missing_data_names_key_and_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data/pets').mkdir(parents=True)
     text = describe([('train_dataloader.dataset.ann_file', 'data/coco/a.json')])
     assert 'data/coco/a.json (train_dataloader.dataset.ann_file)' in text
-    assert 'ln -s /where/it/is data/coco' in text
-    assert 'train_dataloader.dataset.data_root' in text
+    assert '(ln -s /where/it/is data/coco)' in text
+    assert 'set train_dataloader.dataset.data_root or train_dataloader.dataset.ann_file' in text
+    text = describe([('train_dataloader.dataset.data_prefix.img', 'data/pets/no/img')])
+    assert '(ln -s /where/it/is data/pets/no)' in text
+    assert 'set train_dataloader.dataset.data_root or train_dataloader.dataset.data_prefix' in text
+    text = describe([('val_evaluator.ann_file', 'data/pets/val.json')])
+    assert 'set val_evaluator.ann_file, and' in text
