@@ -113,6 +113,11 @@ def load_photos(cutouts=STAMPS, photographs=PHOTOGRAPHS):
 def read_classes(folder=STAMPS):
     """The cut-outs of a folder as :func:`load_photos` takes it, by class and by file."""
     own = (folder / CLASSES[0]).is_dir()
+    if not own and not (folder / FOLDERS[CLASSES[0]]).is_dir():
+        lacks = (
+            f'has neither the folder {CLASSES[0]} (your own) nor {FOLDERS[CLASSES[0]]} (Tux Paint)'
+        )
+        _lacking(f'{folder} {lacks if folder.is_dir() else "does not exist"}')
     classes = {}
     for name, inner in FOLDERS.items():
         files = sorted((folder / (name if own else inner)).rglob('*.png'))
@@ -124,6 +129,8 @@ def read_classes(folder=STAMPS):
 
 def read_photographs(folder=PHOTOGRAPHS):
     """The photographs of a folder on which none of the classes is to be seen."""
+    if not folder.is_dir():
+        _lacking(f'{folder} does not exist')
     files = sorted(p for p in folder.glob('*.*') if p.suffix.lower() in ('.jpg', '.png'))
     scenes = [_read(file)[..., 2::-1] for file in files if file.stem not in SHOW_CLASSES]
     _enough(scenes, folder, 'photographs')
@@ -171,10 +178,13 @@ def _part(items, split):
 
 def _enough(found, folder, what):
     if len(found) < 4:
-        raise SystemExit(
-            f'There are {len(found)} {what} in {folder}, and at least 4 are needed. On Debian and '
-            'Ubuntu they are in two packages:\n'
-            '  apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds\n'
-            'Elsewhere name folders with --cutouts and --photographs: cut-outs are PNG files with '
-            f'an alpha channel in the folders {", ".join(CLASSES)}.'
-        )
+        _lacking(f'There are {len(found)} {what} in {folder}, and at least 4 are needed')
+
+
+def _lacking(fault):
+    raise SystemExit(
+        f'{fault}. On Debian and Ubuntu the pictures are in two packages:\n'
+        '  apt-get install --no-install-recommends tuxpaint-stamps-default mate-backgrounds\n'
+        'Elsewhere name folders with --cutouts and --photographs: cut-outs are PNG files with '
+        f'an alpha channel in the folders {", ".join(CLASSES)}.'
+    )

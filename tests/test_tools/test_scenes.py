@@ -321,6 +321,15 @@ def test_missing_pictures_name_the_command(photos, own, tmp_path, lacking):
     assert str(tmp_path) in str(error.value) and '--cutouts' in str(error.value)
 
 
+def test_missing_folders_are_named(photos, own, tmp_path):
+    with pytest.raises(SystemExit, match='none does not exist'):
+        photos.load_photos(tmp_path / 'none', own / 'photographs')
+    with pytest.raises(SystemExit, match=r'neither the folder mammal .* nor animals/mammals'):
+        photos.load_photos(tmp_path, own / 'photographs')
+    with pytest.raises(SystemExit, match='none does not exist'):
+        photos.load_photos(own / 'cutouts', tmp_path / 'none')
+
+
 def test_seen_is_what_was_written(script, own, tmp_path):
     """A scene of one cut-out: the image is the photograph outside of it."""
     module = script('projects/demo', 'photo_scenes')
