@@ -5,6 +5,7 @@ its folder is flushed. A reader in between, or after a crash, finds the file
 that was there before.
 """
 
+import errno
 import json
 import os
 import re
@@ -30,10 +31,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     its folder is created if it does not exist.
 
     Raises:
-        UnwrittenFileError: The disk is full or cannot be written to. The
-            file at the path is unchanged.
+        UnwrittenFileError: The disk is full or cannot be written to. A file
+            that was at the path is unchanged.
     """
     path = Path(path)
+    existed = path.exists()
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +50,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
+        # torch and safetensors give no number of the error.
+        full = getattr(error, 'errno', None) in (None, errno.ENOSPC)
         raise UnwrittenFileError(
-            f'{str(path)!r} could not be written: {error}.{_free(path)} The file that was there '
-            'before is unchanged.'
+            f'{str(path)!r} could not be written: {error}.{_free(path) if full else ""}'
+            + (' The file that was there before is unchanged.' if existed else '')
         ) from error
     finally:
         if temporary.parent.is_dir():
