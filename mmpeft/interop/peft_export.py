@@ -76,11 +76,16 @@ def _converted(site: Site, inference, as_lora) -> tuple[Method, dict[str, Tensor
     """An adapter as peft has it: a method, and its factors in peft's shapes."""
     method, factors = site.method, site.adapter.factors
     reason = _without_equal(site)
-    if reason and as_lora and (product := thin_product(site)):
+    product = thin_product(site) if reason else None
+    if product and as_lora:
         up, down = product
         method, factors = LoRA(rank=len(down)), dict(lora_A=down, lora_B=up)
     elif reason:
-        raise UsageError(f'{site.name} {reason}. Merge it into the weights (mmpeft.merge).')
+        lora = ', or write the LoRA that computes the same, for inference, by as_lora=True '
+        raise UsageError(
+            f'{site.name} {reason}. Merge it into the weights (mmpeft.merge)'
+            f'{lora + "(--as-lora)" if product else ""}.'
+        )
     training = [f'{k}={getattr(method, k)!r}' for k in ('dropout', 'mpc') if getattr(method, k)]
     if training and not inference:
         raise UsageError(
