@@ -106,7 +106,10 @@ def refuse_existing(*paths: Path) -> None:
     """Raise UsageError if one of the files exists."""
     taken = [str(path) for path in paths if path.exists()]
     if taken:
-        raise UsageError(f'{" and ".join(taken)} exist already. Name another, or --overwrite.')
+        exist = 'exist' if len(taken) > 1 else 'exists'
+        raise UsageError(
+            f'{" and ".join(taken)} {exist} already. Give another name, or --overwrite.'
+        )
 
 
 def _is_ours(hook):

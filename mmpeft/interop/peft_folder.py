@@ -34,7 +34,11 @@ def save_peft(
     folder = Path(folder)
     taken = [str(folder / name) for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if taken and not overwrite:
-        raise UsageError(f'{" and ".join(taken)} exist already. Name another folder.')
+        exist = 'exist' if len(taken) > 1 else 'exists'
+        raise UsageError(
+            f'{" and ".join(taken)} {exist} already. Give another folder, or overwrite=True '
+            '(--overwrite).'
+        )
     config, state = to_peft(model, names, inference, as_lora)
     with replacing(folder / WEIGHTS) as temporary:
         write_tensors(temporary, state, dict(format='pt'))

@@ -320,8 +320,8 @@ EVERY_KERNEL = dict(type='LoRA', rank=1, layout='channel')
 @pytest.mark.parametrize(
     'method, targets, message',
     [
-        (dict(type='FLoRA', rank=1), {}, r'backbone\.fc\.weight is adapted by FLoRA'),
-        (dict(type='LieRA', rank=1), {}, r'backbone\.fc\.weight is adapted by LieRA'),
+        (dict(type='FLoRA', rank=1), {}, r'backbone\.fc\.weight is adapted by FLoRA.*--as-lora'),
+        (dict(type='LieRA', rank=1), {}, r'by LieRA, .*\(mmpeft\.merge\)\.$'),
         (dict(type='AdaLoRA', rank=1), {}, r'backbone\.fc\.weight is adapted by AdaLoRA'),
         (dict(type='LoRA', rank=1, update='lie'), {}, r"backbone\.fc\.weight .*update='lie'"),
         (dict(type='LoRA', rank=1, dropout=0.1), {}, r'backbone\.fc\.weight .*dropout=0.1'),
@@ -405,7 +405,7 @@ def test_layers_that_change_their_weight_before_use(tmp_path):
 def test_nothing_is_overwritten(base, tmp_path):
     model = adapted(base)
     (tmp_path / 'adapter_config.json').write_text('precious')
-    with pytest.raises(UsageError, match='adapter_config.json exist'):
+    with pytest.raises(UsageError, match='adapter_config.json exists already.*--overwrite'):
         save_peft(model, tmp_path)
     assert (tmp_path / 'adapter_config.json').read_text() == 'precious'
     assert len(list(tmp_path.iterdir())) == 1

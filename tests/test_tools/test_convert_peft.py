@@ -87,11 +87,11 @@ def test_there_and_back_with_the_heads(tool, adapted, tmp_path):
         again = trained(mmpeft.init_model(source, out))
         assert again.keys() == trained(ours).keys()
         assert all(torch.equal(value, again[key]) for key, value in trained(ours).items())
-        with pytest.raises(UsageError, match='exist already'):
+        with pytest.raises(UsageError, match=r'exists? already\. Give another name'):
             tool('from', adapted[0], tmp_path / 'folder', out)
         out.unlink()
         beside = 'back.py' if out.suffix == '.pth' else 'back.safetensors.json'
-        with pytest.raises(UsageError, match=f'{beside} exist already'):
+        with pytest.raises(UsageError, match=f'{beside} exists already'):
             tool('from', adapted[0], tmp_path / 'folder', out)
 
 

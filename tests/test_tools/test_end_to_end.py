@@ -234,5 +234,5 @@ def test_a_shell_shows_the_paragraph_alone(tmp_path):
     )
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     (paragraph,) = [line for line in done.stderr.splitlines() if line.startswith('merge.py: ')]
-    assert 'exist already' in paragraph
+    assert 'exists already' in paragraph
     assert out.read_text() == 'precious' and len(list(tmp_path.iterdir())) == 2

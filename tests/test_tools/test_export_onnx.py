@@ -68,6 +68,6 @@ def test_what_is_not_written(tool, adapted_demo, tmp_path, monkeypatch):
         tool(config, checkpoint, out, '--size', 32, 32, '--bound', 0.0)
     assert not list(tmp_path.iterdir())
     out.write_text('precious')
-    with pytest.raises(UsageError, match='exist already'):
+    with pytest.raises(UsageError, match=r'net\.onnx exists already\. Give another name'):
         tool(config, checkpoint, out, '--size', 32, 32)
     assert out.read_text() == 'precious'

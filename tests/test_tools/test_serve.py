@@ -144,7 +144,7 @@ def test_one_of_two_and_nothing_overwritten(serve, folder, monkeypatch):
     written = folder / 'one/digits/preds/1.json'
     before = written.read_text()
     written.write_text('precious')
-    with pytest.raises(UsageError, match='one/digits exist already'):
+    with pytest.raises(UsageError, match='one/digits exists already'):
         call(serve, monkeypatch, *words, '--use', 'digits')
     assert written.read_text() == 'precious'
     call(serve, monkeypatch, *words, '--use', 'digits', '--overwrite')
