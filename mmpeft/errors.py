@@ -27,13 +27,14 @@ class UnwrittenFileError(OSError):
     """A file could not be written; what was at its path before is unchanged."""
 
 
-def near(name: str, known: Iterable[str], most: int = 3) -> str:
+def near(name: str, known: Iterable[str], most: int = 3, otherwise: str | None = None) -> str:
     """The sentence that ends a message about an unknown name, such as ``Did you mean 'rank'?``.
 
     Args:
         name: What the user wrote.
         known: The valid names.
         most: Number of suggestions at most.
+        otherwise: The sentence where none is similar; None for one with the valid names.
 
     Returns:
         Similar names, or else the valid names.
@@ -44,6 +45,8 @@ def near(name: str, known: Iterable[str], most: int = 3) -> str:
     close = [by_lower[k] for k in close] or [k for k in known if name in k][:most]
     if close:
         return f'Did you mean {" or ".join(map(repr, close))}?'
+    if otherwise is not None:
+        return otherwise
     if not known:
         return 'The list of valid names is empty.'
     listed = ', '.join(map(repr, known[:12])) + (', ...' if len(known) > 12 else '')

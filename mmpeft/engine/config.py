@@ -78,7 +78,9 @@ def read_config(config: str | Path | Config) -> Config:
     path = find_config(str(config)) if '::' in str(config) else Path(config)
     if not path.is_file():
         known = sorted(map(str, Path('configs').glob('[!_]*/*.py')))
-        hint = near(str(config), known) if known else 'Name a file.'
+        hint = near(
+            str(config), known, otherwise='Name a file, such as one of configs/ in the repository.'
+        )
         raise MissingFileError(
             f'There is no config {str(config)!r} in {Path.cwd()}. {hint} Configs of a package are '
             "written as 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'; mmseg::, mmrotate::, "

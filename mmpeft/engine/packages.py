@@ -46,7 +46,8 @@ def find_config(name: str) -> Path:
     file = folder / (path if path.endswith('.py') else f'{path}.py')
     if not file.is_file():
         known = [str(found.relative_to(folder)) for found in sorted(folder.glob('[!_]*/*.py'))]
-        raise MissingFileError(f'{package} has no config {path!r}. {near(path, known)}')
+        hint = near(path, known, otherwise=f'Its configs are in {folder}.')
+        raise MissingFileError(f'{package} has no config {path!r}. {hint}')
     return file
 
 

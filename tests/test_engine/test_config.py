@@ -128,6 +128,8 @@ def test_the_hook_is_found_in_custom_hooks_too():
     'config, message',
     [
         ('configs/flora/convnet_coco.py', "Did you mean 'configs/flora/convnext_coco.py'.*mmdet::"),
+        ('back.py', r'Name a file, such as one of configs/ .*\. Configs of a package .*mmpeft::'),
+        ('mmdet::zzz', r"has no config 'zzz'\. Its configs are in .*mmdet"),
         ('mmdet::retinanet/retina_r50_fpn_1x_coco', 'retinanet/retinanet_r50_fpn_1x_coco.py'),
         ('mmdett::a/b.py', "'mmdett' is unknown. Did you mean 'mmdet'"),
     ],
