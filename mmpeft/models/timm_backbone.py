@@ -151,7 +151,7 @@ class TimmBackbone(BaseModule):
             except AssertionError as error:
                 raise UsageError(
                     f'timm cannot build {self.name!r} with the levels '
-                    f'out_indices={self._create["out_indices"]}: {error}.'
+                    f'out_indices={self._create["out_indices"]}: {str(error).rstrip(".")}.'
                 ) from error
 
     def _in_few_bits(self, dtype):

@@ -138,6 +138,8 @@ def test_names_and_contradictions():
         TimmBackbone('convnextv2_big')
     with pytest.raises(UsageError, match='Keep the one'):
         TimmBackbone('convnextv2_atto', pretrained=True, checkpoint='x.pth')
+    with pytest.raises(UsageError, match=r'timm cannot build .*[^.]\.$'):
+        TimmBackbone('vit_tiny_patch16_224', embed_dim=64, num_heads=5, out_indices=(-1,))
 
 
 def test_building_with_pretrained_fetches_nothing_and_loading_says_what_to_do(monkeypatch):
