@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from mmpeft.engine.datasets import check_datasets
 from mmpeft.engine.loading import KEPT, load_fitting, load_whole, manifest_of, unplaced
 from mmpeft.errors import UsageError
 
@@ -16,7 +17,11 @@ from .unwrap import unwrap
 
 
 class FittingHook(Hook):
-    """Checks what is loaded in a run without PEFTHook, which does so itself."""
+    """Checks data and what is loaded in a run without PEFTHook, which does so itself."""
+
+    def before_run(self, runner):
+        """See :func:`~mmpeft.engine.datasets.check_datasets`."""
+        check_datasets(runner, unwrap(runner.model))
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Refuse adapters, and see :func:`load_checked`."""

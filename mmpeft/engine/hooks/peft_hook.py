@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
+from mmpeft.engine.datasets import check_datasets
 from mmpeft.engine.injections import Methods, inject_all, injections
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.normalisation import normalisation_fault
@@ -121,6 +122,7 @@ class PEFTHook(Hook):
             _check_runner(runner)
         _check_alone(runner)
         model, trains = unwrap(runner.model), isinstance(runner.optim_wrapper, OptimWrapper)
+        check_datasets(runner, model)
         if not getattr(model, 'peft', []):
             wrapped, runner.model = runner.model, model
             self._adapt(runner, trains)
