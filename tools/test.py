@@ -90,7 +90,7 @@ def main():
         enable_tta(cfg)
     if args.out and segments:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, ('test',))
     if args.show_dir and cfg.default_scope in ('mmseg', 'mmpretrain'):
         draw_into(runner, args.show_dir)
     if args.out and not segments:

@@ -61,7 +61,7 @@ def main():
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from, cfg)
     check_work_dir(cfg)
-    build_runner(cfg).train()
+    build_runner(cfg, ('train', 'val')).train()
 
 
 if __name__ == '__main__':

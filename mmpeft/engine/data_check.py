@@ -23,9 +23,8 @@ def missing_data(cfg: Config, splits: Sequence[str]) -> list[tuple[str, str]]:
         cfg: With ``<split>_dataloader`` and ``<split>_evaluator``.
         splits: Of ``'train'``, ``'val'``, ``'test'``.
     """
-    keys = [f'{split}_{part}' for split in splits for part in ('dataloader', 'evaluator')]
     missing = {}
-    for key, path in (found for each in keys for found in _paths(cfg.get(each), each)):
+    for key, path in named_paths(cfg, splits):
         if not Path(path).exists():
             missing.setdefault(path, key)
     return [(key, path) for path, key in missing.items()]
@@ -46,6 +45,12 @@ def describe(missing: Sequence[tuple[str, str]]) -> str:
         f'{root}{key}, and similar keys.'
         + ''.join(f' {text}' for pattern, text in SOURCES.items() if re.search(pattern, path))
     )
+
+
+def named_paths(cfg: Config, splits: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and path of what the datasets and metrics of a config name; see :func:`missing_data`."""
+    for key in [f'{split}_{part}' for split in splits for part in ('dataloader', 'evaluator')]:
+        yield from _paths(cfg.get(key), key)
 
 
 def _paths(node, key) -> Iterator[tuple[str, str]]:

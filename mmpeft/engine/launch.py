@@ -28,6 +28,7 @@ from .config import compose, dicts_in, find_hook, run_name, say, type_name
 from .data_check import describe, missing_data
 from .hooks.fitting import FittingHook
 from .loading import read_source, unplaced
+from .loops import build_loops
 from .packages import import_task
 
 
@@ -268,11 +269,20 @@ def _leave_group():
         torch.distributed.destroy_process_group()
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The Runner of a config, in as many processes as the launcher started."""
+def build_runner(cfg: Config, splits: Sequence[str] = ()) -> Runner:
+    """The Runner of a config, in as many processes as the launcher started.
+
+    Args:
+        cfg: Of :func:`load_config`.
+        splits: Of ``'train'``, ``'val'``, ``'test'``, whose datasets are built here.
+
+    Raises:
+        UsageError: A dataset cannot be built.
+    """
     prepare_distribution(cfg)
     prepare_precision(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if find_hook(cfg) is None:
         runner.register_hook(FittingHook())
+    build_loops(runner, splits)
     return runner
