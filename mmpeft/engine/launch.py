@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch.distributed
 from mmengine.config import Config, DictAction
@@ -160,6 +161,24 @@ def _adapts(cfg):
     return json.dumps(parts, sort_keys=True, default=str)
 
 
+def make_work_dir(cfg: Config) -> None:
+    """Create the work directory of a config, if it does not exist.
+
+    Raises:
+        UsageError: It cannot be created or written to.
+    """
+    try:
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=cfg.work_dir).close()
+    except OSError as error:
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        raise UsageError(
+            f'The work directory {cfg.work_dir!r} '
+            + ('is a file, or below one' if is_file else f'cannot be written to: {error.strerror}')
+            + '. Give another folder by --work-dir (work_dir of the config).'
+        ) from error
+
+
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision.
 
@@ -277,8 +296,9 @@ def build_runner(cfg: Config, splits: Sequence[str] = ()) -> Runner:
         splits: Of ``'train'``, ``'val'``, ``'test'``, whose datasets are built here.
 
     Raises:
-        UsageError: A dataset cannot be built.
+        UsageError: The work directory cannot be written to, or a dataset cannot be built.
     """
+    make_work_dir(cfg)
     prepare_distribution(cfg)
     prepare_precision(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

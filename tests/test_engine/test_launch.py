@@ -348,6 +348,16 @@ def test_operators_of_mmcv_take_bfloat16_on_a_cpu():
     assert torch.equal(ops.nms(boxes, scores, 0.5)[1], kept)
 
 
+def test_work_directories_that_cannot_be_written_to(tmp_path):
+    file = tmp_path / 'file'
+    file.touch()
+    for folder in (file, file / 'inner'):
+        with pytest.raises(UsageError, match='is a file, or below one.*--work-dir'):
+            launch.build_runner(toy_config(folder))
+    with pytest.raises(UsageError, match=r"'/sys/mmpeft' cannot be written to: \w+"):
+        launch.build_runner(toy_config('/sys/mmpeft'))
+
+
 def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
     def config(rank):
         toy_config(tmp_path, dict(type='LoRA', rank=rank)).dump(tmp_path / f'{rank}' / 'config.py')
