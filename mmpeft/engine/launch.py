@@ -31,6 +31,7 @@ from .hooks.fitting import FittingHook
 from .loading import read_source, unplaced
 from .loops import build_loops
 from .packages import import_task
+from .unexpected import naming_arguments
 
 
 def run(main: Callable[[], None]) -> None:
@@ -296,13 +297,15 @@ def build_runner(cfg: Config, splits: Sequence[str] = ()) -> Runner:
         splits: Of ``'train'``, ``'val'``, ``'test'``, whose datasets are built here.
 
     Raises:
-        UsageError: The work directory cannot be written to, or a dataset cannot be built.
+        UsageError: The work directory cannot be written to, a part has no such argument, or
+            a dataset cannot be built.
     """
     make_work_dir(cfg)
     prepare_distribution(cfg)
     prepare_precision(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if find_hook(cfg) is None:
-        runner.register_hook(FittingHook())
-    build_loops(runner, splits)
+    with naming_arguments(cfg):
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if find_hook(cfg) is None:
+            runner.register_hook(FittingHook())
+        build_loops(runner, splits)
     return runner
