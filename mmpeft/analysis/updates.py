@@ -28,6 +28,7 @@ class Update:
         spec: Its role.
         weight: W, as methods see it; the values that few bits stand for.
         delta: dW, likewise.
+        eps: The relative precision of the adapters' parameters, from which dW is computed.
         factors: (O, r) and (r, I) whose product is dW as a matrix, where r is small; else None.
     """
 
@@ -35,13 +36,15 @@ class Update:
     spec: WeightSpec
     weight: Tensor
     delta: Tensor
+    eps: float
     factors: tuple[Tensor, Tensor] | None = None
 
     def singular(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (O, r), S (r,) and V (I, r) of dW unfolded along its first axis, without what is zero.
 
-        Singular values count as zero below max(O, I) eps max(|W|, |dW|), in Frobenius norms: what
-        the difference of two weights in float64 leaves.
+        Singular values count as zero below max(O, I) eps max(|W|, |dW|), in Frobenius norms and
+        eps that of float64: what the difference of two weights leaves. Without factors, those
+        below ``self.eps`` max(|W|, |dW|) do too: DoRA's magnitudes are norms of W, rounded.
         """
         delta = self.delta.flatten(1) if self.delta.ndim > 1 else self.delta[:, None]
         if self.factors is None:
@@ -52,7 +55,9 @@ class Update:
             u, s, vh = torch.linalg.svd(up @ down.mT)
             u, v = left @ u, right @ vh.mT
         size = max(self.weight.norm().item(), self.delta.norm().item())
-        rank = int((s > max(delta.shape) * torch.finfo(s.dtype).eps * size).sum())
+        eps = max(delta.shape) * torch.finfo(s.dtype).eps
+        eps = max(eps, self.eps) if self.factors is None else eps
+        rank = int((s > eps * size).sum())
         return u[:, :rank], s[:rank], v[:, :rank]
 
 
@@ -123,7 +128,9 @@ def update_of(chain: list[Site]) -> Update:
     for each in chain:
         adapted = each.adapter.in_double(adapted)
     delta = turned(adapted - weight, site.spec)
-    return Update(site.name, site.spec, turned(weight, site.spec), delta, _factors(chain))
+    dtypes = {p.dtype for each in chain for p in each.adapter.parameters() if p.is_floating_point()}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    return Update(site.name, site.spec, turned(weight, site.spec), delta, eps, _factors(chain))
 
 
 def updates(model: nn.Module) -> Iterator[Update]:

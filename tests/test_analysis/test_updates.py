@@ -121,6 +121,23 @@ def test_figures_that_are_known():
     assert row.share == 1 and row.relative == pytest.approx((8 / 86) ** 0.5)
 
 
+def test_what_rounding_leaves_has_no_rank():
+    """DoRA's magnitudes are norms in float32, and its update before a step is not quite zero."""
+    (row,) = figures(updates(adapted_linear(METHODS['dora'])))
+    assert 0 < row.norm < 1e-6 and row.effective_rank == row.amplification == 0
+    (row,) = figures(updates(adapted_linear(METHODS['dora'], 1e-4)))
+    assert row.effective_rank > 1 and row.amplification > 0
+
+
+def adapted_linear(method, std=0.0):
+    model = nn.Sequential(nn.Linear(384, 96))
+    mmpeft.inject(model, method)
+    adapter = model[0].parametrizations.weight[0]
+    with torch.no_grad():
+        adapter.lora_B.normal_(0, std)
+    return model
+
+
 def test_several_adapters_of_a_weight_are_one_update():
     model = adapted(METHODS['flora'])
     mmpeft.inject(model, METHODS['dora'], dict(kinds=KINDS))
