@@ -1,7 +1,8 @@
-"""Tables of the figures of updates."""
+"""Tables of the figures of updates; a figure that is NaN is ``null``, nothing or ``-`` there."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -44,9 +45,15 @@ def write_updates(
 def _lines(rows, cosines):
     lines = [asdict(row) | dict(shape='x'.join(map(str, row.shape))) for row in rows]
     if cosines is not None:
-        lines = [line | dict(cosine=cosines.get(line['name'], '')) for line in lines]
-    return lines
+        lines = [line | dict(cosine=cosines.get(line['name'])) for line in lines]
+    return [{name: None if _is_nan(v) else v for name, v in line.items()} for line in lines]
+
+
+def _is_nan(value):
+    return isinstance(value, float) and isnan(value)
 
 
 def _cell(value):
+    if value is None or _is_nan(value):
+        return '-'
     return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from math import isnan, nan
 from statistics import fmean
 
 import torch
@@ -70,10 +71,11 @@ class UpdateFigures:
         kind: Of its layer.
         shape: Of the weight.
         norm: The Frobenius norm of dW.
-        relative: That by the norm of W.
+        relative: That by the norm of W; NaN where W is zero, such as a new bias.
         amplification: The feature amplification factor |dW| / |U^T W V|, U and V the singular
             vectors of dW whose singular values are not zero: how much dW amplifies what W has in
-            the directions of dW (LoRA, Section 7.3; FLoRA, Section 6.2.2). 0 where dW is zero.
+            the directions of dW (LoRA, Section 7.3; FLoRA, Section 6.2.2). 0 where dW is zero,
+            else NaN where W has nothing in these directions.
         effective_rank: exp of the entropy of S / sum(S), S the singular values of dW (Roy and
             Vetterli, 2007, "The effective rank: a measure of effective dimensionality"). 0 where
             dW is zero.
@@ -169,9 +171,14 @@ def figures(found: Iterable[Update]) -> list[UpdateFigures]:
 
 
 def means(rows: Iterable[UpdateFigures]) -> dict[str, float]:
-    """The means of figures over weights, as in FLoRA's Fig. 4, without the share."""
+    """The means of figures over weights, as in FLoRA's Fig. 4, without the share.
+
+    Weights of which a figure is NaN are left out of its mean, which is NaN if none is left.
+    """
     rows = list(rows)
-    return {name: fmean(getattr(row, name) for row in rows) for name in FIGURES[:-1]}
+    columns = {name: [getattr(row, name) for row in rows] for name in FIGURES[:-1]}
+    numbers = {name: [v for v in column if not isnan(v)] for name, column in columns.items()}
+    return {name: fmean(column) if column else nan for name, column in numbers.items()}
 
 
 def cosines(model: nn.Module, other: nn.Module) -> dict[str, float]:
@@ -240,4 +247,4 @@ def _figures(update):
 
 
 def _ratio(a, b):
-    return a / b if b else (float('nan') if a == 0 else float('inf'))
+    return a / b if b else nan

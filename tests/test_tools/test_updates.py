@@ -1,12 +1,17 @@
 """The table of updates of a config and its adapter files."""
 
 import csv
+import io
 import json
+import math
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 import mmpeft
-from mmpeft.analysis.updates import cosines, figures, means, updates
+from mmpeft.analysis.update_table import update_table, write_updates
+from mmpeft.analysis.updates import UpdateFigures, cosines, figures, means, updates
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 from tests.toy import save_weights, toy_config
@@ -70,6 +75,21 @@ def test_tables(suffix, tool, tmp_path):
         assert [float(line['norm']) for line in read] == pytest.approx([r.norm for r in rows])
     else:
         assert len(lines) == 2 + len(rows) and f'{rows[0].norm:.4g}' in lines[2]
+
+
+def test_figures_that_are_not_defined(tmp_path):
+    """Biases of zeros have no relative update; the files stay valid."""
+    row = UpdateFigures('fc.bias', 'linear bias', (3,), 1.0, math.nan, math.nan, 1.0, 0.5)
+    rows = [row, replace(row, name='norm.bias', relative=0.25, amplification=4.0)]
+    assert means(rows) == dict(norm=1, relative=0.25, amplification=4, effective_rank=1)
+    for suffix, undefined in (('json', 'null'), ('csv', ',1.0,,,1.0,'), ('md', '| 1 | - | - | 1')):
+        out = tmp_path / f'updates.{suffix}'
+        write_updates(out, rows, {'fc.bias': math.nan, 'all': math.nan})
+        text = out.read_text()
+        assert undefined in text and 'nan' not in text.lower()
+    out = Console(file=io.StringIO(), width=200)
+    out.print(update_table(rows[:1], {'fc.bias': math.nan, 'all': math.nan}))
+    assert 'nan' not in out.file.getvalue()
 
 
 def test_what_it_leaves_out(tool, tmp_path, capsys):

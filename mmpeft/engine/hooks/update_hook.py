@@ -1,6 +1,7 @@
 """Figures and pictures of updates during training, through mmengine's visualizer."""
 
 from collections.abc import Iterator, Sequence
+from math import isnan
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -28,8 +29,8 @@ class UpdateHook(Hook):
 
     They go to the backends of the visualizer (a JSON file, TensorBoard, W&B): ``update/norm`` and
     the other means of :func:`mmpeft.analysis.updates.means`, ``update_norm/<weight>`` and the other
-    figures of each weight that is named, and pictures ``kernels_<weight>``. In several processes
-    the first one computes and logs them.
+    figures of each weight that is named, and pictures ``kernels_<weight>``. A figure that is not
+    defined (NaN) is not logged. In several processes the first one computes and logs them.
 
     Belongs under ``custom_hooks``, beside a PEFTHook.
 
@@ -77,6 +78,7 @@ class UpdateHook(Hook):
         scalars = {f'update/{name}': value for name, value in means(rows).items()}
         for row in (row for row in rows if row.name in self._logged):
             scalars |= {f'update_{name}/{row.name}': getattr(row, name) for name in FIGURES}
+        scalars = {name: value for name, value in scalars.items() if not isnan(value)}
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def _seen(self, runner: Runner) -> Iterator[Update]:

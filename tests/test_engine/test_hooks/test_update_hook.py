@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization.vis_backend import BaseVisBackend
@@ -71,6 +72,20 @@ def test_every_backend_gets_scalars_and_pictures(tmp_path, monkeypatch):
         assert [step for each, step, _ in Recorder.seen if each == name] == [1, 2]
     *_, (_, _, image) = (each for each in Recorder.seen if each[0].startswith('kernels'))
     assert image.dtype == np.uint8 and image.ndim == image.shape[2] == 3
+
+
+def test_what_is_not_defined_is_not_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recorder, 'seen', [])
+    changes = by_iterations(1, 100) | dict(experiment_name=str(tmp_path))
+    changes['visualizer'] = dict(type='Visualizer', vis_backends=[dict(type='Recorder')])
+    runner = toy_runner(tmp_path, dict(type='BitFit'), **changes)
+    torch.nn.init.zeros_(runner.model.backbone.stem.bias)
+    runner.register_hook(UpdateHook(interval=1, weights=r'stem\.bias'))
+    runner.train()
+    logged = {name: value for name, _, value in Recorder.seen if 'update' in name}
+    assert np.isfinite([*logged.values()]).all()
+    assert {'update/relative', 'update_norm/backbone.stem.bias'} <= logged.keys()
+    assert 'update_relative/backbone.stem.bias' not in logged
 
 
 def test_what_it_refuses_before_the_first_step(tmp_path, warned):
