@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError, near
+from mmpeft.injection.patterns import patterns_of
 from mmpeft.injection.site import Site, attached, chains_by_weight
 from mmpeft.injection.summary import kind_of
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
@@ -140,16 +141,25 @@ def updates(model: nn.Module) -> Iterator[Update]:
     return map(update_of, adapted_weights(model).values())
 
 
-def select(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
-    """The names that one of some patterns is found in (regular expressions), in their order.
+def select(
+    names: Iterable[str], patterns: str | Sequence[str], where: str = 'patterns'
+) -> list[str]:
+    """The names that one of some patterns is found in, in their order.
+
+    Args:
+        names: Of weights.
+        patterns: Regular expressions.
+        where: They were given, to begin messages with.
 
     Raises:
-        UsageError: A pattern matches no name.
+        UsageError: A pattern is none, or matches no name.
     """
-    names, patterns = list(names), (patterns,) if isinstance(patterns, str) else patterns
+    names, patterns = list(names), patterns_of(patterns, where)
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise UsageError(f'{pattern!r} matches no adapted weight. {near(pattern, names)}')
+            raise UsageError(
+                f'{where}: {pattern!r} matches no adapted weight. {near(pattern, names)}'
+            )
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 

@@ -11,6 +11,7 @@ from mmpeft.checkpoint import legacy
 from mmpeft.checkpoint.plain_data import checked_method
 from mmpeft.errors import UsageError
 from mmpeft.injection.inject import inject
+from mmpeft.injection.patterns import patterns_of
 from mmpeft.injection.summary import Summary
 from mmpeft.injection.targets import Targets
 from mmpeft.injection.weights import join
@@ -58,6 +59,7 @@ def injections(
         built = METHODS.build(entry['method'])  # raises for what is wrong
         Targets.of(own)
         unfrozen = entry.get('unfreeze', unfreeze)
+        patterns_of(unfrozen, 'unfreeze')
         found.append(dict(method=entry['method'], targets=own, unfreeze=unfrozen))
         if sensitivity and getattr(built, 'budget', None) is not None:
             found[-1]['sensitivity'] = sensitivity

@@ -16,6 +16,7 @@ from mmpeft.registry import METHODS
 
 from .attach import adapt, make_adapters
 from .freeze import Injection, plain_parameters, trained_parameters
+from .patterns import patterns_of
 from .prompts import check_prompts
 from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
@@ -90,7 +91,7 @@ def inject(
     if execution not in CHOICES:
         raise UsageError(f'execution={execution!r} is not one of {", ".join(map(repr, CHOICES))}.')
     _check_memory(memory, execution)
-    unfreeze = (unfreeze,) if isinstance(unfreeze, str) else tuple(unfreeze)
+    unfreeze = patterns_of(unfreeze, 'unfreeze')
     _check_shapes(target_module(model, targets.module))
     _check_beside_earlier(model, method, targets.module)
     adopt_quantized(model, targets.module)

@@ -12,6 +12,7 @@ from mmpeft.methods import ActivationMethod, Method
 from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.registry import known_arguments
 
+from .patterns import patterns_of
 from .point_selection import points_for
 from .site import Site
 from .ties import holders
@@ -51,26 +52,24 @@ class Targets:
     max_share: float | None = None
 
     def __post_init__(self):
-        for name in ('kinds', 'exclude_kinds', 'include', 'exclude'):
+        for name in ('kinds', 'exclude_kinds'):
             value = getattr(self, name)
             if value is None and name != 'kinds':
                 value = ()
             if value is not None:
                 value = (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, value)
+        for name in ('include', 'exclude'):
+            value = patterns_of(getattr(self, name), f'targets.{name}')
+            object.__setattr__(self, name, value)
         object.__setattr__(self, 'overrides', self.overrides or {})
+        patterns_of(self.overrides, 'targets.overrides')
         if self.max_share is not None and not self.max_share > 0:
             raise UsageError(f'targets: max_share={self.max_share} is not above 0.')
         known = KINDS + POINT_KINDS
         for kind in (self.kinds or ()) + self.exclude_kinds:
             if kind not in known:
                 raise UsageError(f'targets: there is no kind {kind!r}. {near(kind, known)}')
-        for pattern in self.include + self.exclude + tuple(self.overrides):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                message = f'targets: {pattern!r} is not a valid regular expression: {error}.'
-                raise UsageError(message) from error
 
     @classmethod
     def of(cls, config) -> 'Targets':

@@ -52,7 +52,7 @@ def main():
     options = dict(device=args.device, options=args.cfg_options)
     model = mmpeft.init_model(args.config, args.checkpoint, method=args.method, **options)
     found, angles = adapted_weights(model), None
-    drawn = select(found, args.kernels)
+    drawn = select(found, args.kernels, '--kernels')
     for name in drawn:
         check_kernel(name, found[name][0].spec)
     if args.against:

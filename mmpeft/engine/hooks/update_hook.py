@@ -61,7 +61,8 @@ class UpdateHook(Hook):
         """
         model = unwrap(runner.model)
         found = adapted_weights(model)
-        self._logged, self._drawn = select(found, self.weights), select(found, self.kernels)
+        self._logged = select(found, self.weights, 'UpdateHook: weights')
+        self._drawn = select(found, self.kernels, 'UpdateHook: kernels')
         for name in self._drawn:
             check_kernel(name, found[name][0].spec)
         for method, number in without_updates(model).items():
