@@ -11,11 +11,10 @@ are kept in WORK_DIR/runs.jsonl and not run again; an interrupted one goes on.
 
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from mmpeft.analysis.curves import draw_curves, points, score_name, table
 from mmpeft.engine.config import compose, run_name
 from mmpeft.engine.data_check import describe, missing_data
+from mmpeft.engine.key_values import KeyValues
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.runs import sweep
@@ -26,7 +25,7 @@ def parse_args():
     parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument(
-        '--over', nargs='+', action=DictAction, required=True, help='values as key=value,value'
+        '--over', nargs='+', action=KeyValues, required=True, help='values as key=value,value'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument(

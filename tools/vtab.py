@@ -11,10 +11,9 @@ kept in WORK_DIR/runs.jsonl and not run again; calls with other tasks can run si
 
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from mmpeft.analysis.vtab import TASKS, table
 from mmpeft.engine.config import compose, run_name
+from mmpeft.engine.key_values import KeyValues
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.vtab import benchmark
@@ -28,7 +27,7 @@ def parse_args():
     parser.add_argument(
         '--grid',
         nargs='+',
-        action=DictAction,
+        action=KeyValues,
         default={},
         help='values to choose from for each task, as key=value,value',
     )

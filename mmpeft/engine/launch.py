@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch.distributed
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
@@ -28,6 +28,7 @@ from mmpeft.errors import MissingFileError, TrainingError, UnwrittenFileError, U
 from .config import compose, dicts_in, find_hook, run_name, say, type_name
 from .data_check import describe, missing_data
 from .hooks.fitting import FittingHook
+from .key_values import KeyValues
 from .loading import read_source, unplaced
 from .loops import build_loops
 from .packages import import_task
@@ -70,7 +71,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, **config) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=KeyValues,
         help='overrides of the config as key=value, e.g. default_hooks.peft.method.rank=16; '
         'lists as key="[a,b]" or key=a,b, nested ones as key="[(a,b),(c,d)]", without spaces',
     )

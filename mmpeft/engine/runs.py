@@ -41,6 +41,13 @@ def check_key(cfg: Config, key: str) -> None:
             ) from error
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise UsageError for a seed that numpy does not take."""
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f'--seeds: {seed} is not a seed. Write numbers from 0 to 2**32 - 1.')
+
+
 def with_values(cfg: Config, values: Mapping) -> Config:
     """A copy of a config with other values.
 
@@ -139,8 +146,9 @@ def sweep(
         The records, each with its ``values``; ``scores`` is None where training failed.
 
     Raises:
-        UsageError: See :func:`with_values`; no run is begun.
+        UsageError: See :func:`with_values` and :func:`check_seeds`; no run is begun.
     """
+    check_seeds(seeds)
     for key, chosen in [*over.items(), ('--seeds', seeds)]:
         if len({json.dumps(value, default=str) for value in chosen}) < len(chosen):
             raise UsageError(f'{key}: a value is given twice, in {", ".join(map(str, chosen))}.')

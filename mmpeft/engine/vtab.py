@@ -11,7 +11,7 @@ from mmpeft.errors import MissingFileError, TrainingError, UsageError, near
 
 from .config import compose, say
 from .data_check import describe, missing_data
-from .runs import combinations, run, with_values
+from .runs import check_seeds, combinations, run, with_values
 
 TUNING, TESTING = ('train800', 'val200'), ('train800val200', 'test')
 """The lists that are trained and evaluated on."""
@@ -70,10 +70,11 @@ def benchmark(
         The records of the tests, by task and seed, each with its ``accuracy`` in percent.
 
     Raises:
-        UsageError: A task or a key is unknown, the data is not there, or the config's evaluator
-            gives no ``accuracy/top1``.
+        UsageError: A task or a key is unknown, a seed is none, the data is not there, or the
+            config's evaluator gives no ``accuracy/top1``.
         TrainingError: A run went wrong, or all of a task's grid did.
     """
+    check_seeds(seeds)
     choices = combinations(grid or {})
     for values in choices:
         with_values(cfg, values)  # raises for what is wrong, before a run begins

@@ -81,6 +81,8 @@ def test_what_it_refuses_before_a_run(tool, tmp_path):
         (['rnk=1,2'], "no argument 'rnk'. Did you mean 'rank'"),
         (['optim_wrapper.optimiser.lr=1,2'], "has no 'optimiser' there"),
         (['rank=1,0'], 'rank=0 must be a positive integer'),
+        (['rank=2', 'rank=3'], '--over: rank comes 2 times'),
+        (['rank=1', '--seeds', 0, -1], '--seeds: -1 is not a seed'),
     ):
         with pytest.raises(UsageError, match=message):
             tool('--over', *words)

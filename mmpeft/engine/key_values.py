@@ -1,0 +1,48 @@
+"""Options of command lines of the form key=value."""
+
+import re
+from collections import Counter
+
+from mmengine.config import DictAction
+
+from mmpeft.errors import UsageError
+
+# A dict, or a list that begins with one.
+HAS_DICT = re.compile(r'[\s\'"\[(]*(\{|dict\()')
+
+
+class KeyValues(DictAction):
+    """mmengine's ``DictAction``, with a sentence for what that cannot read.
+
+    Raises:
+        UsageError: A word has no ``=``, a key comes twice, or a value is a dict or has brackets
+            that DictAction does not understand.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = [word.partition('=') for word in values]
+        for key, equals, value in pairs:
+            if not (key and equals):
+                word = f'{key}{equals}{value}'
+                raise UsageError(f'{option_string} {word}: write key=value, such as rank=16.')
+            if HAS_DICT.match(value):
+                raise _unreadable(option_string, key, value)
+            try:
+                self._parse_iterable(value)
+            except (AssertionError, RecursionError) as error:
+                raise _unreadable(option_string, key, value) from error
+        for key, times in Counter(key for key, _, _ in pairs).items():
+            if times > 1:
+                raise UsageError(
+                    f'{option_string}: {key} comes {times} times, and only the last would hold. '
+                    f'Write it once; several values are {key}=1,2.'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _unreadable(option, key, value):
+    return UsageError(
+        f'{option} {key}={value}: a value is a number, a word, or a list or tuple of these with '
+        'balanced brackets, such as [a,b]. In place of a dict write dotted keys, such as '
+        'default_hooks.peft.method.rank=2, or name a method by --method.'
+    )

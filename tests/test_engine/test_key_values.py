@@ -1,0 +1,45 @@
+"""What options of the form key=value are, and what is refused."""
+
+import argparse
+
+import pytest
+
+from mmpeft.engine.key_values import KeyValues
+from mmpeft.errors import UsageError
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--over', nargs='+', action=KeyValues)
+    return parser.parse_args(['--over', *words]).over
+
+
+def test_values_are_those_of_mmengine():
+    words = 'rank=2,3', 'lr=1e-3', r'a.b=[(x\d{2},1)]', 'c=', 'd=x=y', r'e=(fc|norm)\.{3}'
+    assert parsed(*words) == {
+        'rank': [2, 3],
+        'lr': 1e-3,
+        'a.b': [(r'x\d{2}', 1)],
+        'c': '',
+        'd': 'x=y',
+        'e': r'(fc|norm)\.{3}',
+    }
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (('rank',), r'^--over rank: write key=value'),
+        (('=3',), r'^--over =3: write key=value'),
+        (('rank=2', 'scale=1', 'rank=3'), r'^--over: rank comes 2 times.*rank=1,2'),
+        (("method=dict(type='LoRA',rank=2)",), 'In place of a dict write dotted keys.*--method'),
+        (('targets=dict(include=(1,))',), 'In place of a dict'),
+        (("hooks=[{'type':'mmpeft.UpdateHook','interval':1}]",), 'In place of a dict'),
+        (('hooks=[dict(a=1),dict(a=2)]',), 'In place of a dict'),
+        (('a=f(x,y)',), 'balanced brackets'),
+        (('a=[x,(]',), 'balanced brackets'),
+    ],
+)
+def test_what_is_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(*words)
