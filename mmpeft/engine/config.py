@@ -49,6 +49,11 @@ def compose(
     cfg = read_config(config)
     if method is not None:
         _set_method(cfg, read_method(method), is_written_out=not is_name(method))
+    if not isinstance(options, Mapping | None):
+        raise UsageError(
+            f'options={options!r} must be a dict by dotted keys, such as '
+            "{'default_hooks.peft.method.rank': 16}."
+        )
     if options:
         before, new = _types_in(cfg), [key for key in options if key not in cfg]
         try:

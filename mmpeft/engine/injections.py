@@ -55,9 +55,11 @@ def injections(
                 'An entry of a list of methods is a method, or dict(method=..., targets=..., '
                 f'unfreeze=...), not {dict(entry)}.'
             )
-        own = dict(module='backbone') | dict(targets or {}) | dict(entry.get('targets') or {})
-        built = METHODS.build(entry['method'])  # raises for what is wrong
-        Targets.of(own)
+        given = targets, entry.get('targets')
+        for each in given:
+            Targets.of(each)  # raises for what is wrong
+        own = dict(module='backbone') | dict(given[0] or {}) | dict(given[1] or {})
+        built = METHODS.build(entry['method'])  # likewise
         unfrozen = entry.get('unfreeze', unfreeze)
         patterns_of(unfrozen, 'unfreeze')
         found.append(dict(method=entry['method'], targets=own, unfreeze=unfrozen))

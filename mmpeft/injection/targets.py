@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import ActivationMethod, Method
+from mmpeft.methods.arguments import check_types
 from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.registry import known_arguments
 
@@ -48,7 +49,7 @@ class Targets:
     exclude_kinds: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: dict[str, dict] = field(default_factory=dict)
+    overrides: Mapping = field(default_factory=dict)
     max_share: float | None = None
 
     def __post_init__(self):
@@ -57,13 +58,20 @@ class Targets:
             if value is None and name != 'kinds':
                 value = ()
             if value is not None:
-                value = (value,) if isinstance(value, str) else tuple(value)
+                value = (value,) if isinstance(value, str) else value
             object.__setattr__(self, name, value)
         for name in ('include', 'exclude'):
             value = patterns_of(getattr(self, name), f'targets.{name}')
             object.__setattr__(self, name, value)
         object.__setattr__(self, 'overrides', self.overrides or {})
+        check_types(self)
         patterns_of(self.overrides, 'targets.overrides')
+        for pattern, changed in self.overrides.items():
+            if not isinstance(changed, Mapping):
+                raise UsageError(
+                    f'targets.overrides[{pattern!r}]={changed!r} must be a dict of arguments of '
+                    'the method, such as dict(rank=64).'
+                )
         if self.max_share is not None and not self.max_share > 0:
             raise UsageError(f'targets: max_share={self.max_share} is not above 0.')
         known = KINDS + POINT_KINDS
@@ -76,6 +84,8 @@ class Targets:
         """From a dict, a :class:`Targets` or None; refuses unknown keys."""
         if isinstance(config, cls):
             return config
+        if not isinstance(config, Mapping | None):
+            raise UsageError(f"targets={config!r} must be a dict, such as dict(module='backbone').")
         known = [f.name for f in fields(cls)]
         for key in config or {}:
             if key not in known:

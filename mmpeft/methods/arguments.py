@@ -1,5 +1,6 @@
-"""Checks of the arguments of methods."""
+"""Checks of the arguments of methods, and of other dataclasses that users fill in."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from math import inf
@@ -15,6 +16,8 @@ NAMES = {
     str: 'a string',
     NoneType: 'None',
     tuple[int, ...]: 'a tuple of integers',
+    tuple[str, ...]: 'a tuple of strings',
+    Mapping: 'a dict',
 }
 
 
@@ -69,7 +72,8 @@ def has_type(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         kind = int if hint is int else int | float
         return isinstance(value, kind) and not isinstance(value, bool) and -inf < value < inf
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+    kind = origin or hint
+    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _rule(hint):
@@ -83,4 +87,4 @@ def _rule(hint):
 def _name(kind):
     if get_origin(kind) is Literal:
         return ' or '.join(map(repr, get_args(kind)))
-    return NAMES.get(kind, str(kind))
+    return NAMES.get(kind) or getattr(kind, '__name__', str(kind))

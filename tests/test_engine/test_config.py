@@ -109,6 +109,11 @@ def test_options_that_do_not_fit_the_config():
         compose(FLORA, None, {'model.backbone.name.size': 3})
 
 
+def test_options_are_a_dict():
+    with pytest.raises(UsageError, match=r"options=\['a=b'\] must be a dict by dotted keys"):
+        compose(hooked(method=dict(type='LoRA')), options=['a=b'])
+
+
 def test_what_was_given_is_not_changed():
     options = {'default_hooks.peft.method': dict(_delete_=True, type='IA3')}
     before = str(options)

@@ -46,6 +46,7 @@ def test_one_method_and_several():
         ([LORA, dict(type='Bitfit')], "Did you mean 'BitFit'"),
         ([dict(method=LORA, targets=dict(inclde=['a']))], "'include'"),
         ('LoRA', 'A method is a dict'),
+        ([dict(method=LORA, targets=[1])], r'targets=\[1\] must be a dict'),
     ],
 )
 def test_what_is_wrong(method, message):

@@ -154,5 +154,5 @@ def test_a_type_of_ones_own():
         path: dict | None = None
 
     assert Own(path={'a': 1}).path == {'a': 1}
-    with pytest.raises(UsageError, match="Own: path='a' must be <class 'dict'> or None"):
+    with pytest.raises(UsageError, match="Own: path='a' must be dict or None"):
         Own(path='a')

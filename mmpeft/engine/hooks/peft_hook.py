@@ -10,6 +10,7 @@ optimizer and schedulers. Loading and resuming then find the structure.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -24,6 +25,7 @@ from mmpeft.engine.sensitivity import measure
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.wrappers import is_sharded
+from mmpeft.methods.arguments import check_types, require
 from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
 
@@ -84,8 +86,8 @@ class PEFTHook(Hook):
 
     method: Methods | None = None
     targets: Mapping | None = None
-    unfreeze: str | Sequence[str] = ()
-    base_checkpoint: str | None = None
+    unfreeze: str | Sequence[str] | None = ()
+    base_checkpoint: str | Path | None = None
     save_frozen: bool = False
     save_adapters: bool = True
     check_base: bool = True
@@ -108,6 +110,8 @@ class PEFTHook(Hook):
         return super().__new__(cls)
 
     def __post_init__(self):
+        check_types(self)
+        require(self, 'check_iters', self.check_iters >= 0, 'must not be negative.')
         self._injections = injections(self.method, self.targets, self.unfreeze, self.sensitivity)
         self._prepared = False
         if self.shard and self.compile_blocks is not False:

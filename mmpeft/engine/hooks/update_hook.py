@@ -1,6 +1,7 @@
 """Figures and pictures of updates during training, through mmengine's visualizer."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import isnan
 
 from mmengine.dist import master_only
@@ -18,12 +19,15 @@ from mmpeft.analysis.updates import (
     update_of,
     without_updates,
 )
+from mmpeft.injection.patterns import patterns_of
+from mmpeft.methods.arguments import check_types, require
 from mmpeft.registry import HOOKS
 
 from .unwrap import unwrap
 
 
 @HOOKS.register_module()
+@dataclass(eq=False)
 class UpdateHook(Hook):
     """Log figures of dW = phi(W) - W, and pictures of kernels.
 
@@ -34,6 +38,8 @@ class UpdateHook(Hook):
 
     Belongs under ``custom_hooks``, beside a PEFTHook.
 
+    Raises UsageError for an argument of another type, a number below 1, or no pattern.
+
     Args:
         interval: Iterations between two logs; the last iteration is logged too.
         weights: Patterns of weights whose own figures are logged.
@@ -43,14 +49,17 @@ class UpdateHook(Hook):
 
     priority = 'LOW'
 
-    def __init__(
-        self,
-        interval: int = 500,
-        weights: str | Sequence[str] = (),
-        kernels: str | Sequence[str] = (),
-        count: int = 8,
-    ):
-        self.interval, self.weights, self.kernels, self.count = interval, weights, kernels, count
+    interval: int = 500
+    weights: str | Sequence[str] | None = ()
+    kernels: str | Sequence[str] | None = ()
+    count: int = 8
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ('interval', 'count'):
+            require(self, name, getattr(self, name) > 0, 'must be positive.')
+        for name in ('weights', 'kernels'):
+            patterns_of(getattr(self, name), f'UpdateHook: {name}')
 
     def before_train(self, runner):
         """Select the weights.

@@ -514,3 +514,24 @@ def test_norms_are_converted_once_before_they_are_frozen(tmp_path, monkeypatch):
     runner = toy_runner(tmp_path, dict(type='LoRA', rank=2), sync_bn='torch')
     runner.train()
     assert seen == ['torch', None] and runner.cfg.sync_bn == 'torch'
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('unfreeze', 3),
+        ('unfreeze', (3,)),
+        ('targets', 'fc'),
+        ('check_iters', 'x'),
+        ('check_iters', -1),
+        ('check_base', 'no'),
+        ('compile_blocks', 'x'),
+        ('save_frozen', 1),
+        ('execution', None),
+        ('base_checkpoint', 3),
+    ],
+)
+def test_arguments_of_another_type_are_refused(name, value):
+    with pytest.raises(UsageError, match=re.escape(f'{name}={value!r} must')):
+        mmpeft.engine.hooks.PEFTHook(dict(type='LoRA'), **{name: value})
+    assert mmpeft.engine.hooks.PEFTHook(dict(type='LoRA'), unfreeze=None)

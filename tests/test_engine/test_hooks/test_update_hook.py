@@ -107,6 +107,23 @@ def test_what_it_refuses_before_the_first_step(tmp_path, warned):
             runner.train()
 
 
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(interval='x'), "interval='x' must be one integer"),
+        (dict(interval=None), 'interval=None must be one integer'),
+        (dict(interval=0), 'interval=0 must be positive'),
+        (dict(count=0), 'count=0 must be positive'),
+        (dict(weights=3), 'weights=3 must be'),
+        (dict(kernels='['), 'kernels: .* is not a valid regular expression'),
+    ],
+)
+def test_arguments_are_checked_before_a_run(arguments, message):
+    with pytest.raises(UsageError, match=f'UpdateHook: {message}'):
+        UpdateHook(**arguments)
+    assert UpdateHook(weights=None).count == 8
+
+
 def test_methods_on_activations_are_left_out_with_a_word(tmp_path, warned):
     parallel = dict(method=dict(type='ParallelAdapter', rank=1), targets=dict(include=('fc',)))
     runner = toy_runner(tmp_path, [FLORA, parallel], **by_iterations(1, 100))
