@@ -56,6 +56,7 @@ def compose(
         )
     if options:
         before, new = _types_in(cfg), [key for key in options if key not in cfg]
+        hooks = [*(cfg.get('default_hooks') or {})]
         try:
             cfg.merge_from_dict(copy.deepcopy(dict(options)))
         except (TypeError, KeyError, IndexError) as error:
@@ -69,6 +70,7 @@ def compose(
                 f'--cfg-options: {cfg.filename} has no PEFTHook whose arguments default_hooks.peft '
                 'would be. Name a method by --method, such as --method flora.'
             )
+        _check_hooks(cfg, hooks)
         if _types_in(cfg) != before:
             _check_methods(cfg, before)
     for node in dicts_in(cfg._cfg_dict):
@@ -217,6 +219,16 @@ def _check_keys(cfg, new):
             raise UsageError(
                 f'--cfg-options: {key!r} is an argument of the method, and would be a key of the '
                 f'config that nothing reads. Write default_hooks.peft.method.{key}.'
+            )
+
+
+def _check_hooks(cfg, before):
+    """Refuse keys of a hook that the config did not have, such as a misspelt one."""
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        if isinstance(hook, dict) and name not in before and not hook.get('type'):
+            raise UsageError(
+                f'--cfg-options: the config has no hook default_hooks.{name}, and its type is not '
+                f'given. {near(name, before)}'
             )
 
 

@@ -189,6 +189,14 @@ def test_arguments_of_a_hook_that_is_not_there():
         compose(plain, options={'default_hooks.peft.method.rank': 4})
 
 
+def test_a_hook_that_is_not_there():
+    cfg = hooked(method=dict(type='LoRA'))
+    with pytest.raises(UsageError, match=r"no hook default_hooks\.pefft.*Did you mean 'peft'"):
+        compose(cfg, options={'default_hooks.pefft.method.rank': 4})
+    options = {'default_hooks.logger.type': 'LoggerHook', 'default_hooks.peft.check_iters': 5}
+    assert compose(cfg, options=options).default_hooks.logger == dict(type='LoggerHook')
+
+
 def test_an_argument_of_the_method_is_no_key_of_the_config():
     with pytest.raises(UsageError, match='Write default_hooks.peft.method.rank'):
         compose(FLORA, 'lora', dict(rank=3))
