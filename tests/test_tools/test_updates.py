@@ -97,6 +97,10 @@ def test_what_it_leaves_out(tool, tmp_path, capsys):
     file, _ = tool.file('lora')
     with pytest.raises(UsageError, match=r'\.csv, \.json, \.md'):
         tool(file, '--method', 'lora', '--out', tmp_path / 'updates.txt')
+    with pytest.raises(UsageError, match='Name it by --against'):
+        tool(file, '--method', 'lora', '--against-method', 'lora')
+    with pytest.raises(UsageError, match='--count 0: a picture has 1 kernel or more'):
+        tool(file, '--method', 'lora', '--kernels', 'stem', '--count', 0)
     with pytest.raises(UsageError, match="'dw9' matches no adapted weight"):
         tool(file, '--method', 'lora', '--kernels', 'dw9')
     with pytest.raises(UsageError, match=r'backbone\.fc\.weight has the shape'):

@@ -25,6 +25,7 @@ from mmpeft.analysis.updates import (
     without_updates,
 )
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
+from mmpeft.errors import UsageError
 
 
 def parse_args():
@@ -49,6 +50,10 @@ def main():
     args = parse_args()
     if args.out:
         check_format(args.out)
+    if args.against_method and not args.against:
+        raise UsageError('--against-method is the method of another file. Name it by --against.')
+    if args.count < 1:
+        raise UsageError(f'--count {args.count}: a picture has 1 kernel or more.')
     options = dict(device=args.device, options=args.cfg_options)
     model = mmpeft.init_model(args.config, args.checkpoint, method=args.method, **options)
     found, angles = adapted_weights(model), None
