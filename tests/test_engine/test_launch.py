@@ -202,23 +202,34 @@ def test_scripts_say_how_they_are_called(script, tmp_path):
     assert f'tools/{script}.sh ' in done.stderr and 'CONFIG' in done.stderr
 
 
-def test_slurm_passes_arguments_on(tmp_path):
-    """With an srun that prints its arguments."""
-    srun = tmp_path / 'srun'
+def slurm_words(folder, script, *words, **env):
+    """What a Slurm script calls srun with, by an srun that prints its arguments."""
+    srun = folder / 'srun'
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
-    env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16', SRUN_ARGS='-x n1')
-    done = subprocess.run(
-        [ROOT / 'tools/slurm_train.sh', 'part', 'job', 'a config.py', 'out', '--amp'],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words = done.stdout.split('\n')
+    plain = {k: v for k, v in os.environ.items() if k not in ('GPUS', 'GPUS_PER_NODE')}
+    env = plain | dict(PATH=f'{folder}:{os.environ["PATH"]}', **env)
+    words = [ROOT / f'tools/{script}.sh', *words]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.split('\n')
+
+
+def test_slurm_passes_arguments_on(tmp_path):
+    given = 'part', 'job', 'a config.py', 'out', '--amp'
+    words = slurm_words(tmp_path, 'slurm_train', *given, GPUS='16', SRUN_ARGS='-x n1')
     assert ['-p', 'part'] == words[:2]
     assert {'--ntasks=16', '--gres=gpu:8', '-x', 'n1', 'a config.py', '--work-dir=out'} <= {*words}
     assert words[-4:-1] == ['--amp', '--launcher', 'slurm']
+
+
+@pytest.mark.parametrize(
+    'env, expected',
+    [({}, (8, 8)), (dict(GPUS='4'), (4, 4)), (dict(GPUS='4', GPUS_PER_NODE='2'), (4, 2))],
+)
+def test_slurm_asks_a_node_for_no_more_gpus_than_it_uses(env, expected, tmp_path):
+    words = slurm_words(tmp_path, 'slurm_test', 'part', 'job', 'config.py', 'a.pth', **env)
+    tasks, each = expected
+    assert {f'--ntasks={tasks}', f'--gres=gpu:{each}', f'--ntasks-per-node={each}'} <= {*words}
 
 
 @pytest.mark.parametrize('launcher', ['none', 'pytorch'])
