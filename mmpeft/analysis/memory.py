@@ -1,13 +1,12 @@
 """What training a network takes in memory, predicted from tensors without data."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -15,6 +14,8 @@ from mmpeft.execution import MEMORY, SMALL, SPEED
 from mmpeft.execution.memory import RecomputedBlock
 from mmpeft.injection.weights import layers
 from mmpeft.quantization import stored_parts
+
+from .images import refusing
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ def predict(build: Callable[[str], nn.Module], images: tuple[int, int, int, int]
     Args:
         build: Makes the adapted model, which has a ``backbone``, by ``memory``.
         images: Shape of a batch, (N, 3, H, W).
+
+    Raises:
+        UsageError: The backbone does not take images of this size.
     """
     saved, kept = {}, {}
     for memory in MEMORY:
         model, mode = built_without_data(partial(build, memory))
-        with mode:
+        with mode, refusing(images[2:]):
             saved[memory], kept[memory] = saved_bytes(model.backbone, torch.randn(images))
     modules = model.backbone.named_modules()
     paths = [path for path, module in modules if isinstance(module, RecomputedBlock)]
@@ -132,15 +136,3 @@ def saved_bytes(model: nn.Module, images: Tensor) -> tuple[int, dict[str, int]]:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         model(images)
     return sum(storage.nbytes() for storage in seen.values()), dict(by_module)
-
-
-def table(rows: Iterable[tuple[str, Memory]]) -> Table:
-    """A line for each named prediction, in GiB."""
-    fixed = 'weights', 'gradients', 'optimizer'
-    columns = *(f'saved, {m}' for m in MEMORY), *(f'total, {m}' for m in MEMORY)
-    result = Table('run', *fixed, *columns, title='GiB')
-    for name, memory in rows:
-        values = *(getattr(memory, each) for each in fixed), *memory.saved.values()
-        values += tuple(memory.totals.values())
-        result.add_row(name, *(f'{value / 2**30:.2f}' for value in values))
-    return result

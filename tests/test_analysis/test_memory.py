@@ -1,5 +1,7 @@
 """Predicted memory equals what a real forward pass keeps."""
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mmpeft
-from mmpeft.analysis.memory import Memory, built_without_data, predict, saved_bytes, table
+from mmpeft.analysis.memory import built_without_data, predict, saved_bytes
+from mmpeft.errors import UsageError
 from mmpeft.execution import MEMORY
 from mmpeft.models import InternViT, TimmBackbone
 from tests.backbones import SMALL
@@ -140,14 +143,6 @@ def test_a_step_of_a_model():
     assert memory.block == blocks[1] - blocks[0] - 17 * 64 * 4
 
 
-def test_a_table_has_totals_with_the_block_that_runs_again():
-    gib = 2**30
-    saved = dict(speed=4 * gib, balanced=3 * gib, small=gib)
-    columns = table([('it', Memory(gib, gib, gib, saved, gib))]).columns
-    row = tuple(cell for column in columns for cell in column.cells)
-    assert row == ('it', *'1.00 1.00 1.00 4.00 3.00 1.00 7.00 6.00 5.00'.split())
-
-
 class ReadsNumbers(nn.Module):
     """As mmdet's Swin reads its drop-path rates."""
 
@@ -166,3 +161,27 @@ def test_a_model_that_reads_numbers_has_no_data_either():
     assert type(model.layer.weight.data).__name__ == 'FakeTensor'
     with mode:
         assert saved_bytes(model, torch.randn(2, 4))[0] == 2 * 4 * 4
+
+
+class Windows(nn.Module):
+    """As mmpretrain's Swin refuses small maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        if min(x.shape[2:]) < 7:
+            raise AssertionError('smaller than the\n window (7).')
+        return self.layer(x)
+
+
+def test_a_size_that_a_backbone_refuses():
+    def build(memory):
+        model = nn.Sequential(OrderedDict(backbone=Windows()))
+        mmpeft.inject(model, dict(type='LoRA', rank=1), memory=memory)
+        return model
+
+    assert predict(build, (1, 3, 7, 9)).weights > 0
+    with pytest.raises(UsageError, match=r'images of 6 x 9: smaller than the window \(7\)\. Give'):
+        predict(build, (1, 3, 6, 9))

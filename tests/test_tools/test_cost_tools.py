@@ -33,13 +33,21 @@ def test_upstream_configs(tool, config, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(config), '--size', '128', '160'])
     script('tools/analysis_tools', tool).main()
     shown = capsys.readouterr().out
-    assert ('GMAC in the adapted layers' if tool == 'explain' else '│ 1') in shown
+    assert ('GMAC in the adapted layers' if tool == 'explain' else 'MiB') in shown
 
 
 @pytest.mark.parametrize('tool', TOOLS)
 def test_a_config_without_a_backbone(tool, script, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [f'{tool}.py', str(ROOT / 'configs/_base_/runtime_det.py')])
     with pytest.raises(UsageError, match='has no model.backbone'):
+        script('tools/analysis_tools', tool).main()
+
+
+@pytest.mark.parametrize('tool', TOOLS)
+@pytest.mark.parametrize('words', [('--batch', 0), ('--batch', -1), ('--size', 0, 0)])
+def test_no_images(words, tool, script, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [f'{tool}.py', 'config.py', *map(str, words)])
+    with pytest.raises(UsageError, match='give numbers above 0'):
         script('tools/analysis_tools', tool).main()
 
 

@@ -14,11 +14,11 @@ import torch
 from rich.table import Table
 
 from mmpeft.analysis.explain import explain
+from mmpeft.analysis.images import check_images, refusing
 from mmpeft.analysis.memory import built_without_data
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
-from mmpeft.errors import UsageError
 from mmpeft.execution import CHOICES
 from mmpeft.injection.site import attached
 
@@ -34,8 +34,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if min(args.batch, *args.size) < 1:
-        raise UsageError(f'--batch {args.batch} --size {args.size}: give numbers above 0.')
+    check_images([args.batch], args.size)
     cfg = compose(args.config, args.method, args.cfg_options)
     hook = find_hook(cfg)
     if args.execution and hook is not None:
@@ -45,9 +44,10 @@ def main():
     acting = sum(not site.tensor for site in attached(model))
     if acting:
         print(f'{acting} adapters on activations are not counted below.')
-    with mode:
+    with mode, refusing(args.size):
         images = torch.randn(args.batch, 3, *args.size)
-        print_costs(explain(model.backbone, lambda: model.backbone(images)))
+        rows = explain(model.backbone, lambda: model.backbone(images))
+    print_costs(rows)
 
 
 def print_costs(rows):

@@ -11,8 +11,12 @@ counted.
 
 import warnings
 from functools import partial
+from pathlib import Path
 
-from mmpeft.analysis.memory import predict, table
+from mmpeft.analysis.images import check_images
+from mmpeft.analysis.memory import predict
+from mmpeft.analysis.memory_table import table, write
+from mmpeft.analysis.parameters import check_format
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
@@ -23,11 +27,15 @@ def parse_args():
     add_config_arguments(parser, nargs='+')
     parser.add_argument('--size', type=int, nargs=2, default=[504, 504], metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, nargs='+', default=[1], help='images a GPU')
+    parser.add_argument('--out', type=Path, help='write bytes to a .csv or .json file, or .md')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    check_images(args.batch, args.size)
+    if args.out:
+        check_format(args.out)
     warnings.simplefilter('ignore')
     rows = []
     for config in args.config:
@@ -35,7 +43,10 @@ def main():
         for batch in args.batch:
             memory = predict(partial(build_adapted, cfg), (batch, 3, *args.size))
             rows.append((f'{config}, {batch}', memory))
-    show(table(rows))
+    show(table(rows), width=160)
+    if args.out:
+        write(args.out, rows)
+        print(f'written: {args.out}')
 
 
 if __name__ == '__main__':
