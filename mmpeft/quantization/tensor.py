@@ -157,6 +157,13 @@ def check_format(dtype: str) -> None:
             f'Take one of {", ".join(map(repr, FORMATS))} for frozen_dtype, or load the model '
             'without quantization.'
         )
+    if dtype in ('bfloat16', 'float16'):
+        raise UsageError(
+            f'frozen_dtype={dtype!r} is no format of few bits ({", ".join(FORMATS)}). Convert the '
+            f'model itself before mmpeft.inject, such as model.to(torch.{dtype}), and its adapters '
+            "stay in float32. In a config InternViT does so (model.backbone.frozen_dtype='bfloat16'"
+            '), and other models compute in mixed precision with --amp.'
+        )
     if dtype not in FORMATS:
         raise UsageError(f'frozen_dtype={dtype!r} is unknown. {near(str(dtype), FORMATS)}')
     try:
