@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import attached
 from mmpeft.injection.weights import ADAPTERS, MARK, ORIGINAL, join
+from mmpeft.quantization import FORMATS
 
 from . import legacy
 from .fingerprint import fingerprint
@@ -84,9 +85,20 @@ def check_fingerprint(base: str, manifest: Mapping, source: str) -> None:
     """Refuse an adapter whose manifest has another :func:`fingerprint` than the base's.
 
     Raises:
-        UsageError: The message has both.
+        UsageError: The message has both, or the formats of few bits where they differ.
     """
     theirs = manifest['fingerprint']
+    format, own = (each.rpartition('-')[0] for each in (theirs, base))
+    if format != own:
+        held, has = (f'in {name}' if name else 'that are not in few bits' for name in (format, own))
+        cure = f'Set frozen_dtype={format!r}' if format in FORMATS else f'Load a base {held}'
+        if not format:
+            cure = 'Leave frozen_dtype out'
+        raise UsageError(
+            f'{source} was trained on frozen weights {held}, and this model has weights {has}. '
+            f'{cure} (in a config: default_hooks.peft.frozen_dtype, or that of the backbone), or '
+            'set check_base=False to use it nevertheless.'
+        )
     if base != theirs:
         raise UsageError(
             f'{source} was trained on another frozen base: fingerprint {theirs[:16] or "none"} in '

@@ -47,6 +47,14 @@ def _share(models):
         state = model.state_dict(keep_vars=True)
         for key in frozen_keys(model):
             owner, first = held.setdefault(plain_key(key), (name, state[key]))
+            stored = [stored_in(tensor) for tensor in (first, state[key])]
+            if stored[0] != stored[1]:
+                raise UsageError(
+                    f'{owner!r} and {name!r} have different frozen bases: {plain_key(key)} is in '
+                    f'{stored[0]} in {owner!r} and in {stored[1]} in {name!r}. Adapters that were '
+                    'trained on weights in different formats cannot share a backbone; serve them '
+                    'separately.'
+                )
             if not _equal(first, state[key]):
                 prints = ' and '.join(f'{fingerprint(models[n])[:16]} ({n})' for n in (owner, name))
                 raise UsageError(
@@ -71,9 +79,7 @@ def _share(models):
 
 def _equal(a, b):
     alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    if not alike or stored_in(a) != stored_in(b):
-        return False
-    return a is b or all(torch.equal(*pair) for pair in _parts(a, b))
+    return a is b or alike and all(torch.equal(*pair) for pair in _parts(a, b))
 
 
 def _parts(a, b):

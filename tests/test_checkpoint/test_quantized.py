@@ -31,8 +31,14 @@ def test_an_adapter_file_is_of_what_is_stored(file):
     assert torch.equal(loaded(images()), model(images()))
     assert fingerprint(model).startswith('nf4-') and fingerprint(loaded) == fingerprint(model)
     mmpeft.inject(exact := net(), LORA, BOTH, unfreeze='head')
-    with pytest.raises(UsageError, match='another frozen base: fingerprint nf4-'):
+    message = "frozen weights in nf4, .* weights that are not in few bits. Set frozen_dtype='nf4' "
+    with pytest.raises(UsageError, match=message):
         mmpeft.load_adapter(exact, path)
+    with pytest.raises(UsageError, match="in nf4, .* weights in int8. Set frozen_dtype='nf4'"):
+        mmpeft.load_adapter(adapted(LORA, 'int8'), path)
+    plain = mmpeft.save_adapter(exact, path.with_name('plain.safetensors'))
+    with pytest.raises(UsageError, match='not in few bits, .* in nf4. Leave frozen_dtype out'):
+        mmpeft.load_adapter(adapted(LORA), plain)
     mmpeft.load_adapter(exact, path, check_base=False)
     assert (exact(images()) - model(images())).norm() < 0.2 * model(images()).norm()
 
@@ -78,5 +84,5 @@ def test_models_share_a_base():
     first, second = (m.fc1.parametrizations.weight.original for m in models.values())
     assert freed > first.nbytes and torch.equal(models['a'](images()), expected)
     assert first.quantized_data.data_ptr() == second.quantized_data.data_ptr()
-    with pytest.raises(UsageError, match='different frozen bases'):
+    with pytest.raises(UsageError, match="is in nf4 in 'a' and in int8 in 'b'"):
         mmpeft.share_base(dict(a=models['a'], b=adapted(LORA, 'int8')))

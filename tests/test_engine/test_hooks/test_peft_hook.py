@@ -210,7 +210,7 @@ def test_a_frozen_base_in_few_bits(pretrained, tmp_path):
     tested = scores(toy_runner(tmp_path / 'b', **copy.deepcopy(changes), load_from=last).test())
     assert np.isfinite(tested).all()
     exact = copy.deepcopy(changes) | {'default_hooks.peft.frozen_dtype': None}
-    with pytest.raises(UsageError, match='another frozen base: fingerprint int8-'):
+    with pytest.raises(UsageError, match="frozen weights in int8.*Set frozen_dtype='int8'"):
         toy_runner(tmp_path / 'c', **exact, load_from=last).test()
     whole = changes | {'default_hooks.peft.save_frozen': True}
     toy_runner(tmp_path / 'd', **copy.deepcopy(whole), load_from=last).train()
