@@ -9,7 +9,8 @@ Parts:
 ``model``     of a segmentor the logits at the size of the image; of a detector
               with one dense head what that gives before boxes are decoded.
               Two-stage detectors and DETR's kin end at the neck: what follows
-              depends on the data, and on operators that ONNX does not have
+              depends on the data, and on operators that ONNX does not have.
+              Classifiers end before the head
 
 The graph begins after the data preprocessor; mean, std and the order of
 channels that it expects are in the file's metadata. ``--dynamic`` leaves the

@@ -46,6 +46,12 @@ class Part(nn.Module):
         dense = hasattr(model, 'decode_head') or detects
         if part == 'neck' and getattr(model, 'neck', None) is None:
             raise UsageError(f'{type(model).__name__} has no neck. Write --part backbone.')
+        if part == 'model' and not dense and hasattr(model, 'head'):
+            smaller = 'backbone' if getattr(model, 'neck', None) is None else 'neck'
+            raise UsageError(
+                f'{type(model).__name__} is a classifier, and --part model is for segmentors and '
+                f'one-stage detectors. Write --part {smaller}, which is what the head gets.'
+            )
         if part == 'model' and not dense:
             raise UsageError(
                 f'{type(model).__name__} has no dense head, and what follows the neck of such a '

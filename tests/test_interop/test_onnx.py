@@ -169,3 +169,24 @@ def test_sizes():
     assert image_size(Config(dict(model=dict(data_preprocessor=dict(size=(5, 6)))))) == (5, 6)
     with pytest.raises(UsageError, match='--size H W'):
         image_size(Config(dict(model=dict())))
+
+
+def model_of(**parts):
+    found = nn.Module()
+    for name, part in parts.items():
+        setattr(found, name, part)
+    return found
+
+
+@pytest.mark.parametrize(
+    'parts, part, message',
+    [
+        (dict(neck=nn.Identity(), head=nn.Identity()), 'model', 'a classifier.* --part neck'),
+        (dict(neck=None, head=nn.Identity()), 'model', 'a classifier.* --part backbone'),
+        (dict(neck=nn.Identity(), roi_head=nn.Identity()), 'model', 'no dense head'),
+        (dict(neck=None), 'neck', 'has no neck. Write --part backbone'),
+    ],
+)
+def test_parts_that_a_model_does_not_have(parts, part, message):
+    with pytest.raises(UsageError, match=message):
+        Part(model_of(**parts), part)
