@@ -43,6 +43,14 @@ def test_a_config_without_a_backbone(tool, script, monkeypatch):
         script('tools/analysis_tools', tool).main()
 
 
+@pytest.mark.parametrize('method', ['frozen', 'bitfit'])
+def test_nothing_to_explain(method, script, monkeypatch):
+    words = ['mmpeft::demo/_base_/classification.py', '--method', method, '--size', '40', '40']
+    monkeypatch.setattr(sys, 'argv', ['explain.py', *words])
+    with pytest.raises(UsageError, match='adapts no weight of a linear layer or convolution'):
+        script('tools/analysis_tools', 'explain').main()
+
+
 @pytest.mark.parametrize('tool', TOOLS)
 @pytest.mark.parametrize('words', [('--batch', 0), ('--batch', -1), ('--size', 0, 0)])
 def test_no_images(words, tool, script, monkeypatch):

@@ -19,6 +19,7 @@ from mmpeft.analysis.memory import built_without_data
 from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook
 from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
+from mmpeft.errors import UsageError
 from mmpeft.execution import CHOICES
 from mmpeft.injection.site import attached
 
@@ -47,6 +48,12 @@ def main():
     with mode, refusing(args.size):
         images = torch.randn(args.batch, 3, *args.size)
         rows = explain(model.backbone, lambda: model.backbone(images))
+    if not rows:
+        methods = ' and '.join(type(record.method).__name__ for record in model.peft)
+        raise UsageError(
+            f'{methods} adapts no weight of a linear layer or convolution here, so there is '
+            'nothing to explain.'
+        )
     print_costs(rows)
 
 
