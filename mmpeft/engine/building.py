@@ -11,7 +11,7 @@ from torch import nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.summary import Summary
-from mmpeft.registry import METHODS
+from mmpeft.registry import HOOKS, METHODS
 
 from .config import find_hook
 from .injections import inject_all, injections
@@ -54,8 +54,8 @@ def adapt(
         manifest: See :func:`~mmpeft.engine.injections.inject_all`.
 
     Raises:
-        UsageError: The config has no hook, or ``rank`` is given and a method
-            has none.
+        UsageError: The config has no hook or one with a wrong argument, or ``rank`` is given and
+            a method has none.
     """
     hook = find_hook(cfg)
     if hook is None:
@@ -63,6 +63,7 @@ def adapt(
             f'{cfg.filename} has no PEFTHook, so nothing is adapted. Add --method, such as '
             '--method flora.'
         )
+    HOOKS.build(copy.deepcopy(hook))  # raises for what is wrong in its arguments
     names = ('method', 'targets', 'unfreeze', 'sensitivity')
     found = injections(**{name: hook[name] for name in names if name in hook})
     if rank is not None:

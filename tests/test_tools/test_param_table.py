@@ -74,6 +74,11 @@ def test_markdown_and_methods_without_rank(table, tmp_path):
         table('bitfit', '--rank', 4)
 
 
+def test_arguments_of_the_hook_that_training_would_refuse(table):
+    with pytest.raises(UsageError, match="check_base='no' must be True or False"):
+        table('lora', '--cfg-options', 'default_hooks.peft.check_base=no')
+
+
 def test_refuses_before_it_writes(table, tmp_path):
     out = tmp_path / 'rows.xlsx'
     with pytest.raises(UsageError, match='.csv, .json, .md'):

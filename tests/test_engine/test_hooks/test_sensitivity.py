@@ -112,7 +112,7 @@ def test_measuring_takes_no_batch_away_from_training(tmp_path):
     [
         (dict(type='LoRA', rank=2), 2, 'no method has one'),
         (LORA, -1, 'is not a number of batches'),
-        (LORA, 'all', 'is not a number of batches'),
+        (LORA, 'all', "sensitivity='all' must be one integer"),
         (dict(type='VeRA', budget='5k'), 2, 'not of VeRA'),
     ],
 )
