@@ -14,6 +14,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.injection.targets import as_dict
 from mmpeft.methods import ActivationMethod
 from mmpeft.methods.spec import KINDS, POINT_KINDS
 from mmpeft.registry import METHODS
@@ -150,15 +151,15 @@ def _set_method(cfg, given, is_written_out):
     cfg.pop('peft', None)  # of the method file that the config inherits
     hook = find_hook(cfg)
     if hook is None:
-        targets = dict(module='backbone') | dict(given.get('targets') or {})
-        cfg.setdefault('default_hooks', ConfigDict())
+        targets = dict(module='backbone') | as_dict(given.get('targets'))
+        cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
         cfg.default_hooks.peft = dict(type=HOOK, **given | dict(targets=targets))
         if any(kind.adapts and not kind.trains_base for kind in _kinds_of(given)):
             _suit_adapters(cfg)
         return
-    targets = _fitting(dict(hook.get('targets') or {}), _kinds_of(hook), _kinds_of(given))
+    targets = _fitting(as_dict(hook.get('targets')), _kinds_of(hook), _kinds_of(given))
     hook.pop('method', None)
-    own, others = dict(given.get('targets') or {}), {k: hook[k] for k in ('unfreeze',) if k in hook}
+    own, others = as_dict(given.get('targets')), {k: hook[k] for k in ('unfreeze',) if k in hook}
     hook.update(others | given if is_written_out else given | others)
     hook.targets = targets | own if is_written_out else own | targets
 
@@ -193,7 +194,7 @@ def _fitting(targets, before, after):
 
 def _suit_adapters(cfg):
     """Undo what upstream configs do to a backbone that is pretrained and trains itself."""
-    backbone = cfg.get('model', {}).get('backbone') or {}
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
     frozen = backbone.get('frozen_stages')
     if isinstance(frozen, int) and frozen >= 0:
         backbone.frozen_stages = -1

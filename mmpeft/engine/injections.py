@@ -13,7 +13,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.inject import inject
 from mmpeft.injection.patterns import patterns_of
 from mmpeft.injection.summary import Summary
-from mmpeft.injection.targets import Targets
+from mmpeft.injection.targets import Targets, as_dict
 from mmpeft.injection.weights import join
 from mmpeft.methods import Method
 from mmpeft.methods.arguments import has_type
@@ -55,11 +55,9 @@ def injections(
                 'An entry of a list of methods is a method, or dict(method=..., targets=..., '
                 f'unfreeze=...), not {dict(entry)}.'
             )
-        given = targets, entry.get('targets')
-        for each in given:
-            Targets.of(each)  # raises for what is wrong
-        own = dict(module='backbone') | dict(given[0] or {}) | dict(given[1] or {})
-        built = METHODS.build(entry['method'])  # likewise
+        own = dict(module='backbone') | as_dict(targets) | as_dict(entry.get('targets'))
+        built = METHODS.build(entry['method'])  # raises for what is wrong
+        Targets.of(own)
         unfrozen = entry.get('unfreeze', unfreeze)
         patterns_of(unfrozen, 'unfreeze')
         found.append(dict(method=entry['method'], targets=own, unfreeze=unfrozen))

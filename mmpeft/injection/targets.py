@@ -84,13 +84,18 @@ class Targets:
         """From a dict, a :class:`Targets` or None; refuses unknown keys."""
         if isinstance(config, cls):
             return config
-        if not isinstance(config, Mapping | None):
-            raise UsageError(f"targets={config!r} must be a dict, such as dict(module='backbone').")
-        known = [f.name for f in fields(cls)]
-        for key in config or {}:
+        given, known = as_dict(config), [f.name for f in fields(cls)]
+        for key in given:
             if key not in known:
                 raise UsageError(f'targets has no key {key!r}. {near(key, known)}')
-        return cls(**(config or {}))
+        return cls(**given)
+
+
+def as_dict(targets: Mapping | None) -> dict:
+    """Targets as a new dict, empty for None; raises :class:`UsageError` for what is no dict."""
+    if targets is not None and not isinstance(targets, Mapping):
+        raise UsageError(f"targets={targets!r} must be a dict, such as dict(module='backbone').")
+    return dict(targets or {})
 
 
 def target_module(model: nn.Module, path: str) -> nn.Module:

@@ -129,6 +129,13 @@ def test_the_hook_is_found_in_custom_hooks_too():
     assert compose(cfg, 'lora').custom_hooks[1].method.type == 'LoRA'
 
 
+def test_a_config_whose_parts_are_none_gets_the_hook():
+    cfg = compose(Config(dict(model=None, default_hooks=None)), 'lora')
+    assert find_hook(cfg).method.type == 'LoRA'
+    with pytest.raises(UsageError, match="targets='neck' must be a dict"):
+        compose(cfg, "dict(method=dict(type='LoRA'), targets='neck')")
+
+
 @pytest.mark.parametrize(
     'config, message',
     [

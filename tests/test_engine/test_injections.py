@@ -45,6 +45,7 @@ def test_one_method_and_several():
         ([dict(method=LORA, target={})], 'An entry of a list of methods'),
         ([LORA, dict(type='Bitfit')], "Did you mean 'BitFit'"),
         ([dict(method=LORA, targets=dict(inclde=['a']))], "'include'"),
+        ([dict(method=LORA, targets='neck')], "targets='neck' must be a dict"),
         ('LoRA', 'A method is a dict'),
         ([dict(method=LORA, targets=[1])], r'targets=\[1\] must be a dict'),
     ],

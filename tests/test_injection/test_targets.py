@@ -74,6 +74,12 @@ def test_wrong_targets_are_refused_and_change_nothing(targets, message):
     assert not hasattr(model, 'peft')
 
 
+def test_nothing_is_unfrozen_by_none():
+    model = Net()
+    mmpeft.inject(model, dict(type='LoRA', rank=2), unfreeze=None)
+    assert model.peft[0].trained == ()
+
+
 def test_targets_name_nothing_that_is_newly_initialized():
     with pytest.raises(UsageError, match="'norm0' matches no weight"):
         mmpeft.inject(NewNorms(), dict(type='BitFit'), dict(include=['norm0']))
