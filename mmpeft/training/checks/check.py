@@ -34,6 +34,6 @@ class Check:
         """The run is over."""
 
 
-def listed(names: list[str]) -> str:
-    """The first three of many names, for a message."""
-    return ', '.join(map(repr, names[:3])) + (', ...' if len(names) > 3 else '')
+def listed(names: list[str], most: int = 3) -> str:
+    """The first of many names, for a message."""
+    return ', '.join(map(repr, names[:most])) + (', ...' if len(names) > most else '')
