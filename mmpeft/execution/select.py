@@ -126,7 +126,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     if not is_thin:
         return None
     thin = not trains or layer.execution != AUTO
-    thin = thin or tucker_pays(form, x, positions, out, features, *kernel_size)
+    thin = thin or tucker_pays(form, x, positions, geometry.stride, out, features, *kernel_size)
     branch = branch and thin and form.core is not None and form.down is not None
     name = f'thin convolutions, {WHERE[branch]}' if thin else DENSE
     return Kernel(name, by(forward.conv, form, branch, thin))
@@ -154,24 +154,33 @@ def _is_rounded(x, original):
 def branch_pays(positions: int, passes: int, out: int, features: int, *kernel_size: int) -> bool:
     """Whether an update is cheaper as a branch beside a layer than in its weight.
 
-    By the elements that they read and write: the branch reads a map of I channels and adds to one
-    of O, once; the weight is built in each of ``passes``, 2 with backward.
+    By the elements that they read and write: the branch reads a map of I channels once for each
+    element of the kernel and adds to one of O; the weight is built in each of ``passes``, 2 with
+    backward.
     """
-    return positions * (out + features) < passes * out * features * prod(kernel_size)
+    taps = prod(kernel_size)
+    return positions * (out + features * taps) < passes * out * features * taps
 
 
 def tucker_pays(
-    form: NormalForm, x: Tensor, positions: int, out: int, features: int, *kernel_size: int
+    form: NormalForm,
+    x: Tensor,
+    positions: int,
+    stride: tuple[int, ...],
+    out: int,
+    features: int,
+    *kernel_size: int,
 ) -> bool:
     """Whether thin convolutions are clearly cheaper than the dense gradient.
 
-    They have few channels, and run at a fraction of a wide convolution's speed.
+    They have few channels, and run at a fraction of a wide convolution's speed. V mixes channels
+    at all positions of the input, which the stride makes more than the ``positions`` of the output.
     """
     taps, rank = prod(kernel_size), form.up.shape[1]
     if form.core is None or form.down is None:
         cost = 2 * rank * (out + taps * features)
     else:
         inner = len(form.down)
-        cost = 2 * (rank * out + inner * features) + 3 * taps * rank * inner
+        cost = 2 * (rank * out + inner * features * prod(stride)) + 3 * taps * rank * inner
     dense = taps * out * features
     return 2 * cost < dense and (x.is_cpu or positions * (dense - cost) > LAUNCHES)
