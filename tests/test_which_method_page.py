@@ -81,7 +81,7 @@ def test_p_values_of_orderings_are_corrected_for_their_number(tool, study):
     'better, sentence',
     [
         ('flora', 'is below LoRA on three of the four tasks above. On photos no difference'),
-        ('liera', 'LieRA is below LoRA on the photo scenes**, by 2.14 ± 0.72 (p = 0.003), and not shown'),
+        ('liera', 'LieRA is below LoRA on the photo scenes**, by 2.14 ± 0.72 (p = 0.003)'),
     ],
 )
 def test_sentences_agree_with_the_table(better, sentence):
