@@ -152,7 +152,7 @@ def select(
         where: They were given, to begin messages with.
 
     Raises:
-        UsageError: A pattern is none, or matches no name.
+        UsageError: A pattern is invalid, or matches no name.
     """
     names, patterns = list(names), patterns_of(patterns, where)
     for pattern in patterns:

@@ -70,7 +70,7 @@ def benchmark(
         The records of the tests, by task and seed, each with its ``accuracy`` in percent.
 
     Raises:
-        UsageError: A task or a key is unknown, a seed is none, the data is not there, or the
+        UsageError: A task or a key is unknown, a seed is invalid, the data is not there, or the
             config's evaluator gives no ``accuracy/top1``.
         TrainingError: A run went wrong, or all of a task's grid did.
     """

@@ -46,7 +46,7 @@ class Card:
     suits: str
 
     def __post_init__(self):
-        require(self, 'family', self.family in FAMILIES, f'is none of {", ".join(FAMILIES)}.')
+        require(self, 'family', self.family in FAMILIES, f'must be one of {", ".join(FAMILIES)}.')
 
 
 @dataclass(frozen=True, kw_only=True)

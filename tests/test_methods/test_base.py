@@ -36,7 +36,7 @@ def test_a_method_has_a_card_of_a_known_family():
     with pytest.raises(TypeError, match='Bare has no card'):
         register(type('Bare', (Method,), {}))
     assert 'Bare' not in mmpeft.METHODS.module_dict
-    with pytest.raises(UsageError, match="family='other' is none of ends, reconstruction, ext"):
+    with pytest.raises(UsageError, match="family='other' must be one of ends, reconstruction, ext"):
         Card(**CARD | dict(family='other'))
 
 

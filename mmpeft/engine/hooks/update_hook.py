@@ -38,7 +38,7 @@ class UpdateHook(Hook):
 
     Belongs under ``custom_hooks``, beside a PEFTHook.
 
-    Raises UsageError for an argument of another type, a number below 1, or no pattern.
+    Raises UsageError for an argument of another type, a number below 1, or an invalid pattern.
 
     Args:
         interval: Iterations between two logs; the last iteration is logged too.
