@@ -3,7 +3,7 @@
 The tools print the paragraph alone, without a traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -49,5 +49,9 @@ def near(name: str, known: Iterable[str], most: int = 3, otherwise: str | None =
         return otherwise
     if not known:
         return 'The list of valid names is empty.'
-    listed = ', '.join(map(repr, known[:12])) + (', ...' if len(known) > 12 else '')
-    return f'Valid names are {listed}.'
+    return f'Valid names are {listed(known, 12)}.'
+
+
+def listed(names: Sequence, most: int = 3) -> str:
+    """The first of many names, for a message."""
+    return ', '.join(map(repr, names[:most])) + (', ...' if len(names) > most else '')

@@ -16,9 +16,10 @@ takes timm's own model: ``backbone.model``, under the names that
 from pathlib import Path
 
 import mmpeft
+from mmpeft.engine.command_line import add_arguments, parser_of, run
 from mmpeft.engine.config import find_hook
 from mmpeft.engine.inference import init_model
-from mmpeft.engine.launch import add_arguments, load_config, parser_of, run
+from mmpeft.engine.launch import load_config
 from mmpeft.engine.merging import refuse_existing
 from mmpeft.errors import UsageError
 from mmpeft.interop.converted import base_names, files_of, write_converted

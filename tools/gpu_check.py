@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(BENCHMARK)]
 
 from checks import main  # noqa: E402
 
-from mmpeft.engine.launch import run  # noqa: E402
+from mmpeft.engine.command_line import run  # noqa: E402
 
 if __name__ == '__main__':
     run(lambda: sys.exit(main() > 0))

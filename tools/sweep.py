@@ -12,10 +12,10 @@ are kept in WORK_DIR/runs.jsonl and not run again; an interrupted one goes on.
 from pathlib import Path
 
 from mmpeft.analysis.curves import draw_curves, points, score_name, table
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose, run_name
 from mmpeft.engine.data_check import describe, missing_data
 from mmpeft.engine.key_values import KeyValues
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.runs import sweep
 from mmpeft.errors import MissingFileError

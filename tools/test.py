@@ -8,14 +8,8 @@ to the folder ``test`` of the work directory.
 
 from pathlib import Path
 
-from mmpeft.engine.launch import (
-    add_arguments,
-    build_runner,
-    check_checkpoint,
-    load_config,
-    parser_of,
-    run,
-)
+from mmpeft.engine.command_line import add_arguments, parser_of, run
+from mmpeft.engine.launch import build_runner, check_checkpoint, load_config
 from mmpeft.errors import UsageError
 
 

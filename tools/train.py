@@ -8,18 +8,16 @@ What is adapted, and how, is the config's ``default_hooks.peft``, or ``--method`
 The composed config is written into the work directory, work_dirs/<method>/<config>.
 """
 
+from mmpeft.engine.amp import enable_amp
+from mmpeft.engine.command_line import add_arguments, parser_of, run
 from mmpeft.engine.launch import (
-    add_arguments,
     build_runner,
     check_checkpoint,
-    check_work_dir,
-    enable_amp,
     enable_auto_scale_lr,
     enable_shard,
     load_config,
-    parser_of,
-    run,
 )
+from mmpeft.engine.work_dir import check_work_dir
 
 
 def parse_args():

@@ -12,9 +12,9 @@ kept in WORK_DIR/runs.jsonl and not run again; calls with other tasks can run si
 from pathlib import Path
 
 from mmpeft.analysis.vtab import TASKS, table
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose, run_name
 from mmpeft.engine.key_values import KeyValues
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.vtab import benchmark
 

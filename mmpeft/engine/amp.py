@@ -1,12 +1,55 @@
-"""Mixed precision on a CPU, which mmengine's wrapper refuses and torch has."""
+"""Mixed precision, also on a CPU, where mmengine's wrapper refuses it and torch has it."""
 
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
+from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 
+from mmpeft.errors import UsageError
 from mmpeft.registry import OPTIM_WRAPPERS
+
+from .config import say
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision.
+
+    Raises:
+        UsageError: The optimizer wrapper is neither ``OptimWrapper`` nor
+            ``AmpOptimWrapper``.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UsageError(
+            f'--amp: optim_wrapper.type={kind!r} has no mixed-precision form. Set it to '
+            "'AmpOptimWrapper' in the config, or leave --amp out."
+        )
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def prepare_precision(cfg: Config) -> None:
+    """Let ``AmpOptimWrapper`` work on a machine without an accelerator, in bfloat16.
+
+    Raises:
+        UsageError: The config asks for another precision there.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') != 'AmpOptimWrapper' or get_device() != 'cpu':
+        return
+    dtype = str(wrapper.get('dtype') or 'bfloat16').removeprefix('torch.')
+    if dtype != 'bfloat16':
+        raise UsageError(
+            f'Mixed precision in {dtype} needs an accelerator, and torch sees none here. Set '
+            "optim_wrapper.dtype='bfloat16', which CPUs have, or optim_wrapper.type='OptimWrapper'."
+        )
+    for key in ('dtype', 'loss_scale', 'use_fsdp'):
+        wrapper.pop(key, None)
+    wrapper.type = 'mmpeft.CPUAmpOptimWrapper'
+    say('Mixed precision is in bfloat16, without scaling the loss: torch sees no accelerator.')
 
 
 def widen_operators() -> None:

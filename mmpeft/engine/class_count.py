@@ -12,9 +12,9 @@ from typing import Any
 from mmengine.runner import Runner
 from torch import nn
 
-from mmpeft.errors import UsageError
-from mmpeft.training.checks.check import listed
+from mmpeft.errors import UsageError, listed
 
+SHOWN = 8  # names of a long list
 OTHER_LABELS = r'backbone|rpn_head|semantic_head'
 """Modules by whose names others than the dataset's classes are learned, or none."""
 
@@ -41,7 +41,7 @@ def check_class_count(
     if labels_differ or getattr(dataset, 'classwise', None) is False:
         return
     numbers = dict(_numbers(model))
-    has = f'train_dataloader.dataset has {len(classes)} classes ({listed(list(classes), 8)})'
+    has = f'train_dataloader.dataset has {len(classes)} classes ({listed(list(classes), SHOWN)})'
     if few := [path for path, number in numbers.items() if number < len(classes)]:
         raise UsageError(
             f'{has}, and {_written(few, numbers)}: labels of the others would be lost, or fail. '

@@ -11,12 +11,9 @@ from mmengine.fileio import load
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from mmpeft.errors import UsageError, near
-from mmpeft.training.checks.check import listed
+from mmpeft.errors import UsageError, listed, near
 
-from .class_count import check_class_count
-
-SHOWN = 8  # names of a long list
+from .class_count import SHOWN, check_class_count
 
 
 def check_datasets(runner: Runner, model: nn.Module) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmpeft.errors import DamagedFileError, UsageError
-from mmpeft.training.checks.check import listed
+from mmpeft.errors import DamagedFileError, UsageError, listed
 
+from .class_count import SHOWN
 from .config import dicts_in
 from .data_check import named_paths
-from .datasets import SHOWN, category_names
+from .datasets import category_names
 
 
 def build_loops(runner: Runner, splits: Sequence[str]) -> None:

@@ -9,12 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from mmpeft.errors import TrainingError, UsageError
+from mmpeft.errors import TrainingError, UsageError, listed
 from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed
 
 from .allocation import Allocation, allocate, around_steps
-from .checks.check import Check, listed
+from .checks.check import Check
 from .checks.finite import Finite
 from .checks.frozen import Frozen
 from .checks.gradients import Gradients

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from steps import Step
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 from mmpeft.errors import UsageError
 
 AMP = dict(none=None, bfloat16=torch.bfloat16, float16=torch.float16)

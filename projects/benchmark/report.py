@@ -14,7 +14,7 @@ from pathlib import Path
 from growth import Curves, by_rank, by_size, single
 from records import FLOOR, MEASURES, PHASES, Result, by_workload, median, quartiles, read
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 from mmpeft.errors import UsageError
 
 BEGIN, END = '<!-- written by projects/benchmark/report.py from here -->', '<!-- to here -->'

@@ -5,7 +5,7 @@ python projects/commonsense/evaluate.py work_dirs/commonsense/liera_r16_llama_7b
 
 from commonsense.evaluation import main
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 
 if __name__ == '__main__':
     run(main)

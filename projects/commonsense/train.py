@@ -5,7 +5,7 @@ python projects/commonsense/train.py projects/commonsense/configs/liera_r16_llam
 
 from commonsense.training import main
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 
 if __name__ == '__main__':
     run(main)

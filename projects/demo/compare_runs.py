@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 
 from mmpeft.engine.building import adapt, build_model
+from mmpeft.engine.command_line import run
 from mmpeft.engine.config import find_hook, read_config
-from mmpeft.engine.launch import run
 from mmpeft.engine.method_argument import methods_in
 from mmpeft.errors import MissingFileError
 from mmpeft.registry import METHODS

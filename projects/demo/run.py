@@ -18,7 +18,7 @@ from demo_report import show_report
 from experiment import DEFAULTS, TASKS, Experiment, make_data_and_base, methods
 from jobs import run_jobs
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 from mmpeft.errors import UsageError
 
 

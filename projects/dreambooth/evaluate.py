@@ -11,8 +11,8 @@ from diffusers.utils import load_image
 from dreambooth.data import read_images
 from dreambooth.fidelity import Clip, Dino, agreement, likeness, likeness_among
 
+from mmpeft.engine.command_line import run
 from mmpeft.engine.config import read_config
-from mmpeft.engine.launch import run
 from mmpeft.errors import MissingFileError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from dreambooth.export import save_lora, save_merged
 from dreambooth.models import adapted_parts, load_adapters, load_pipeline
 
+from mmpeft.engine.command_line import run
 from mmpeft.engine.config import read_config
-from mmpeft.engine.launch import run
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,8 @@ from dreambooth.data import prompts_of, read_prompts, subject_name
 from dreambooth.models import adapted_parts, load_adapters, load_pipeline
 from dreambooth.pictures import generate, sheet
 
+from mmpeft.engine.command_line import run
 from mmpeft.engine.config import read_config
-from mmpeft.engine.launch import run
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,8 +10,8 @@ import argparse
 
 from dreambooth.training import train
 
+from mmpeft.engine.command_line import add_config_arguments, run
 from mmpeft.engine.config import compose, run_name
-from mmpeft.engine.launch import add_config_arguments, run
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,7 +5,7 @@ python projects/llava/assemble.py mm_projector.bin --out data/llava/vicuna-7b-cl
 
 from llava_tuning.assembly import main
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 
 if __name__ == '__main__':
     run(main)

@@ -6,7 +6,7 @@
 
 from llava_tuning.evaluation import main
 
-from mmpeft.engine.launch import run
+from mmpeft.engine.command_line import run
 
 if __name__ == '__main__':
     run(main)

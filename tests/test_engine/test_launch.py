@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mmcv import ops
 from mmengine.config import Config
 
-from mmpeft.engine import amp, launch
+from mmpeft.engine import launch
+from mmpeft.engine.command_line import add_arguments, run
 from mmpeft.errors import MissingFileError, UsageError
-from tests.toy import toy_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,7 +188,7 @@ def test_missing_data_is_one_paragraph(tiny, tmp_path, script, monkeypatch, scop
     )
     monkeypatch.setattr(sys, 'argv', ['train.py', 'other.py'])
     with pytest.raises(SystemExit) as ended:
-        launch.run(script('tools', 'train').main)
+        run(script('tools', 'train').main)
     assert 'data/cats/annotations/instances_train2017.json' in ended.value.code
     assert 'train_dataloader.dataset.ann_file' in ended.value.code
     assert not (tmp_path / 'work_dirs').exists()
@@ -237,7 +236,7 @@ def test_a_local_rank_is_set_for_launched_processes_only(monkeypatch, launcher):
     monkeypatch.setenv('LOCAL_RANK', 'put back')
     monkeypatch.delenv('LOCAL_RANK')
     parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
+    add_arguments(parser)
     config = str(ROOT / 'configs/frozen/convnext_coco.py')
     launch.load_config(parser.parse_args([config, '--launcher', launcher]))
     assert os.environ.get('LOCAL_RANK') == dict(none=None, pytorch='0')[launcher]
@@ -247,42 +246,6 @@ def test_checkpoint_that_does_not_exist(tmp_path):
     with pytest.raises(MissingFileError, match='no checkpoint .*missing.pth'):
         launch.check_checkpoint(tmp_path / 'missing.pth')
     launch.check_checkpoint('https://example.com/remote.pth')
-
-
-def test_amp():
-    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-    launch.enable_amp(cfg)
-    assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper', loss_scale='dynamic')
-    with pytest.raises(UsageError, match='no mixed-precision form'):
-        launch.enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_amp_on_a_cpu(tmp_path, scope, capsys):
-    seen = []
-
-    def train(folder, **changes):
-        cfg = toy_config(folder, dict(type='LoRA', rank=2), **{'train_cfg.max_epochs': 1})
-        cfg.merge_from_dict(changes)
-        launch.enable_amp(cfg)
-        runner = launch.build_runner(cfg)
-        layer = runner.model.head
-        layer.register_forward_hook(lambda *call: seen.append((layer.training, call[-1].dtype)))
-        runner.train()
-
-    train(tmp_path / 'a')
-    train(tmp_path / 'b', **{'optim_wrapper.dtype': 'bfloat16', 'load_from': None})
-    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
-    assert 'Mixed precision is in bfloat16' in capsys.readouterr().out
-    with pytest.raises(UsageError, match="in float16 needs an accel.*optim_wrapper.dtype='bfloat"):
-        train(tmp_path / 'c', **{'optim_wrapper.dtype': 'float16'})
-
-
-def test_amp_on_an_accelerator_is_mmengines(monkeypatch):
-    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', dtype='float16')))
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
-    launch.prepare_precision(cfg)
-    assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper', dtype='float16')
 
 
 def test_auto_scale_lr_needs_a_batch_size():
@@ -300,88 +263,3 @@ def test_sharding_is_an_argument_of_the_hook():
     assert cfg.default_hooks.peft.shard
     with pytest.raises(UsageError, match=r'--shard: \S+ has no PEFTHook, .* Add --method'):
         launch.enable_shard(Config(dict()))
-
-
-def test_distribution_without_an_accelerator(monkeypatch):
-    started = []
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
-    monkeypatch.setattr(torch.distributed, 'init_process_group', started.append)
-    cfg = Config(
-        dict(
-            launcher='pytorch',
-            model=dict(
-                heads=[
-                    dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
-                    dict(norm_cfg=dict(type=torch.nn.SyncBatchNorm)),
-                ]
-            ),
-            model_wrapper_cfg=dict(find_unused_parameters=True),
-        )
-    )
-    launch.prepare_distribution(cfg)
-    assert started == ['gloo']
-    assert [head.norm_cfg.type for head in cfg.model.heads] == ['BN', 'BN']
-    assert cfg.model_wrapper_cfg.to_dict() == dict(
-        type='MMDistributedDataParallel',
-        broadcast_buffers=False,
-        find_unused_parameters=True,
-        device_ids=None,
-    )
-    sharding = dict(type='MMFullyShardedDataParallel', cpu_offload=True)
-    cfg = Config(dict(launcher='pytorch', model=dict(), model_wrapper_cfg=sharding))
-    launch.prepare_distribution(cfg)
-    assert cfg.model_wrapper_cfg.to_dict() == sharding
-    with pytest.raises(UsageError, match='dist_train.sh'):
-        launch.prepare_distribution(Config(dict(launcher='slurm', model=dict())))
-
-
-def test_distribution_with_an_accelerator_is_left_alone(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
-    cfg = Config(dict(launcher='pytorch', model=dict(norm_cfg=dict(type='SyncBN'))))
-    launch.prepare_distribution(cfg)
-    assert cfg.model.norm_cfg.type == 'SyncBN' and 'model_wrapper_cfg' not in cfg
-
-
-def test_operators_of_mmcv_take_bfloat16_on_a_cpu():
-    amp.widen_operators()
-    boxes = torch.tensor([[0.0, 0, 8, 8], [1, 0, 8, 8], [20, 20, 24, 24]])
-    scores, rois = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([[0, 0.0, 0, 4, 4]])
-    found, kept = ops.nms(boxes.bfloat16(), scores, 0.5)
-    assert kept.tolist() == [0, 2] and torch.equal(found[:, :4], boxes[[0, 2]])
-    x = torch.randn(1, 2, 8, 8).bfloat16().requires_grad_(True)
-    wide = x.detach().float().requires_grad_(True)
-    pooled = [ops.RoIAlign(2)(each, rois.to(each)) for each in (x, wide)]
-    torch.testing.assert_close(pooled[0].float(), pooled[1], rtol=0.01, atol=0.01)
-    for each in pooled:
-        each.sum().backward()
-    torch.testing.assert_close(x.grad.float(), wide.grad, rtol=0.01, atol=0.01)
-    amp.widen_operators()  # once is enough
-    assert torch.equal(ops.nms(boxes, scores, 0.5)[1], kept)
-
-
-def test_work_directories_that_cannot_be_written_to(tmp_path):
-    file = tmp_path / 'file'
-    file.touch()
-    for folder in (file, file / 'inner'):
-        with pytest.raises(UsageError, match='is a file, or below one.*--work-dir'):
-            launch.build_runner(toy_config(folder))
-    with pytest.raises(UsageError, match=r"'/sys/mmpeft' cannot be written to: \w+"):
-        launch.build_runner(toy_config('/sys/mmpeft'))
-
-
-def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
-    def config(rank):
-        toy_config(tmp_path, dict(type='LoRA', rank=rank)).dump(tmp_path / f'{rank}' / 'config.py')
-        return Config.fromfile(tmp_path / f'{rank}' / 'config.py')
-
-    for rank in (2, 4):
-        (tmp_path / f'{rank}').mkdir()
-    cfg, other = config(2), config(4)
-    launch.check_work_dir(cfg)
-    cfg.dump(tmp_path / 'config.py')
-    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
-    launch.check_work_dir(cfg)
-    with pytest.raises(UsageError, match='another method or other targets .*--work-dir'):
-        launch.check_work_dir(other)
-    other.resume = True  # which the hook checks
-    launch.check_work_dir(other)

@@ -15,8 +15,8 @@ import timm
 import torch
 from mmdet.apis import init_detector
 
+from mmpeft.engine.command_line import run
 from mmpeft.engine.config import read_config
-from mmpeft.engine.launch import run
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -17,8 +17,8 @@ from mmpeft.analysis.explain import explain
 from mmpeft.analysis.images import check_images, refusing
 from mmpeft.analysis.memory import built_without_data
 from mmpeft.engine.building import build_adapted
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose, find_hook
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 from mmpeft.errors import UsageError
 from mmpeft.execution import CHOICES
 from mmpeft.injection.site import attached

@@ -18,8 +18,8 @@ from mmpeft.analysis.memory import predict
 from mmpeft.analysis.memory_table import table, write
 from mmpeft.analysis.parameters import check_format
 from mmpeft.engine.building import build_adapted
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 
 
 def parse_args():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mmpeft.analysis.parameters import check_format, kind_table, layer_table, write
 from mmpeft.engine.building import adapt, build_model
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
 
 
 def parse_args():

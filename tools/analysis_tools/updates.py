@@ -24,7 +24,7 @@ from mmpeft.analysis.updates import (
     updates,
     without_updates,
 )
-from mmpeft.engine.launch import add_config_arguments, parser_of, run, show
+from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.errors import UsageError
 
 

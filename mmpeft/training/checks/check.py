@@ -32,8 +32,3 @@ class Check:
 
     def close(self) -> None:
         """The run is over."""
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first of many names, for a message."""
-    return ', '.join(map(repr, names[:most])) + (', ...' if len(names) > most else '')

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, distributed
 
 from mmpeft.checkpoint.keys import excluded_keys
-from mmpeft.errors import TrainingError, UsageError
+from mmpeft.errors import TrainingError, UsageError, listed
 from mmpeft.injection.wrappers import local_part
 
-from .check import Check, listed
+from .check import Check
 from .origin import Origin, values_of
 
 SCALER_PATIENCE = 10

@@ -3,10 +3,11 @@
 from mmengine.dist import all_gather_object
 from torch.nn.parallel import DistributedDataParallel
 
+from mmpeft.errors import listed
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import local_part
 
-from .check import Check, listed
+from .check import Check
 
 
 class Gradients(Check):

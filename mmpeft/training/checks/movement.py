@@ -1,9 +1,10 @@
 """Whether the optimizer moves the adapters."""
 
 from mmpeft.checkpoint.fingerprint import digests
+from mmpeft.errors import listed
 from mmpeft.injection.site import named_adapters
 
-from .check import Check, listed
+from .check import Check
 
 
 class Movement(Check):

@@ -1,0 +1,52 @@
+"""The folder of a run: that it can be written to, and holds no run with another method."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from mmengine.config import Config
+
+from mmpeft.errors import UsageError
+
+from .config import find_hook
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Refuse to train over the checkpoints of a run with another method.
+
+    Raises:
+        UsageError: The work directory has them.
+    """
+    folder = Path(cfg.work_dir)
+    file = folder / Path(cfg.filename or '').name  # where a Runner writes its config
+    if cfg.get('resume') or not (folder / 'last_checkpoint').exists() or not file.is_file():
+        return
+    if _adapts(Config.fromfile(file)) != _adapts(cfg):
+        raise UsageError(
+            f'{folder} has the checkpoints of a run with another method or other targets '
+            f'({file.name}). Give another folder by --work-dir, or remove this one.'
+        )
+
+
+def _adapts(cfg):
+    hook = find_hook(cfg) or {}
+    parts = {key: hook.get(key) for key in ('method', 'targets', 'unfreeze')}
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def make_work_dir(cfg: Config) -> None:
+    """Create the work directory of a config, if it does not exist.
+
+    Raises:
+        UsageError: It cannot be created or written to.
+    """
+    try:
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=cfg.work_dir).close()
+    except OSError as error:
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        raise UsageError(
+            f'The work directory {cfg.work_dir!r} '
+            + ('is a file, or below one' if is_file else f'cannot be written to: {error.strerror}')
+            + '. Give another folder by --work-dir (work_dir of the config).'
+        ) from error
