@@ -1,9 +1,9 @@
 """From a parameter budget to ranks, and checks of ranks."""
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 import torch
@@ -49,9 +49,24 @@ def parse_count(count: int | str) -> int:
     return value
 
 
-def largest(fits, low: int, high: int) -> int:
-    """The largest integer in [low, high] for which a monotone test holds; low if none does."""
-    return low + bisect_left(range(low + 1, high + 1), True, key=lambda n: not fits(n))
+def most_within(
+    limit: float, size: Callable[[int], int], highest: int, grows: bool = True
+) -> int | None:
+    """The rank of the most parameters within a limit; the highest of equals.
+
+    Args:
+        limit: Number of parameters.
+        size: Parameters at a rank.
+        highest: The ranks are 1 to this.
+        grows: Parameters never fall with the rank, so that not all ranks are tried.
+
+    Returns:
+        None if no rank is within the limit.
+    """
+    ranks = range(1, highest + 1)
+    if grows:
+        return bisect_right(ranks, limit, key=size) or None
+    return max((r for r in ranks if size(r) <= limit), key=lambda r: (size(r), r), default=None)
 
 
 def settle_ranks(
@@ -141,20 +156,22 @@ def _sizes(method, spec, highest, most):
 def _spend_budget(method, sites, free, budget):
     sites = list({site.tie_key: site for site in sites}.values())
 
+    @cache
     def needed(rank):
         return adapters_size(
             (s.method if s.method.budget is None else s.method.with_rank(rank), s.spec)
             for s in sites
         )
 
-    if needed(1) > budget:
+    highest = max((site.method.max_rank(site.spec) for site in free), default=1)
+    rank = most_within(budget, needed, highest, method.grows)
+    if rank is None:
+        least = min([1] if method.grows else range(1, highest + 1), key=needed)
         raise UsageError(
             f'budget={method.budget!r} is too small: {type(method).__name__} on these '
-            f'{len(sites)} weights needs {needed(1):,} parameters at rank 1. Raise it, or narrow '
-            'the targets.'
+            f'{len(sites)} weights needs {needed(least):,} parameters at rank {least}. Raise it, '
+            'or narrow the targets.'
         )
-    highest = max((site.method.max_rank(site.spec) for site in free), default=1)
-    rank = largest(lambda r: needed(r) <= budget, 1, highest)
     for site in free:
         site.method = site.method.with_rank(rank)
     return method.with_rank(rank)
@@ -179,14 +196,17 @@ def check_ranks(sites: Iterable[Site]) -> None:
 
 
 def _capped(site, max_share):
-    def fits(method):
-        return adapters_size([(method, site.spec)]) <= max_share * site.spec.numel
+    @cache
+    def size(rank):
+        return adapters_size([(method.with_rank(rank), site.spec)])
 
-    method = site.method
-    if fits(method):
+    method, limit = site.method, max_share * site.spec.numel
+    if adapters_size([(method, site.spec)]) <= limit:
         return method
     if not isinstance(method.rank, int):
         raise UsageError(
             f'targets.max_share caps a single rank, and {site.name!r} has rank={method.rank}.'
         )
-    return method.with_rank(largest(lambda rank: fits(method.with_rank(rank)), 1, method.rank))
+    highest = method.rank if method.grows else method.max_rank(site.spec)
+    rank = most_within(limit, size, highest, method.grows)
+    return method.with_rank(min(range(1, highest + 1), key=size) if rank is None else rank)

@@ -40,8 +40,8 @@ class Targets:
         exclude: Skip what matches one of these patterns.
         overrides: Arguments of the method where a pattern matches, such as
             ``{'stages_3': dict(rank=64)}``; later ones win.
-        max_share: Lower the rank at a weight until its adapter has at most
-            this fraction of the weight's parameters, or rank 1.
+        max_share: Change the rank at a weight whose adapter has more than this fraction of
+            the weight's parameters, to the largest adapter that has not, or the smallest.
     """
 
     module: str = ''

@@ -58,6 +58,7 @@ class RandLoRA(Ranked, DeltaMethod):
     )
 
     default_scale = 20.0
+    grows = False
     tied = ('bases_A', 'bases_B')
 
     rank: int = 32

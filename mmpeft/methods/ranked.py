@@ -1,6 +1,7 @@
 """Methods whose size is governed by a rank."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +20,12 @@ class Ranked(Method):
     In place of ``rank``, ``budget`` gives the number of parameters that all adapters
     together may have, such as ``'12.9M'``. The largest rank that fits is taken, for all
     weights or, by :meth:`gains`, for each its own.
+
+    Attributes:
+        grows: Whether parameters never fall with the rank.
     """
+
+    grows: ClassVar[bool] = True
 
     rank: int = 8
     budget: int | float | str | None = None

@@ -38,6 +38,8 @@ class RepAdapter(Ranked):
         suits='Adapters before a layer that cost nothing when merged; U and D are small.',
     )
 
+    grows = False  # an odd rank has one block
+
     groups: int = 2
     scale: float = 1.0
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
-from mmpeft.injection.ranks import largest, parse_count
+from mmpeft.injection.ranks import most_within, parse_count
 from mmpeft.methods import Adapter
 from tests.networks import Net
 
@@ -51,11 +52,37 @@ def test_a_budget_gives_the_largest_rank_that_fits(budget, layout):
     assert rank == 16 or size(rank + 1) > budget
 
 
-@given(st.integers(0, 60), st.integers(0, 60), st.integers(-5, 70))
-def test_bisection(low, span, limit):
-    high = low + span
-    expected = max([low, *(n for n in range(low, high + 1) if n <= limit)])
-    assert largest(lambda n: n <= limit, low, high) == expected
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(-5, 70))
+def test_most_within(sizes, limit):
+    for grows, by_rank in ((True, sorted(sizes)), (False, sizes)):
+        rank = most_within(limit, [0, *by_rank].__getitem__, len(by_rank), grows)
+        fitting = [(n, r) for r, n in enumerate(by_rank, 1) if n <= limit]
+        assert rank == (max(fitting)[1] if fitting else None)
+
+
+@pytest.mark.parametrize('budget, rank, used', [(9000, 1, 8320), (3000, 3, 2948), (1000, 12, 912)])
+def test_a_budget_of_randlora_whose_parameters_fall_with_the_rank(budget, rank, used):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    summary = mmpeft.inject(model, dict(type='RandLoRA', budget=budget))
+    assert (model.peft[0].method.rank, summary.adapters) == (rank, used)
+    mmpeft.remove(model)
+    with pytest.raises(UsageError, match='budget=200 is too small: RandLoRA .* at rank 64'):
+        mmpeft.inject(model, dict(type='RandLoRA', budget=200))
+
+
+@pytest.mark.parametrize('type', ['RandLoRA', 'RepAdapter'])
+@pytest.mark.parametrize('share', [0.04, 0.1, 0.3])
+def test_a_share_of_methods_whose_parameters_do_not_grow_with_the_rank(type, share):
+    def size(rank):
+        used = mmpeft.inject(layers, dict(type=type, rank=rank)).adapters
+        mmpeft.remove(layers)
+        return used
+
+    layers = nn.Sequential(nn.Linear(64, 64))
+    expected = max(n for n in map(size, range(1, 65)) if n <= share * 4096)
+    rank = 1 if type == 'RandLoRA' else 64
+    method = dict(type=type, rank=rank)
+    assert mmpeft.inject(layers, method, targets=dict(max_share=share)).adapters == expected
 
 
 @pytest.mark.parametrize(
