@@ -1,5 +1,6 @@
 """Scores over the values of a sweep, as a picture and a table: FLoRA's Fig. 3 and 5."""
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -65,13 +66,13 @@ def points(records: Sequence[Mapping], score: str) -> list[Point]:
     """The settings of a sweep, the seeds of each together, in their order."""
     groups = defaultdict(list)
     for record in records:
-        groups[tuple(record['values'].items())].append(record)
+        groups[json.dumps(record['values'])].append(record)  # values may be lists
     found = []
-    for values, runs in groups.items():
+    for runs in groups.values():
         ended = [run for run in runs if run['scores'] is not None]
         parameters = ended[0]['backbone_parameters'] if ended else None
         scores = tuple(run['scores'][score] for run in ended)
-        found.append(Point(dict(values), parameters, scores, len(runs) - len(ended)))
+        found.append(Point(runs[0]['values'], parameters, scores, len(runs) - len(ended)))
     return found
 
 
@@ -97,36 +98,32 @@ def draw_curves(found: Sequence[Point], score: str, title: str = '') -> Figure:
         found: Of :func:`points`.
         score: Its name.
         title: Of the picture.
-
-    Raises:
-        UsageError: The values of the first key are not numbers.
     """
     axis = next(iter(found[0].values))
-    numbers = [point.values[axis] for point in found]
-    if not all(isinstance(value, int | float) for value in numbers):
-        raise UsageError(
-            f'{axis}={numbers[0]!r} is not a number, so no curve can be drawn over it.'
-        )
+    numeric = all(isinstance(point.values[axis], int | float) for point in found)
+    if numeric:
+        found = sorted(found, key=lambda point: point.values[axis])
+    places = [point.values[axis] if numeric else str(point.values[axis]) for point in found]
     lines = defaultdict(list)
-    for point in sorted(found, key=lambda point: point.values[axis]):
+    for place, point in zip(places, found, strict=True):
         rest = [f'{key}={value}' for key, value in point.values.items() if key != axis]
-        lines[', '.join(rest)].append(point)
+        lines[', '.join(rest)].append((place, point))
     figure = Figure((6.4, 4.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     for label, line in lines.items():
-        x, mean = [p.values[axis] for p in line], [p.mean for p in line]
+        x, line = zip(*line, strict=True)
+        mean = [point.mean for point in line]
         (drawn,) = ax.plot(x, mean, marker='o', label=label or None)
-        spread = [p.deviation or 0.0 for p in line]
+        spread = [point.deviation or 0.0 for point in line]
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
-        for point in line:
-            ax.scatter(
-                [point.values[axis]] * len(point.scores), point.scores, s=8, color=drawn.get_color()
-            )
-    if min(numbers) > 0:
-        ax.set_xscale('log')
-    ax.set_xticks(sorted(set(numbers)), [f'{value:g}' for value in sorted(set(numbers))])
+        for place, point in zip(x, line, strict=True):
+            ax.scatter([place] * len(point.scores), point.scores, s=8, color=drawn.get_color())
+    if numeric:
+        if min(places) > 0:
+            ax.set_xscale('log')
+        ax.set_xticks(sorted(set(places)), [f'{value:g}' for value in sorted(set(places))])
     ax.minorticks_off()
     ax.set(xlabel=axis, ylabel=score, title=title)
     ax.spines[['top', 'right']].set_visible(False)

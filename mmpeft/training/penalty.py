@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmpeft.injection.site import named_adapters
+from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_sharded, refuse_parts
 from mmpeft.methods.adapter import Adapter
 
@@ -42,8 +42,8 @@ def add_gradients(model: nn.Module, scale: float | Tensor = 1.0) -> None:
     with torch.enable_grad():
         term = penalty(model)
         term = None if term is None else term * scale
-    if term is not None:
-        parameters = [p for a in named_adapters(model).values() for p in a.parameters()]
+    if term is not None and term.requires_grad:
+        parameters = [p for p in adapter_parameters(model) if p.requires_grad]
         gradients = torch.autograd.grad(term, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -128,13 +128,19 @@ def test_curves_over_the_first_key():
     assert {tuple(dot) for dot in dots} >= {(4, 0.3), (4, 0.5), (0.4, 0.2), (0.4, 0.4), (0.4, 0.6)}
 
 
-def test_curves_that_cannot_be_drawn():
+def test_scores_that_do_not_exist():
     with pytest.raises(UsageError, match='No run of the sweep'):
         score_name([record(1, 1, None)])
     with pytest.raises(UsageError, match="no score 'mIou'. Did you mean 'mIoU'"):
         score_name([record(1, 1, 0.5)], 'mIou')
-    with pytest.raises(UsageError, match="scale='auto' is not a number"):
-        draw_curves(points([record('auto', 1, 0.5)], 'mIoU'), 'mIoU')
+
+
+@pytest.mark.parametrize('values', [('auto', 4.0), ([8, 4], [16, 4])])
+def test_curves_over_what_are_no_numbers(values):
+    found = points([record(value, 1, 0.5) for value in values], 'mIoU')
+    (ax,) = draw_curves(found, 'mIoU').axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(value) for value in values]
+    assert [point.values['scale'] for point in found] == list(values)
 
 
 @pytest.mark.parametrize('words', [('rank=2,2',), ('rank=1,2', '--seeds', 0, 0)])

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.injection.site import named_adapters
+from mmpeft.injection.site import adapter_parameters, named_adapters
+from mmpeft.training.penalty import add_gradients
 from tests.allocating import adapted_network, loss_of, trainable
 from tests.cases import randomize
 
@@ -31,3 +32,36 @@ def test_a_term_in_a_step_without_gradients():
         loss_of(model, 0).backward()
         with torch.no_grad():
             optimizer.step()
+
+
+def test_gradients_reach_what_trains():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    mmpeft.inject(model, dict(type='LoRA', rank=2, mpc='o'))
+    randomize(model)
+    frozen, *others = adapter_parameters(model)
+    frozen.requires_grad_(False)
+    mmpeft.penalty(model).backward()
+    expected = [p.grad.clone() for p in others]
+    model.zero_grad()
+    add_gradients(model)
+    assert frozen.grad is None
+    torch.testing.assert_close([p.grad for p in others], expected, rtol=0, atol=0)
+    for parameter in others:
+        parameter.requires_grad_(False)
+    model.zero_grad()
+    add_gradients(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_of_factors_that_adapters_share(monkeypatch):
+    kind = mmpeft.METHODS.get('LoTR')
+    squares = lambda method, factors, spec: factors[kind.tied[0]].square().sum()  # noqa: E731
+    monkeypatch.setattr(kind, 'penalty', squares)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    mmpeft.inject(model, dict(type='LoTR', rank=2))
+    randomize(model)
+    mmpeft.penalty(model).backward()
+    expected = [p.grad for p in adapter_parameters(model)]
+    model.zero_grad()
+    add_gradients(model)
+    torch.testing.assert_close([p.grad for p in adapter_parameters(model)], expected)
