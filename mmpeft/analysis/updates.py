@@ -1,8 +1,7 @@
 """Updates dW = phi(W) - W of adapted weights, and the figures that papers report of them."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from math import isnan, nan
 from statistics import fmean
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import UsageError, near
-from mmpeft.injection.patterns import patterns_of
 from mmpeft.injection.site import Site, attached, chains_by_weight
 from mmpeft.injection.summary import kind_of
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
@@ -141,28 +139,6 @@ def updates(model: nn.Module) -> Iterator[Update]:
     return map(update_of, adapted_weights(model).values())
 
 
-def select(
-    names: Iterable[str], patterns: str | Sequence[str], where: str = 'patterns'
-) -> list[str]:
-    """The names that one of some patterns is found in, in their order.
-
-    Args:
-        names: Of weights.
-        patterns: Regular expressions.
-        where: They were given, to begin messages with.
-
-    Raises:
-        UsageError: A pattern is invalid, or matches no name.
-    """
-    names, patterns = list(names), patterns_of(patterns, where)
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise UsageError(
-                f'{where}: {pattern!r} matches no adapted weight. {near(pattern, names)}'
-            )
-    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
-
-
 def without_updates(model: nn.Module) -> dict[str, int]:
     """The methods of a model that act on activations, each with the number of its adapters."""
     with unwrapped(model) as bare:
@@ -230,12 +206,9 @@ def _factors(chain):
     adapter, spec = chain[0].adapter, chain[0].spec
     factors = {k: v.double() if v.is_floating_point() else v for k, v in adapter.factors.items()}
     form = adapter.method.normal_form(factors, spec) if len(chain) == 1 else None
-    is_thin = isinstance(form, NormalForm) and form.update == 'additive' and form.magnitude is None
-    if not is_thin or spec.padding_idx is not None:
+    if not isinstance(form, NormalForm) or not form.is_thin:
         return None
-    form = form.with_core(spec.kernel_size)
-    core = form.core if form.down is None else torch.einsum('ab...,bi->ai...', form.core, form.down)
-    up, down = form.scale * form.up, core.flatten(1)
+    up, down = form.scale * form.up, form.unfolded()
     return (up, down) if 2 * up.shape[1] <= min(len(up), down.shape[1]) else None
 
 

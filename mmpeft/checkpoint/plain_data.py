@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from mmpeft.errors import UsageError, near
 from mmpeft.methods import Method
+from mmpeft.methods.arguments import has_type
 from mmpeft.registry import METHODS, modern_arguments
 
 LONGEST = 2**25
@@ -57,7 +57,7 @@ def check(given: Any, form: Any, what: str, optional: Iterable[str] = ()) -> Non
     elif isinstance(form, list) and isinstance(given, list):
         for number, value in enumerate(given):
             check(value, form[0], f'{what} {number}')
-    elif not _is_of(given, form):
+    elif isinstance(form, dict | list) or not has_type(given, form):
         raise UsageError(f'{what} is {shorten(given)}.')
 
 
@@ -94,20 +94,6 @@ def shorten(value: Any) -> str:
     """The repr of a value, 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:76]} ...'
-
-
-def _is_of(value, kind) -> bool:
-    """Whether a value from JSON is of a type; an integer passes as a number."""
-    inner = get_args(kind)
-    if get_origin(kind) is UnionType:
-        return any(_is_of(value, choice) for choice in inner)
-    if inner:
-        parts = value.values() if isinstance(value, dict) else value
-        return isinstance(value, get_origin(kind)) and all(_is_of(v, inner[-1]) for v in parts)
-    if isinstance(value, bool):
-        return kind is bool
-    kind = int | float if kind is float else kind
-    return not isinstance(kind, dict | list) and isinstance(value, kind)
 
 
 def _number(text):

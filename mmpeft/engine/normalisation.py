@@ -21,15 +21,16 @@ def normalisation_fault(model: nn.Module) -> str | None:
     wanted = {key: [round(255 * x, 3) for x in expected[key]] for key in ('mean', 'std')}
     found = {key: _values(getattr(images, key, None)) for key in wanted}
     equal = all(_close(found[key], wanted[key]) for key in wanted)
-    rgb = getattr(images, '_channel_conversion', False)
+    key = 'to_rgb' if hasattr(images, 'to_rgb') else 'bgr_to_rgb'  # mmpretrain's, and the others'
+    rgb = getattr(images, key, getattr(images, '_channel_conversion', False))
     if equal and rgb:
         return None
     return (
         f'The weights of {backbone.name} expect images in RGB with mean={wanted["mean"]} and '
         f'std={wanted["std"]}, and model.data_preprocessor has mean={found["mean"]}, '
-        f'std={found["std"]}, bgr_to_rgb={rgb}. Write '
+        f'std={found["std"]}, {key}={rgb}. Write '
         f'model.data_preprocessor=dict(mean={wanted["mean"]}, std={wanted["std"]}, '
-        'bgr_to_rgb=True), unless the images are in RGB already.'
+        f'{key}=True), unless the images are in RGB already.'
     )
 
 

@@ -6,7 +6,7 @@ from tempfile import TemporaryFile
 
 from mmengine.config import Config
 
-from mmpeft.errors import UsageError
+from mmpeft.errors import UsageError, listed
 
 from .config import find_hook
 
@@ -18,13 +18,14 @@ def check_work_dir(cfg: Config) -> None:
         UsageError: The work directory has them.
     """
     folder = Path(cfg.work_dir)
-    file = folder / Path(cfg.filename or '').name  # where a Runner writes its config
-    if cfg.get('resume') or not (folder / 'last_checkpoint').exists() or not file.is_file():
+    configs = sorted(folder.glob('*.py'))  # a Runner writes its own there
+    if cfg.get('resume') or not configs or not (folder / 'last_checkpoint').exists():
         return
-    if _adapts(Config.fromfile(file)) != _adapts(cfg):
+    if all(_adapts(Config.fromfile(config)) != _adapts(cfg) for config in configs):
         raise UsageError(
             f'{folder} has the checkpoints of a run with another method or other targets '
-            f'({file.name}). Give another folder by --work-dir, or remove this one.'
+            f'({listed([config.name for config in configs])}). Give another folder by --work-dir, '
+            'or remove this one.'
         )
 
 

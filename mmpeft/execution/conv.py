@@ -83,7 +83,7 @@ class TuckerConv(FastFunction):
         adapted, needs = self._adapted(x, weight, up, core, down), [need_x, True]
         dx, dense = convolution_gradients(self.geometry, dy, x, adapted, needs)
         dense = cast(dense.flatten(1), up.dtype)
-        d_up = times_(dense @ _spread(core, down).T, self.scale)
+        d_up = times_(dense @ NormalForm(up, core, down).unfolded().T, self.scale)
         d_core, d_down = times(up.T, self.scale) @ dense, None
         if down is not None:
             within = d_core.view(core.shape[0], down.shape[1], -1)
@@ -96,8 +96,8 @@ class TuckerConv(FastFunction):
         return self.geometry.convolve(x, form.apply(weight).to(x.dtype), bias)
 
     def _adapted(self, x, weight, up, core, down):
-        frozen, spread = cast(weight.flatten(1), up.dtype), _spread(core, down)
-        adapted = torch.addmm(frozen, up, spread, alpha=self.scale)
+        frozen, down = cast(weight.flatten(1), up.dtype), NormalForm(up, core, down).unfolded()
+        adapted = torch.addmm(frozen, up, down, alpha=self.scale)
         return cast(adapted.view(weight.shape), x.dtype)
 
 
@@ -117,11 +117,6 @@ def convolution_gradients(
     how = geometry.stride, geometry.zeros, geometry.dilation, False, [0] * len(geometry.stride)
     gradients = torch.ops.aten.convolution_backward.default
     return gradients(dy, x, weight, None, *how, groups, [*needs, False])[:2]
-
-
-def _spread(core, down):
-    """G and V as one matrix (a, I * kernel)."""
-    return core.flatten(1) if down is None else (down.T @ core.flatten(2)).flatten(1)
 
 
 def _mix(matrix, x):

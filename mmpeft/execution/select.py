@@ -92,7 +92,7 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
     adapter.check_sharding()
     if form is None or (form.magnitude is not None and form.update != 'additive'):
         return None
-    is_thin = form.update == 'additive' and form.magnitude is None
+    is_thin = form.is_thin
     out, features, *kernel_size = spec.shape
     positions = x.numel() // x.shape[-1 if geometry is None else 1]
     if geometry is not None:

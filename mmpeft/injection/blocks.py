@@ -14,6 +14,8 @@ from .weights import join, layers, lineage
 # and InternViT here.
 SWITCHES = 'with_cp', 'grad_checkpointing', 'gradient_checkpointing', 'recomputes'
 
+BLOCKS = 'two modules of one class, each with two layers or more, in an nn.Sequential or ModuleList'
+
 
 def blocks(root: nn.Module) -> dict[str, nn.Module]:
     """The smallest elements of lists with two layers or more, of classes that occur twice or more.
@@ -30,6 +32,15 @@ def blocks(root: nn.Module) -> dict[str, nn.Module]:
     return smallest({p: m for p, m in elements.items() if is_block[p] and not isinstance(m, LISTS)})
 
 
+def target_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The :func:`blocks` of the modules that were the targets of an adapted model."""
+    return {
+        join(record.module, path): block
+        for record in model.peft
+        for path, block in blocks(model.get_submodule(record.module)).items()
+    }
+
+
 def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
     """The blocks that can run twice, and that the network does not run twice itself.
 
@@ -39,8 +50,7 @@ def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
     modules, blocks_of_root, found, counting = dict(layers(root)), blocks(root), [], []
     if not blocks_of_root:
         warnings.warn(
-            f"memory='small' finds no blocks in {type(root).__name__} (two modules of one class, "
-            'each with two layers or more, in an nn.Sequential or nn.ModuleList), so it keeps what '
+            f"memory='small' finds no blocks in {type(root).__name__} ({BLOCKS}), so it keeps what "
             "backward needs. 'balanced' needs no blocks.",
             stacklevel=2,
         )

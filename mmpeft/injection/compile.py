@@ -6,8 +6,7 @@ from torch import nn
 from mmpeft.errors import UsageError
 from mmpeft.execution import SPEED
 
-from .blocks import blocks
-from .weights import join
+from .blocks import BLOCKS, target_blocks
 from .wrappers import on_inner
 
 # Graphs of one forward function, beyond which torch runs it uncompiled. Four widths, two dtypes
@@ -45,16 +44,11 @@ def compile_blocks(model: nn.Module, **options) -> list[str]:
                 f'compile_blocks: the model was adapted with memory={memory!r}, and the compiler '
                 'decides what a compiled block keeps. Leave one of the two out.'
             )
-    found = {
-        join(record.module, path): block
-        for record in records
-        for path, block in blocks(model.get_submodule(record.module)).items()
-    }
+    found = target_blocks(model)
     if not found:
         names = ', '.join(repr(record.module) for record in records)
         raise UsageError(
-            f'compile_blocks finds no blocks in {names} (two modules of one class, each with two '
-            'layers or more, in an nn.Sequential or nn.ModuleList). Compile the module itself with '
+            f'compile_blocks finds no blocks in {names} ({BLOCKS}). Compile the module itself with '
             'its method compile().'
         )
     config = torch._dynamo.config

@@ -1,6 +1,5 @@
 """Inject a method into a model: freeze the target module, make adapters, attach them."""
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError
 from mmpeft.execution import AUTO, BALANCED, CHOICES, MEMORY, PLAIN, SPEED
 from mmpeft.methods import Method, Ranked
 from mmpeft.quantization import Quantized
@@ -16,7 +15,7 @@ from mmpeft.registry import METHODS
 
 from .attach import adapt, make_adapters
 from .freeze import Injection, plain_parameters, trained_parameters
-from .patterns import patterns_of
+from .patterns import matching, patterns_of
 from .prompts import check_prompts
 from .quantized import adopt_quantized, quantize_weights, to_quantize
 from .ranks import settle_ranks
@@ -114,6 +113,7 @@ def inject(
     result = summary(model)
     if method.adapts:
         _warn_unknown(result)
+    _warn_rounded({n: p for n, p in plain_parameters(root).items() if p.requires_grad})
     return result
 
 
@@ -165,13 +165,8 @@ def _resolved(method, sites):
 def _trained(root, patterns):
     """Names of the parameters below a module that train: newly initialized, or matched."""
     names, new = plain_parameters(root), newly_initialized(root)
-    trained = [name for name in names if is_below(name, new)]
-    for pattern in patterns:
-        matches = [name for name in names if re.search(pattern, name)]
-        if not matches:
-            raise UsageError(f'unfreeze: {pattern!r} matches no parameter. {near(pattern, names)}')
-        trained += matches
-    return tuple(dict.fromkeys(trained))
+    matches = set(matching(names, patterns, 'unfreeze', 'parameter'))
+    return tuple(name for name in names if name in matches or is_below(name, new))
 
 
 def _check_trainable(method, root, trained, frozen_dtype):
@@ -189,6 +184,18 @@ def _check_trainable(method, root, trained, frozen_dtype):
                 f'{name} is stored in few bits ({own[name].format}), so it cannot be trained. '
                 'Adapt it, or load the model without quantization.'
             )
+
+
+def _warn_rounded(trained):
+    low = [name for name, weight in trained.items() if weight.dtype.itemsize < 4]
+    if low:
+        warnings.warn(
+            f'{len(low)} weights train in {trained[low[0]].dtype}, such as {low[0]}, in which a '
+            'step that is much smaller than the weight is lost. Store what trains in float32 '
+            "(in a config, model.backbone.frozen_dtype='float32'), and compute in fewer bits by "
+            '--amp (torch.autocast).',
+            stacklevel=4,
+        )
 
 
 def _warn_unknown(summary):

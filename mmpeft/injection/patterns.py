@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mmpeft.errors import UsageError
+from mmpeft.errors import UsageError, near
 
 
 def patterns_of(given: str | Iterable[str] | None, where: str) -> tuple[str, ...]:
@@ -32,3 +32,24 @@ def patterns_of(given: str | Iterable[str] | None, where: str) -> tuple[str, ...
                 f'{where}: {pattern!r} is not a valid regular expression: {error}.'
             ) from error
     return () if given is None else found
+
+
+def matching(
+    names: Iterable[str], patterns: str | Iterable[str] | None, where: str, what: str
+) -> list[str]:
+    """The names that one of some patterns is found in, in their order.
+
+    Args:
+        names: Of what is selected from.
+        patterns: As :func:`patterns_of` takes them.
+        where: They were given, to begin messages with.
+        what: The names are of, such as ``'parameter'``.
+
+    Raises:
+        UsageError: See :func:`patterns_of`; or a pattern matches no name.
+    """
+    names, patterns = list(names), patterns_of(patterns, where)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UsageError(f'{where}: {pattern!r} matches no {what}. {near(pattern, names)}')
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]

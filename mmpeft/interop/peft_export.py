@@ -106,14 +106,8 @@ def thin_product(site: Site) -> tuple[Tensor, Tensor] | None:
     method, spec, factors = site.method, site.spec, site.adapter.factors
     form = method.normal_form(factors, spec)
     if form is not None:
-        is_sum = isinstance(form, NormalForm) and form.update == 'additive'
-        if not is_sum or form.magnitude is not None:
-            return None
-        form = form.with_core(spec.kernel_size)
-        down = form.core
-        if form.down is not None:
-            down = torch.tensordot(down, form.down, ([1], [0])).movedim(-1, 1)
-        return form.up * form.scale, down.flatten(1)
+        is_sum = isinstance(form, NormalForm) and form.is_thin
+        return (form.up * form.scale, form.unfolded()) if is_sum else None
     if type(method).apply is DeltaMethod.apply and isinstance(method, MatrixMethod):
         if method.update == 'additive' and spec.is_plain:
             up, down = method.matrices(factors)

@@ -67,8 +67,10 @@ def has_type(value: Any, hint: Any) -> bool:
         return any(has_type(value, choice) for choice in inner)
     if origin is Literal:
         return value in inner
-    if origin is tuple:
-        return isinstance(value, tuple) and all(has_type(v, inner[0]) for v in value)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(has_type(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(v, inner[1]) for v in value.values())
     if hint in (int, float):
         kind = int if hint is int else int | float
         return isinstance(value, kind) and not isinstance(value, bool) and -inf < value < inf

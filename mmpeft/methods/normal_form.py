@@ -71,6 +71,19 @@ class NormalForm:
             return self
         return replace(self, core=self.down.view(*self.down.shape, *kernel_size), down=None)
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether W' is the sum of W and dW."""
+        return self.update == 'additive' and self.magnitude is None
+
+    def unfolded(self) -> Tensor:
+        """V (a, in * kernel) with dW = U V, where dW is unfolded along its first axis."""
+        if self.core is None:
+            return self.down
+        if self.down is None:
+            return self.core.flatten(1)
+        return (self.down.T @ self.core.reshape(*self.core.shape[:2], -1)).flatten(1)
+
     def dropped(self, spec: WeightSpec) -> 'NormalForm':
         """The same with the dropout of one training step in its factors."""
         if not self.dropout:
@@ -104,13 +117,11 @@ class NormalForm:
     def built(self, weight: Tensor) -> Tensor:
         """W' as :meth:`apply` gives it, without gradients: in the memory of dW, in few passes."""
         up, shape, weight = self.up, weight.shape, weight.flatten(1).to(self.up.dtype)
-        core = self.down if self.core is None else self.core.flatten(1)
-        if self.core is not None and self.down is not None:
-            core = (self.down.T @ self.core.view(*self.core.shape[:2], -1)).flatten(1)
+        down = self.unfolded()
         if self.update == 'additive':
-            adapted = torch.addmm(weight, up, core, alpha=self.scale)
+            adapted = torch.addmm(weight, up, down, alpha=self.scale)
         else:
-            delta = up @ core
+            delta = up @ down
             adapted = UPDATES[self.update](weight, delta, self.scale, delta)
         if self.magnitude is not None:
             norm = torch.linalg.vector_norm(adapted, dim=1)

@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from mmpeft.errors import UsageError
-from mmpeft.injection.blocks import blocks
+from mmpeft.injection.blocks import BLOCKS, target_blocks
 from mmpeft.injection.site import named_adapters
-from mmpeft.injection.weights import join, plain_key
+from mmpeft.injection.weights import plain_key
 from mmpeft.injection.wrappers import local_part, unwrapped
 from mmpeft.methods import WeightAdapter
 from mmpeft.quantization import Quantized
@@ -28,17 +28,11 @@ def sharded_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 'whole. Leave out --shard (shard=True), which few bits can make unnecessary, or '
                 'frozen_dtype.'
             )
-    found = {
-        join(record.module, path): block
-        for record in model.peft
-        for path, block in blocks(model.get_submodule(record.module)).items()
-    }
+    found = target_blocks(model)
     if not found:
+        targets = ', '.join(sorted({repr(record.module) for record in model.peft}))
         raise UsageError(
-            'There are no blocks to shard in '
-            f'{", ".join(sorted({repr(record.module) for record in model.peft}))} (two modules of '
-            'one class, each with two layers or more, in an nn.Sequential or nn.ModuleList). Leave '
-            'out --shard (shard=True).'
+            f'There are no blocks to shard in {targets} ({BLOCKS}). Leave out --shard (shard=True).'
         )
     return found
 

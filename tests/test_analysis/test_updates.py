@@ -14,7 +14,6 @@ from mmpeft.analysis.updates import (
     cosines,
     figures,
     means,
-    select,
     update_of,
     updates,
     without_updates,
@@ -227,13 +226,6 @@ def test_what_has_no_update():
         updates(model)
     mmpeft.inject(model, METHODS['lora'])
     assert len(figures(updates(model))) == without_updates(model)['ParallelAdapter'] == 2
-
-
-def test_a_pattern_has_to_match():
-    names = ['stage.0.weight', 'stage.1.weight', 'fc.weight']
-    assert select(names, r'stage') == names[:2] and select(names, ()) == []
-    with pytest.raises(UsageError, match=r"'fx\.weight' matches no .* mean 'fc\.weight'"):
-        select(names, ('fc', 'fx.weight'))
 
 
 @pytest.mark.parametrize('name, columns', [('depthwise', 5), ('conv', 3)])

@@ -33,5 +33,8 @@ def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
     check_work_dir(cfg)
     with pytest.raises(UsageError, match='another method or other targets .*--work-dir'):
         check_work_dir(other)
+    (tmp_path / '4' / 'config.py').rename(tmp_path / '4' / 'renamed.py')
+    with pytest.raises(UsageError, match="another method or other targets .'config.py'"):
+        check_work_dir(Config.fromfile(tmp_path / '4' / 'renamed.py'))
     other.resume = True  # which the hook checks
     check_work_dir(other)

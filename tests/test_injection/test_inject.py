@@ -202,3 +202,18 @@ def test_layers_without_a_shape_are_refused_until_the_first_input():
         mmpeft.inject(net, dict(type='LoRA', rank=2))
     net(torch.ones(1, 3))
     assert len(mmpeft.inject(net, dict(type='LoRA', rank=2)).rows) == 2
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [dict(method=dict(type='Full')), dict(method=dict(type='LoRA', rank=1), unfreeze='1')],
+)
+def test_weights_that_train_in_few_digits_cause_a_warning(arguments):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    with pytest.warns(UserWarning, match=r'weights train in torch.bfloat16, such as \d\.\w+, in'):
+        mmpeft.inject(model, **arguments)
+
+
+def test_adapters_of_weights_in_few_digits_cause_none(recwarn):
+    mmpeft.inject(nn.Sequential(nn.Linear(4, 4)).bfloat16(), dict(type='LoRA', rank=1))
+    assert not [w for w in recwarn if 'weights train' in str(w.message)]

@@ -4,10 +4,9 @@ import pytest
 from torch import nn
 
 import mmpeft
-from mmpeft.analysis.updates import select
 from mmpeft.engine.injections import injections
 from mmpeft.errors import UsageError
-from mmpeft.injection.patterns import patterns_of
+from mmpeft.injection.patterns import matching, patterns_of
 from mmpeft.injection.targets import Targets
 
 LORA = dict(type='LoRA', rank=1)
@@ -36,10 +35,19 @@ def test_one_and_several():
         (lambda given: injections(LORA, unfreeze=given), 'unfreeze'),
         (lambda given: Targets(include=given), 'targets.include'),
         (lambda given: Targets(exclude=given), 'targets.exclude'),
-        (lambda given: select(['fc.weight'], given, '--kernels'), '--kernels'),
+        (lambda given: matching(['fc.weight'], given, '--kernels', 'weight'), '--kernels'),
     ],
-    ids=['inject', 'injections', 'include', 'exclude', 'select'],
+    ids=['inject', 'injections', 'include', 'exclude', 'matching'],
 )
 def test_what_is_refused(use, where, given, message):
     with pytest.raises(UsageError, match=f'^{where}.*{message}'):
         use(given)
+
+
+def test_a_pattern_has_to_match():
+    names = ['stage.0.weight', 'stage.1.weight', 'fc.weight']
+    assert matching(names, r'stage', 'weights', 'weight') == names[:2]
+    assert matching(names, ('fc', '0'), 'weights', 'weight') == [names[0], names[2]]
+    assert matching(names, (), 'weights', 'weight') == []
+    with pytest.raises(UsageError, match=r"weights: 'fx\.weight' matches no weight.*'fc\.weight'"):
+        matching(names, ('fc', 'fx.weight'), 'weights', 'weight')

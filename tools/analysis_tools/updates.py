@@ -19,13 +19,13 @@ from mmpeft.analysis.updates import (
     adapted_weights,
     cosines,
     figures,
-    select,
     update_of,
     updates,
     without_updates,
 )
 from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.errors import UsageError
+from mmpeft.injection.patterns import matching
 
 
 def parse_args():
@@ -57,7 +57,7 @@ def main():
     options = dict(device=args.device, options=args.cfg_options)
     model = mmpeft.init_model(args.config, args.checkpoint, method=args.method, **options)
     found, angles = adapted_weights(model), None
-    drawn = select(found, args.kernels, '--kernels')
+    drawn = matching(found, args.kernels, '--kernels', 'adapted weight')
     for name in drawn:
         check_kernel(name, found[name][0].spec)
     if args.against:

@@ -15,11 +15,10 @@ from mmpeft.analysis.updates import (
     adapted_weights,
     figures,
     means,
-    select,
     update_of,
     without_updates,
 )
-from mmpeft.injection.patterns import patterns_of
+from mmpeft.injection.patterns import matching, patterns_of
 from mmpeft.methods.arguments import check_types, require
 from mmpeft.registry import HOOKS
 
@@ -70,8 +69,8 @@ class UpdateHook(Hook):
         """
         model = unwrap(runner.model)
         found = adapted_weights(model)
-        self._logged = select(found, self.weights, 'UpdateHook: weights')
-        self._drawn = select(found, self.kernels, 'UpdateHook: kernels')
+        self._logged = matching(found, self.weights, 'UpdateHook: weights', 'adapted weight')
+        self._drawn = matching(found, self.kernels, 'UpdateHook: kernels', 'adapted weight')
         for name in self._drawn:
             check_kernel(name, found[name][0].spec)
         for method, number in without_updates(model).items():
