@@ -118,7 +118,7 @@ fi
 for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
     [ -e "$info/INSTALLER" ] || rm -rf "$info"
 done
-say 'Installing the packages of requirements/ (about 2.5 GB to download, 5 GB on disk, minutes)'
+say 'Installing the packages of requirements/ (about 2.5 GB to download, 6 GB on disk, minutes)'
 "${pip[@]}" install -q --no-deps -r requirements/build.txt
 "${pip[@]}" install --no-deps --only-binary :all: \
     -r requirements/runtime.txt -r requirements/dev.txt -r requirements/docs.txt \

@@ -102,7 +102,8 @@ class Monitor:
                 'mmpeft.monitor(model, optimizer, steps=1000).'
             )
         self.finite = Finite(self, nonfinite_iters)
-        self.checks: list[Check] = [self.finite, Gradients(self), Penalty(self)]
+        self.penalty = Penalty(self)
+        self.checks: list[Check] = [self.finite, Gradients(self), self.penalty]
         self.checks += [] if self.sharded else [Movement(self)]
         self.checks += [Frozen(self)] if check_frozen else []
         self.checks += [Ranks(self)] if self.compares and not self.sharded else []
@@ -117,10 +118,10 @@ class Monitor:
         return self._before + self.iterations
 
     def before_step(self) -> None:
-        """Guard the step of the optimizer, and add the penalty's gradients if asked to."""
+        """Guard the step of the optimizer, and add the penalty's gradients if the loss lacks it."""
         for check in self.checks:
             check.before_step()
-        if self.finite.guard() and self.add_penalty:
+        if self.finite.guard() and self.add_penalty and not self.penalty.is_in_loss():
             scale = getattr(self.optimizer, 'grad_scale', None)  # of a fused optimizer
             add_gradients(self.model, 1.0 if scale is None else scale)
 

@@ -236,10 +236,10 @@ def test_a_penalty_that_was_never_added_is_said():
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_the_monitor_adds_the_penalty_itself(accumulate):
+def test_the_monitor_adds_the_penalty_where_the_loss_lacks_it(accumulate):
     method = dict(type='LoRA', rank=2, mpc='o', mpc_weight=0.3)
     after = []
-    for adds in (False, True):
+    for adds, in_loss in ((False, True), (True, False), (True, True)):
         model, _ = adapted_network(method)
         optimizer = torch.optim.SGD(trainable(model), 0.05)
         with mmpeft.monitor(model, optimizer, add_penalty=adds), warnings.catch_warnings():
@@ -248,11 +248,11 @@ def test_the_monitor_adds_the_penalty_itself(accumulate):
                 optimizer.zero_grad()
                 for micro in range(accumulate):
                     loss = bare(model) / accumulate
-                    (loss if adds or micro else loss + mmpeft.penalty(model)).backward()
+                    (loss + mmpeft.penalty(model) if in_loss and not micro else loss).backward()
                 optimizer.step()
         after.append(values(model))
-    for key, value in after[0].items():
-        torch.testing.assert_close(after[1][key], value, rtol=1e-12, atol=1e-12)
+    for other in after[1:]:
+        torch.testing.assert_close(other, after[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_step_with_a_closure_is_the_same():

@@ -20,9 +20,19 @@ class Penalty(Check):
         for adapter in self._adapters:
             adapter.penalized = False
 
+    def is_in_loss(self) -> bool:
+        """Whether the backward pass of this step went through a term."""
+        return any(adapter.penalized for adapter in self._adapters)
+
+    def after_step(self) -> None:
+        """Look at each step anew where the monitor adds what the loss lacks."""
+        if self.monitor.add_penalty:
+            for adapter in self._adapters:
+                adapter.penalized = False
+
     def problem(self):
         missed = [adapter for adapter in self._adapters if not adapter.penalized]
-        if missed:
+        if missed and not self.monitor.add_penalty:
             names = sorted({type(adapter.method).__name__ for adapter in missed})
             self.monitor.warn(
                 f'{" and ".join(names)} has a term of the loss, and none of '
