@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
-from mmpeft.injection.merge import remove
+from mmpeft.injection.merge import how_to_adapt, remove
 from mmpeft.injection.wrappers import (
     is_sharded,
     refuse_ddp,
@@ -57,7 +57,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     with unwrapped(model) as bare:
         refuse_elsewhere(bare, 'save_adapter')
         if not getattr(bare, 'peft', []):
-            raise UsageError('There is nothing to save: the model has no adapters (mmpeft.inject).')
+            raise UsageError(
+                f'There is nothing to save: the model has no adapters. {how_to_adapt(bare)}'
+            )
     return _save(model, path) if writes(model) else Path(path)
 
 

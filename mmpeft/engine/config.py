@@ -101,6 +101,8 @@ def read_config(config: str | Path | Config) -> Config:
         if package not in INSTALL:
             raise
         raise UsageError(not_installed(path, package)) from error
+    except TypeError as error:  # a dict over something else
+        raise UsageError(f'{path}: {error}') from error
     # `mmpeft::` in _base_ marks what it brings as of scope mmpeft, and mmengine then warns about
     # every registry that mmpeft does not have. The names resolve under any scope.
     for node in dicts_in(cfg._cfg_dict):

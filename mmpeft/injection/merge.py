@@ -34,6 +34,13 @@ class Merged:
     untied: list[Any]
 
 
+def how_to_adapt(model: nn.Module) -> str:
+    """What to do with a model without adapters that should have some, as a sentence."""
+    if any(MERGED in vars(module) for module in model.modules()):
+        return 'They are merged: call mmpeft.unmerge(model) first.'
+    return 'Call mmpeft.inject(model, ...) first.'
+
+
 @on_inner
 def remove(model: nn.Module) -> nn.Module:
     """Detach all adapters, also of a reversible merge, and release the base, in place.

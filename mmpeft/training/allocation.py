@@ -3,14 +3,18 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mmpeft.errors import UsageError
 from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import refuse_deepspeed, refuse_parts, unwrapped
 from mmpeft.methods import Allocator
+
+RUNNING = WeakSet()  # optimizers whose steps allocators follow
 
 
 def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> list:
@@ -61,7 +65,10 @@ class Allocation:
 
     def __init__(self, allocators: list[Allocator], optimizer: Optimizer):
         self.allocators, self._optimizer = allocators, optimizer
-        self._handles = around_steps(optimizer, self._before, self._after) if allocators else []
+        self._handles = []
+        if allocators:
+            self._handles = around_steps(optimizer, self._before, self._after)
+            RUNNING.add(optimizer)
 
     def _before(self):
         for allocator in self.allocators:
@@ -93,8 +100,8 @@ class Allocation:
         """What to say of allocators that began and did not come to their end."""
         return [
             f'{type(next(iter(allocator.adapters.values())).method).__name__} was to decide what '
-            f'it keeps within {allocator.steps} steps, and the run ended after {allocator.step}: '
-            'give the steps of the optimizer, not those of batches that are accumulated.'
+            f'it keeps within {allocator.steps} steps, and the run ended after {allocator.step}. '
+            'Resume it, or give the steps of the optimizer, without those of accumulated batches.'
             for allocator in self.allocators
             if 0 < allocator.step < allocator.steps
         ]
@@ -103,6 +110,7 @@ class Allocation:
         """Remove the hooks of the optimizer."""
         for handle in self._handles:
             handle.remove()
+        RUNNING.discard(self._optimizer)
         for allocator in self.allocators:
             allocator.close()
 
@@ -119,7 +127,8 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
         steps: Optimizer steps of the whole run.
 
     Raises:
-        UsageError: A method has an allocator, and its factors are sharded or in DeepSpeed.
+        UsageError: A method has an allocator, and its factors are sharded or in DeepSpeed, or
+            allocators follow this optimizer already.
     """
     by_type = defaultdict(dict)
     with unwrapped(model) as bare:
@@ -133,4 +142,9 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
             refuse_deepspeed(model, 'allocate')
         allocators.append(method.allocator(adapters, steps))
     allocators = [allocator for allocator in allocators if allocator is not None]
+    if allocators and optimizer in RUNNING:
+        raise UsageError(
+            'The allocators of this optimizer run already (mmpeft.monitor starts them too), and '
+            'each step would count twice. Close the first one: monitor.close().'
+        )
     return Allocation(allocators, optimizer)

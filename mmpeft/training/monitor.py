@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import TrainingError, UsageError, listed
+from mmpeft.injection.merge import how_to_adapt
 from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed
 
@@ -95,7 +96,7 @@ class Monitor:
         self.iterations, self._loss = 0, None
         check_optimized(self.optimizer, adapter_parameters(self.model))
         allocated = [a for a in named_adapters(self.model).values() if a.method.allocates]
-        if allocated and steps is None:
+        if allocated and not (steps or 0) > 0:
             raise UsageError(
                 f'{type(allocated[0].method).__name__} decides during training what it keeps, and '
                 'needs the number of optimizer steps of the whole run: '
@@ -248,7 +249,7 @@ def adapted_model(model: nn.Module) -> nn.Module:
         raise UsageError(
             f'The model has several adapted modules, {listed(list(found))}. Give each a monitor.'
             if found
-            else 'The model has no adapters. Call mmpeft.inject(model, ...) first.'
+            else f'The model has no adapters. {how_to_adapt(model)}'
         )
     return next(iter(found.values()))
 

@@ -208,3 +208,10 @@ def test_an_argument_of_the_method_is_no_key_of_the_config():
     with pytest.raises(UsageError, match='Write default_hooks.peft.method.rank'):
         compose(FLORA, 'lora', dict(rank=3))
     assert compose(FLORA, options=dict(resume=True)).resume
+
+
+def test_a_dict_over_a_name_is_one_paragraph(tmp_path):
+    (tmp_path / 'base.py').write_text("model = dict(arch='small')")
+    (tmp_path / 'child.py').write_text("_base_ = './base.py'\nmodel = dict(arch=dict(depth=1))")
+    with pytest.raises(UsageError, match='child.py: .*arch is a dict .*`_delete_=True`'):
+        compose(tmp_path / 'child.py')

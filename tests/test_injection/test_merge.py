@@ -305,3 +305,18 @@ def test_merging_refuses_nan():
 def test_removing_from_a_plain_model_does_nothing():
     model = Net()
     assert mmpeft.remove(model) is model and mmpeft.merge(model) is model
+
+
+def test_what_needs_adapters_says_that_they_are_merged(tmp_path):
+    model = Net()
+    mmpeft.inject(model, LORA)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mmpeft.merge(model, reversible=True)
+    for use in (
+        lambda: mmpeft.save_adapter(model, tmp_path / 'a.safetensors'),
+        lambda: mmpeft.monitor(model, optimizer),
+    ):
+        with pytest.raises(
+            UsageError, match=r'no adapters\. They are merged: call mmpeft\.unmerge'
+        ):
+            use()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import mmpeft
+from mmpeft.errors import UsageError
 from tests.allocating import adapted_network, loss_of, trainable
 
 ADALORA = dict(type='AdaLoRA', rank=2, warmup=2, settle=5, every=2, orthogonality=0.0)
@@ -48,6 +49,18 @@ def test_one_allocator_for_each_method_follows_the_optimizer():
     resumed.load_state_dict(state)
     assert [allocator.step for allocator in resumed.allocators] == [3, 3]
     resumed.close()
+
+
+def test_allocators_do_not_run_twice():
+    model, optimizer = adapted()
+    first = mmpeft.monitor(model, optimizer, steps=10)
+    for start in (mmpeft.monitor, mmpeft.allocate):
+        with pytest.raises(UsageError, match='run already'):
+            start(model, optimizer, steps=10)
+    first.detach()
+    mmpeft.allocate(model, optimizer, steps=10).close()
+    with pytest.raises(UsageError, match='number of optimizer steps'):
+        mmpeft.monitor(model, optimizer, steps=0)
 
 
 def test_without_allocators_nothing_is_called():

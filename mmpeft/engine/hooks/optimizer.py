@@ -2,10 +2,26 @@
 
 import copy
 
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import LinearLR, OptimWrapperDict
 from mmengine.runner import Runner
 
 from mmpeft.errors import UsageError
+
+
+def warm_up_fault(runner: Runner) -> str | None:
+    """A paragraph about a warm-up of the learning rate that is longer than the training."""
+    schedulers = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
+    for number, scheduler in enumerate(schedulers):
+        length = runner.max_epochs if scheduler.by_epoch else runner.max_iters
+        rises = isinstance(scheduler, LinearLR) and scheduler.start_factor < scheduler.end_factor
+        if rises and not scheduler.begin and scheduler.end > length:
+            unit = 'epochs' if scheduler.by_epoch else 'iterations'
+            return (
+                f'The learning rate warms up for {scheduler.end} {unit}, and the training has '
+                f'{length}, so it never reaches its value. Set param_scheduler.{number}.end to '
+                f'a number of {unit} that is well below {length}.'
+            )
+    return None
 
 
 def rebuild_optimizer(runner: Runner) -> None:

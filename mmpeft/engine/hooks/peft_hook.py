@@ -32,7 +32,7 @@ from mmpeft.training.penalty import penalty
 from .checkpoints import AdapterCheckpointHook
 from .fitting import load_checked
 from .monitor_hook import MonitorHook
-from .optimizer import rebuild_optimizer
+from .optimizer import rebuild_optimizer, warm_up_fault
 from .shard_hook import ShardHook, check_shardable
 from .unwrap import unwrap
 
@@ -195,8 +195,10 @@ class PEFTHook(Hook):
             yield ShardHook(runner, checkpoints)
 
     def before_train(self, runner):
-        """Refuse a teacher that follows an adapted student by its mean."""
+        """Refuse a teacher that follows an adapted student by its mean; look at the warm-up."""
         _check_teacher(runner, unwrap(runner.model))
+        if fault := warm_up_fault(runner):
+            runner.logger.warning(fault)
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Check an adapter checkpoint and complete it with the base of this model."""

@@ -57,3 +57,11 @@ def test_an_optimizer_without_adapters_is_refused(tmp_path):
     expected = r'4 adapter parameters are not in the optimizer.*optim_wrapper\.constructor'
     with pytest.raises(UsageError, match=expected):
         run(tmp_path, method=dict(type='IA3'), **{'optim_wrapper.constructor': 'HeadAlone'})
+
+
+@pytest.mark.parametrize('end, begin, warns', [(12, 0, False), (13, 0, True), (30, 12, False)])
+def test_a_warm_up_that_is_longer_than_the_training(tmp_path, warned, end, begin, warns):
+    warm_up = dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=begin, end=end)
+    run(tmp_path, stop=12, param_scheduler=[warm_up])
+    found = [text for text in warned if 'Set param_scheduler.0.end' in text]
+    assert bool(found) is warns and all('13 iterations' in text for text in found)
