@@ -11,10 +11,9 @@ from torch import nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.summary import Summary
-from mmpeft.registry import HOOKS, METHODS
+from mmpeft.registry import HOOKS
 
 from .config import find_hook
-from .injections import inject_all, injections
 from .packages import import_task
 
 
@@ -63,13 +62,7 @@ def adapt(
             f'{cfg.filename} has no PEFTHook, so nothing is adapted. Add --method, such as '
             '--method flora.'
         )
-    HOOKS.build(copy.deepcopy(hook))  # raises for what is wrong in its arguments
-    names = ('method', 'targets', 'unfreeze', 'sensitivity')
-    found = injections(**{name: hook[name] for name in names if name in hook})
-    if rank is not None:
-        found = [each | dict(method=_with_rank(each['method'], rank)) for each in found]
-    ways = {name: hook[name] for name in ('execution', 'memory', 'frozen_dtype') if name in hook}
-    return inject_all(model, found, manifest, **ways)
+    return HOOKS.build(copy.deepcopy(hook)).inject(model, manifest, rank=rank)
 
 
 def build_adapted(cfg: Config, memory: str | None = None) -> nn.Module:
@@ -104,10 +97,3 @@ def build_adapted(cfg: Config, memory: str | None = None) -> nn.Module:
 def _enter_scope(cfg):
     import_task(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-
-
-def _with_rank(method, rank):
-    kind = METHODS.get(method['type'])
-    if kind is not None and not hasattr(kind, 'rank'):
-        raise UsageError(f'--rank {rank}: {method["type"]} has no rank. Leave --rank out.')
-    return dict(method, rank=rank, budget=None)

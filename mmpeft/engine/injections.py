@@ -73,6 +73,22 @@ def injections(
     return found
 
 
+def with_rank(given: Sequence[dict], rank: int) -> list[dict]:
+    """Those of :func:`injections` with another rank in place of a rank or budget.
+
+    Raises:
+        UsageError: A method has no rank.
+    """
+    return [each | dict(method=_with_rank(each['method'], rank)) for each in given]
+
+
+def _with_rank(method, rank):
+    config = method if isinstance(method, Mapping) else method.config()
+    if not hasattr(METHODS.build(method), 'rank'):
+        raise UsageError(f'--rank {rank}: {config["type"]} has no rank. Leave --rank out.')
+    return dict(config, rank=rank, budget=None)
+
+
 def inject_all(
     model: nn.Module,
     given: Sequence[dict],

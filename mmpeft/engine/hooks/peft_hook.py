@@ -7,7 +7,7 @@ others, unwraps the model, loads the base, injects, wraps again and rebuilds
 optimizer and schedulers. Loading and resuming then find the structure.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,17 @@ from pathlib import Path
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from mmpeft.engine.datasets import check_datasets
-from mmpeft.engine.injections import Methods, inject_all, injections
+from mmpeft.engine.injections import Methods, inject_all, injections, with_rank
 from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.normalisation import normalisation_fault
 from mmpeft.engine.resume import pending_source
 from mmpeft.engine.sensitivity import measure
 from mmpeft.errors import UsageError, near
 from mmpeft.injection.compile import compile_blocks
+from mmpeft.injection.summary import Summary
 from mmpeft.injection.wrappers import is_sharded
 from mmpeft.methods.arguments import check_types, require
 from mmpeft.registry import HOOKS
@@ -145,6 +147,34 @@ class PEFTHook(Hook):
             for hook in self._helpers(runner):
                 runner.register_hook(hook)
 
+    def inject(
+        self,
+        model: nn.Module,
+        manifest: Mapping | None = None,
+        measure: Callable[[dict], Mapping] | None = None,
+        rank: int | None = None,
+    ) -> Summary:
+        """Inject the hook's methods into a model, from the weights that it has.
+
+        Args:
+            model: Without adapters and wrappers.
+            manifest: See :func:`~mmpeft.engine.injections.inject_all`.
+            measure: Likewise.
+            rank: In place of the rank or budget of all methods.
+
+        Raises:
+            UsageError: See :func:`mmpeft.inject`; or ``rank`` is given and a method has none.
+        """
+        return inject_all(
+            model,
+            self._injections if rank is None else with_rank(self._injections, rank),
+            manifest,
+            measure,
+            execution=self.execution,
+            memory=self.memory,
+            frozen_dtype=self.frozen_dtype,
+        )
+
     def _adapt(self, runner, trains):
         source = pending_source(runner)
         if source is not None and source.manifest is None:
@@ -167,15 +197,7 @@ class PEFTHook(Hook):
                 f'{source.path!r} holds no adapters. It is taken as the base, and the adapters '
                 'have their initial values.'
             )
-        summary = inject_all(
-            runner.model,
-            self._injections,
-            manifest,
-            partial(measure, runner) if trains else None,
-            execution=self.execution,
-            memory=self.memory,
-            frozen_dtype=self.frozen_dtype,
-        )
+        summary = self.inject(runner.model, manifest, partial(measure, runner) if trains else None)
         runner.logger.info(str(summary))
         if self.compile_blocks is not False:
             options = {} if self.compile_blocks is True else self.compile_blocks
