@@ -47,10 +47,10 @@ def adapter_keys(model: nn.Module) -> dict[str, str]:
     return keys
 
 
-def excluded_keys(model: nn.Module) -> list[str]:
+def excluded_keys(model: nn.Module) -> set[str]:
     """State-dict keys that an adapter file leaves out: the frozen base, and repeated tensors."""
-    repeated = [key for key, stored in adapter_keys(model).items() if key != stored]
-    return frozen_keys(model) + repeated
+    repeated = {key for key, stored in adapter_keys(model).items() if key != stored}
+    return repeated.union(frozen_keys(model))
 
 
 @on_whole(share=False)
@@ -63,7 +63,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UsageError: An adapter does not have the tensors that its method made.
     """
-    excluded, state = set(excluded_keys(model)), model.state_dict()
+    excluded, state = excluded_keys(model), model.state_dict()
     for path, adapter in named_adapters(model).items():
         for name, shape in adapter.shapes.items():
             value = state.get(join(path, name))

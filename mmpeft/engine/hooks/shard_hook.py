@@ -75,7 +75,7 @@ class ShardHook(Hook):
         @wraps(save)
         def call(*args, **kwargs):
             model = unwrap(runner.model)
-            left_out = () if self.checkpoints.save_frozen else set(excluded_keys(model))
+            left_out = () if self.checkpoints.save_frozen else excluded_keys(model)
             state = {k: v for k, v in model.state_dict().items() if k not in left_out}
             self._whole = whole(state), whole(runner.optim_wrapper.state_dict())
             save(*args, **kwargs)

@@ -135,7 +135,7 @@ class Finite(Check):
 
     def _own(self):
         """What a checkpoint holds, of which this rank may have parts."""
-        excluded, state = set(excluded_keys(self.monitor.model)), self.monitor.model.state_dict()
+        excluded, state = excluded_keys(self.monitor.model), self.monitor.model.state_dict()
         return {key: local_part(value) for key, value in state.items() if key not in excluded}
 
     def _nonfinite(self, state):
