@@ -34,10 +34,11 @@ def mmpretrain_convnext(backbone: dict, state: dict[str, Tensor]) -> tuple[dict,
         UsageError: The backbone is not a ConvNeXt with output norms.
     """
     own = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-    indices = tuple(backbone.get('out_indices', (0, 1, 2, 3)))
     found = [re.match(r'model\.stages_(\d)\.blocks\.\d+\.conv_dw\.weight$', k) for k in own]
     depths = Counter(int(match[1]) for match in found if match)
-    if not depths or any(f'norm{i}.weight' not in own for i in indices):
+    indices = backbone.get('out_indices') or (0, 1, 2, 3)
+    indices = tuple(i % len(depths) for i in indices) if depths else ()
+    if not indices or any(f'norm{i}.weight' not in own for i in indices):
         raise UsageError(
             f'The backbone {backbone.get("name", backbone.get("type"))!r} is not a ConvNeXt with '
             'output norms, and has no equal in mmpretrain. Merge without --backbone mmpretrain.'

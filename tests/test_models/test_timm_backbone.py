@@ -220,6 +220,15 @@ def test_the_equal_convnext_of_mmpretrain(config):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('given', [None, (0, 1, 2, -1)])
+def test_levels_in_the_equal_convnext_of_mmpretrain(given):
+    config = dict(TINY, type='mmpeft.TimmBackbone', out_indices=given)
+    backbone = TimmBackbone(**TINY, out_indices=given)
+    state = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    plain, renamed = mmpretrain_convnext(config, state)
+    assert plain['out_indices'] == (0, 1, 2, 3) and 'backbone.norm3.weight' in renamed
+
+
 def test_what_mmpretrain_has_no_equal_of():
     state = {f'backbone.{k}': v for k, v in TimmBackbone('resnet18').state_dict().items()}
     with pytest.raises(UsageError, match='not a ConvNeXt with output norms'):
