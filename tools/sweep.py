@@ -14,11 +14,10 @@ from pathlib import Path
 from mmpeft.analysis.curves import draw_curves, points, score_name, table
 from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose, run_name
-from mmpeft.engine.data_check import describe, missing_data
+from mmpeft.engine.data_check import check_data
 from mmpeft.engine.key_values import KeyValues
 from mmpeft.engine.packages import import_task
 from mmpeft.engine.runs import sweep
-from mmpeft.errors import MissingFileError
 
 
 def parse_args():
@@ -38,9 +37,7 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = compose(args.config, args.method, args.cfg_options)
-    missing = missing_data(cfg, ('train', 'test'))
-    if missing:
-        raise MissingFileError(describe(missing))
+    check_data(cfg, ('train', 'test'))
     import_task(cfg)
     name = run_name(args.config, args.method)
     work_dir = Path(args.work_dir or f'work_dirs/sweeps/{name}')

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from mmpeft.errors import MissingFileError
+
 SOURCES = {
     'vtab-1k|train800|val200': 'VTAB-1k in this layout is made by data/vtab-source/get_vtab1k.py '
     'of https://github.com/ZhangYuanhan-AI/NOAH, which downloads the data sets.'
@@ -30,8 +32,15 @@ def missing_data(cfg: Config, splits: Sequence[str]) -> list[tuple[str, str]]:
     return [(key, path) for path, key in missing.items()]
 
 
-def describe(missing: Sequence[tuple[str, str]]) -> str:
-    """One paragraph about what :func:`missing_data` found, and what to do."""
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Refuse a config whose data is missing; the arguments are those of :func:`missing_data`.
+
+    Raises:
+        MissingFileError: It says in one paragraph what is missing and what to do.
+    """
+    missing = missing_data(cfg, splits)
+    if not missing:
+        return
     shown = '; '.join(f'{path} ({key})' for key, path in missing[:4])
     more = f' and {len(missing) - 4} more' if len(missing) > 4 else ''
     key, path = missing[0]
@@ -39,7 +48,7 @@ def describe(missing: Sequence[tuple[str, str]]) -> str:
     root = f'{dataset}.data_root or ' if '_dataloader.' in key else ''  # metrics have none
     folders = [*reversed(Path(path).parents), Path(path)]
     top = next((folder for folder in folders if not folder.exists()), path)
-    return (
+    raise MissingFileError(
         f'the data is not where the config says, seen from {Path.cwd()}: {shown}{more}. Put it '
         f'there, link it (ln -s /where/it/is {top}), or inherit the config and set '
         f'{root}{key}, and similar keys.'

@@ -17,7 +17,7 @@ from mmpeft.errors import MissingFileError, UsageError
 
 from .amp import prepare_precision
 from .config import compose, find_hook, run_name
-from .data_check import describe, missing_data
+from .data_check import check_data
 from .hooks.fitting import FittingHook
 from .loading import read_source, unplaced
 from .loops import build_loops
@@ -47,9 +47,7 @@ def load_config(args: argparse.Namespace, splits: Sequence[str] = ()) -> Config:
     cfg.launcher = args.launcher
     own = None if args.method else cfg.get('work_dir')
     cfg.work_dir = args.work_dir or own or f'work_dirs/{run_name(args.config, args.method)}'
-    missing = missing_data(cfg, splits)
-    if missing:
-        raise MissingFileError(describe(missing))
+    check_data(cfg, splits)
     import_task(cfg)
     return cfg
 

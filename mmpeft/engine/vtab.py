@@ -7,10 +7,10 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmpeft.analysis.vtab import TASKS
-from mmpeft.errors import MissingFileError, TrainingError, UsageError, near
+from mmpeft.errors import TrainingError, UsageError, near
 
 from .config import compose, say
-from .data_check import describe, missing_data
+from .data_check import check_data
 from .runs import check_seeds, combinations, run, with_values
 
 TUNING, TESTING = ('train800', 'val200'), ('train800val200', 'test')
@@ -80,9 +80,7 @@ def benchmark(
         with_values(cfg, values)  # raises for what is wrong, before a run begins
     purposes = [TESTING] if len(choices) == 1 else [TUNING, TESTING]
     for task, lists in itertools.product(tasks, purposes):
-        missing = missing_data(for_task(cfg, task, lists, root), ('train', 'test'))
-        if missing:
-            raise MissingFileError(f'{task}: {describe(missing)}')
+        check_data(for_task(cfg, task, lists, root), ('train', 'test'))
     records = []
     for task in tasks:
         best = choices[0]

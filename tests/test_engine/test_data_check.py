@@ -1,8 +1,10 @@
 """Data that is not where a config says."""
 
+import pytest
 from mmengine.config import Config
 
-from mmpeft.engine.data_check import describe, missing_data
+from mmpeft.engine.data_check import check_data, missing_data
+from mmpeft.errors import MissingFileError
 
 
 def test_data_paths_are_found_where_mmengine_looks(tmp_path):
@@ -35,12 +37,20 @@ def test_data_paths_are_found_where_mmengine_looks(tmp_path):
 def test_missing_data_names_key_and_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data/pets').mkdir(parents=True)
-    text = describe([('train_dataloader.dataset.ann_file', 'data/coco/a.json')])
+    text = refused(train_dataloader=dict(dataset=dict(ann_file='data/coco/a.json')))
     assert 'data/coco/a.json (train_dataloader.dataset.ann_file)' in text
     assert '(ln -s /where/it/is data/coco)' in text
     assert 'set train_dataloader.dataset.data_root or train_dataloader.dataset.ann_file' in text
-    text = describe([('train_dataloader.dataset.data_prefix.img', 'data/pets/no/img')])
+    prefix = dict(data_root='data/pets', data_prefix=dict(img='no/img'))
+    text = refused(train_dataloader=dict(dataset=prefix))
     assert '(ln -s /where/it/is data/pets/no)' in text
     assert 'set train_dataloader.dataset.data_root or train_dataloader.dataset.data_prefix' in text
-    text = describe([('val_evaluator.ann_file', 'data/pets/val.json')])
+    text = refused(val_evaluator=dict(ann_file='data/pets/val.json'))
     assert 'set val_evaluator.ann_file, and' in text
+    check_data(Config(dict(val_evaluator=dict(ann_file='data/pets'))), ('val',))
+
+
+def refused(**config):
+    with pytest.raises(MissingFileError) as error:
+        check_data(Config(config), ('train', 'val'))
+    return str(error.value)

@@ -175,7 +175,7 @@ def test_a_task_changes_data_and_classes_alone(data):
 def test_data_that_is_missing_is_named(data, tmp_path):
     """And where it comes from; no task is run if one is missing."""
     cfg = compose(CONFIG, options=SMALL)
-    with pytest.raises(MissingFileError, match=r'dtd: .*dtd/train800val200.txt.*/NOAH') as error:
+    with pytest.raises(MissingFileError, match=r'dtd/train800val200.txt.*/NOAH') as error:
         benchmark(cfg, tmp_path, ['kitti', 'dtd'], root=data)
     assert 'test.txt' in str(error.value)
     with pytest.raises(
