@@ -16,11 +16,11 @@ takes timm's own model: ``backbone.model``, under the names that
 from pathlib import Path
 
 import mmpeft
+from mmpeft.checkpoint.atomic import refuse_existing
 from mmpeft.engine.command_line import add_arguments, parser_of, run
 from mmpeft.engine.config import find_hook
 from mmpeft.engine.inference import init_model
 from mmpeft.engine.launch import load_config
-from mmpeft.engine.merging import refuse_existing
 from mmpeft.errors import UsageError
 from mmpeft.interop.converted import base_names, files_of, write_converted
 from mmpeft.interop.peft_folder import read_peft, save_peft

@@ -24,10 +24,11 @@ it takes its place; a dynamic one on another batch and another size, too.
 from pathlib import Path
 
 from mmpeft.analysis.comparison import quantity, table
+from mmpeft.checkpoint.atomic import refuse_existing
 from mmpeft.engine.command_line import add_arguments, parser_of, run
 from mmpeft.engine.inference import init_model
 from mmpeft.engine.launch import load_config
-from mmpeft.engine.merging import plain_config, refuse_existing
+from mmpeft.engine.merging import plain_config
 from mmpeft.errors import UsageError
 from mmpeft.interop.onnx import (
     PARTS,

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import mmpeft
 from mmpeft.analysis.comparison import default_bound, observe, table
+from mmpeft.checkpoint.atomic import refuse_existing
 from mmpeft.engine.command_line import add_arguments, parser_of, run
 from mmpeft.engine.inference import init_model, read_saved
 from mmpeft.engine.launch import check_checkpoint, load_config
-from mmpeft.engine.merging import compare_merged, merged, refuse_existing, write_merged
+from mmpeft.engine.merging import compare_merged, merged, write_merged
 from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
 

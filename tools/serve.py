@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from mmpeft.checkpoint.atomic import refuse_existing
 from mmpeft.engine.command_line import parser_of, run
-from mmpeft.engine.merging import refuse_existing
 from mmpeft.engine.prediction import load_on_one_base, pictures_in, predict
 from mmpeft.errors import UsageError, near
 

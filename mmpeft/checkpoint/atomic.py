@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmpeft.errors import UnwrittenFileError
+from mmpeft.errors import UnwrittenFileError, UsageError
 
 # What torch.save says in a RuntimeError when it cannot write.
 TORCH_SAVE = re.compile('PytorchStreamWriter|inline_container')
@@ -59,6 +59,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(*paths: Path, option: str = '--overwrite') -> None:
+    """Raise UsageError if one of the files exists, and name the option that replaces them."""
+    taken = [str(path) for path in paths if path.exists()]
+    if taken:
+        exist = 'exist' if len(taken) > 1 else 'exists'
+        raise UsageError(f'{" and ".join(taken)} {exist} already. Give another name, or {option}.')
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mmpeft.analysis.comparison import Difference, differences, observe
 from mmpeft.checkpoint.atomic import replacing
 from mmpeft.checkpoint.late_buffers import make_late_buffers
-from mmpeft.errors import UsageError
 from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.quantization import FORMATS
@@ -100,16 +99,6 @@ def write_merged(
         torch.save(dict(meta=meta, state_dict=dict(state)), temporary)
     plain.dump(path.with_suffix('.py'))
     return path.with_suffix('.py')
-
-
-def refuse_existing(*paths: Path) -> None:
-    """Raise UsageError if one of the files exists."""
-    taken = [str(path) for path in paths if path.exists()]
-    if taken:
-        exist = 'exist' if len(taken) > 1 else 'exists'
-        raise UsageError(
-            f'{" and ".join(taken)} {exist} already. Give another name, or --overwrite.'
-        )
 
 
 def _is_ours(hook):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mmpeft.checkpoint.atomic import replacing, write_tensors
+from mmpeft.checkpoint.atomic import refuse_existing, replacing, write_tensors
 from mmpeft.errors import DamagedFileError, MissingFileError, UsageError
 
 from .peft_export import to_peft
@@ -32,13 +32,9 @@ def save_peft(
         UnwrittenFileError: The disk is full or cannot be written to.
     """
     folder = Path(folder)
-    taken = [str(folder / name) for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
-    if taken and not overwrite:
-        exist = 'exist' if len(taken) > 1 else 'exists'
-        raise UsageError(
-            f'{" and ".join(taken)} {exist} already. Give another folder, or overwrite=True '
-            '(--overwrite).'
-        )
+    if not overwrite:
+        files = folder / WEIGHTS, folder / CONFIG
+        refuse_existing(*files, option='overwrite=True (--overwrite)')
     config, state = to_peft(model, names, inference, as_lora)
     with replacing(folder / WEIGHTS) as temporary:
         write_tensors(temporary, state, dict(format='pt'))
