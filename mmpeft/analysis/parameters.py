@@ -1,7 +1,8 @@
-"""Tables of adapted weights and of what they cost in parameters."""
+"""Tables of adapted weights and of what they cost in parameters, and accuracy against that."""
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,16 @@ def kind_table(summaries: Summaries) -> Table:
         table.add_row(name, *(f'{getattr(s, name):,}' for s in summaries.values()))
     table.add_row('share', *(f'{s.share:.2%}' for s in summaries.values()))
     return table
+
+
+def ppt(accuracy: float, parameters: float) -> float:
+    """V-PETL Bench's performance-efficiency trade-off, ``M exp(-log10(P / 10 M + 1))``.
+
+    Args:
+        accuracy: In percent; M is its fraction.
+        parameters: P, what trains in the backbone.
+    """
+    return accuracy / 100 * math.exp(-math.log10(parameters / 1e7 + 1))
 
 
 def check_format(path: Path) -> None:

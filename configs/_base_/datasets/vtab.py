@@ -1,7 +1,7 @@
 # VTAB-1k below data/vtab-1k, a folder a task with the lists train800, val200, train800val200 and
-# test, and here CIFAR-100; tools/vtab.py exchanges the task. As in LieRA, images are not normalized
-# and all 1,000 train. As in the works before it, they are resized to 224x224 without augmentation,
-# and the test set is used once.
+# test, and here CIFAR-100; projects/vtab exchanges the task. As in LieRA, images are not
+# normalized and all 1,000 train. As in the works before it, they are resized to 224x224 without
+# augmentation, and the test set is used once.
 data_root = 'data/vtab-1k/cifar/'
 pipeline = [
     dict(type='LoadImageFromFile'),

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mmpeft.analysis.parameters import ppt
 from mmpeft.analysis.seeds import Difference, Scores, differences, interval
-from mmpeft.analysis.vtab import ppt
 
 from .plan import Records, finals, others
 from .tasks import TASKS

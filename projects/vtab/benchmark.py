@@ -1,25 +1,28 @@
 """Train and test a method on the tasks of VTAB-1k, and print the table.
 
-    python tools/vtab.py configs/liera/convnext_vtab.py --seeds 0 1 2
-    python tools/vtab.py configs/frozen/convnext_vtab.py --method dora --tasks cifar dtd \\
-        --grid optim_wrapper.optimizer.lr=3e-4,1e-3,3e-3
+    python projects/vtab/benchmark.py configs/liera/convnext_vtab.py --seeds 0 1 2
+    python projects/vtab/benchmark.py configs/frozen/convnext_vtab.py --method dora \\
+        --tasks cifar dtd --grid optim_wrapper.optimizer.lr=3e-4,1e-3,3e-3
 
 With ``--grid`` each task takes the values that are best on val200 after training on train800.
 Then it is trained on all 1,000 images and tested once, after the last epoch. Finished runs are
 kept in WORK_DIR/runs.jsonl and not run again; calls with other tasks can run side by side.
 """
 
+import argparse
 from pathlib import Path
 
-from mmpeft.analysis.vtab import TASKS, table
+from vtab.protocol import benchmark
+from vtab.report import table
+from vtab.tasks import TASKS
+
 from mmpeft.engine.command_line import add_config_arguments, parser_of, run, show
 from mmpeft.engine.config import compose, run_name
 from mmpeft.engine.key_values import KeyValues
 from mmpeft.engine.packages import import_task
-from mmpeft.engine.vtab import benchmark
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_config_arguments(parser)
     parser.add_argument('--tasks', nargs='+', default=list(TASKS), help='all 19 if left out')
@@ -36,7 +39,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_args()
     cfg = compose(args.config, args.method, args.cfg_options)
     import_task(cfg)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmpeft.analysis.vtab import TASKS
+from mmpeft.engine.config import compose, say
+from mmpeft.engine.data_check import check_data
+from mmpeft.engine.runs import check_seeds, combinations, run, with_values
 from mmpeft.errors import TrainingError, UsageError, near
 
-from .config import compose, say
-from .data_check import check_data
-from .runs import check_seeds, combinations, run, with_values
+from .tasks import TASKS
 
 TUNING, TESTING = ('train800', 'val200'), ('train800val200', 'test')
 """The lists that are trained and evaluated on."""
@@ -25,7 +25,7 @@ def for_task(
     Args:
         cfg: With a ``CustomDataset`` in each dataloader, such as
             ``mmpeft::frozen/convnext_vtab.py``; is not changed.
-        task: Of :data:`~mmpeft.analysis.vtab.TASKS`.
+        task: Of :data:`~.tasks.TASKS`.
         lists: What is trained and what is evaluated on.
         root: The folder of all tasks; None for the one that ``cfg`` has its task in.
 

@@ -1,47 +1,14 @@
-"""VTAB-1k's tasks, and the table of a benchmark's runs over them."""
+"""The table of runs over the tasks of VTAB-1k."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-GROUPS = dict(
-    natural=dict(
-        cifar=100,
-        caltech101=102,
-        dtd=47,
-        oxford_flowers102=102,
-        oxford_iiit_pet=37,
-        svhn=10,
-        sun397=397,
-    ),
-    specialized=dict(patch_camelyon=2, eurosat=10, resisc45=45, diabetic_retinopathy=5),
-    structured=dict(
-        clevr_count=8,
-        clevr_dist=6,
-        dmlab=6,
-        kitti=4,
-        dsprites_loc=16,
-        dsprites_ori=16,
-        smallnorb_azi=18,
-        smallnorb_ele=9,
-    ),
-)
-"""The number of classes of each task, by group, under the names that the folders have."""
+from mmpeft.analysis.parameters import ppt
 
-TASKS = {task: classes for tasks in GROUPS.values() for task, classes in tasks.items()}
-
-
-def ppt(accuracy: float, parameters: float) -> float:
-    """V-PETL Bench's performance-efficiency trade-off, ``M exp(-log10(P / 10 M + 1))``.
-
-    Args:
-        accuracy: In percent; M is its fraction.
-        parameters: P, what trains in the backbone.
-    """
-    return accuracy / 100 * math.exp(-math.log10(parameters / 1e7 + 1))
+from .tasks import GROUPS
 
 
 @dataclass(frozen=True)
@@ -52,7 +19,7 @@ class Row:
         name: Of the task or mean.
         accuracy: In percent, the mean over seeds.
         spread: Its standard deviation over seeds; None of a single seed.
-        ppt: See :func:`ppt`.
+        ppt: See :func:`~mmpeft.analysis.parameters.ppt`.
         memory: The peak of an accelerator in bytes, the largest of all runs; None on a CPU.
     """
 
