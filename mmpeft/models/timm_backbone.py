@@ -69,8 +69,8 @@ class TimmBackbone(BaseModule):
     Raises:
         UsageError: timm does not know the name, both ``pretrained`` and
             ``checkpoint`` are given, ``frozen_dtype`` is unknown or of no use, the
-            network has no such levels, or a plain transformer was given no
-            ``out_indices``.
+            network has no such levels, or ``out_indices`` are in another order than the
+            levels, or missing for a plain transformer.
     """
 
     def __init__(
@@ -123,6 +123,12 @@ class TimmBackbone(BaseModule):
                 f'{name!r} is a plain transformer, whose {len(info)} blocks have maps of the same '
                 'size. Say which to return: out_indices=(-1,) for a pyramid on the last one, or '
                 'several, such as (2, 5, 8, 11).'
+            )
+        levels = [index % len(info) for index in self._create['out_indices']]
+        if levels != sorted(set(levels)):
+            raise UsageError(
+                f'TimmBackbone: timm returns levels from the first to the last, so out_indices='
+                f'{tuple(out_indices)} has to name them once and in this order.'
             )
         # timm's wrapper of what returns its own levels has nothing but the network in it.
         self.returns_levels = isinstance(network, FeatureGetterNet)

@@ -73,6 +73,12 @@ def test_levels_have_their_own_norm_over_channels():
     torch.testing.assert_close(first, expected.permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize('indices', [(3, 0), (0, 0, 1), (0, -4)])
+def test_levels_come_in_their_order(indices):
+    with pytest.raises(UsageError, match=r'out_indices=\(.*once and in this order'):
+        TimmBackbone(**TINY, out_indices=indices)
+
+
 @pytest.mark.parametrize(
     'config, shapes',
     [
