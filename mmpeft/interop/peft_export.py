@@ -41,6 +41,8 @@ def to_peft(
     names = names or Names()
     methods, state, turns = {}, {}, False
     for site in attached(model):
+        check_layer(model, site.path, site.tensor, site.spec)
+    for site in attached(model):
         path = names.theirs(site.path)
         if not path:
             raise UsageError(
@@ -52,7 +54,6 @@ def to_peft(
                 f'{site.name} has several adapters, one on the other, and a folder of peft holds '
                 'one. Merge the first into the base (mmpeft.merge).'
             )
-        check_layer(model, site.path, site.tensor, site.spec)
         methods[path], factors = _converted(site, inference, as_lora)
         turns |= site.spec.fan_in_fan_out
         state |= {f'{PREFIX}{path}.{SUFFIXES[k]}': value for k, value in factors.items()}

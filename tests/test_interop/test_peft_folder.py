@@ -345,6 +345,12 @@ def test_what_peft_has_no_equal_of(method, targets, message, base, tmp_path):
     assert not (tmp_path / 'folder').exists()
 
 
+def test_layers_that_peft_lacks_are_named_before_methods_that_it_lacks(base, tmp_path):
+    mmpeft.inject(base, dict(type='FLoRA', rank=2))
+    with pytest.raises(UsageError, match='backbone.dilated.weight is of a dilated convolution'):
+        save_peft(base, tmp_path)
+
+
 def test_peft_does_compute_something_else_there(base, tmp_path):
     """The reason for the refusals of kernels and of attention, seen in peft."""
     for layer in ('backbone.dilated', 'backbone.mirrored', 'backbone.block.attend.out_proj'):
