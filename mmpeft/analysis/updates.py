@@ -13,7 +13,7 @@ from mmpeft.errors import UsageError, near
 from mmpeft.injection.site import Site, attached, chains_by_weight
 from mmpeft.injection.summary import kind_of
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
-from mmpeft.methods.adapter import turned
+from mmpeft.methods.adapter import maybe_transposed
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.spec import WeightSpec
 from mmpeft.quantization import dequantized
@@ -128,10 +128,12 @@ def update_of(chain: list[Site]) -> Update:
     adapted = weight
     for each in chain:
         adapted = each.adapter.in_double(adapted)
-    delta = turned(adapted - weight, site.spec)
+    delta = maybe_transposed(adapted - weight, site.spec)
     dtypes = {p.dtype for each in chain for p in each.adapter.parameters() if p.is_floating_point()}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    return Update(site.name, site.spec, turned(weight, site.spec), delta, eps, _factors(chain))
+    return Update(
+        site.name, site.spec, maybe_transposed(weight, site.spec), delta, eps, _factors(chain)
+    )
 
 
 def updates(model: nn.Module) -> Iterator[Update]:

@@ -16,7 +16,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.freeze import plain_parameters
 from mmpeft.injection.insertion_points import Search
 from mmpeft.injection.points import point_at
-from mmpeft.injection.ranks import settle_ranks
+from mmpeft.injection.ranks import resolve_ranks
 from mmpeft.injection.site import attached
 from mmpeft.injection.targets import Targets, select, target_module
 from mmpeft.injection.weights import ADAPTERS, layers, weights_of
@@ -87,7 +87,7 @@ def upgraded(model: nn.Module, manifest: Mapping, state: Mapping[str, Tensor]) -
         else:
             own = [site for site in attached(model) if site.adapter.injection == number]
             sites, trained = [replace(site, method=method) for site in own], []
-        method = settle_ranks(method, sites, targets.max_share)
+        method = resolve_ranks(method, sites, targets.max_share)
         numbered += [(number, site) for site in sites]
         injections.append(dict(method=method.config(), module=targets.module, trained=trained))
     methods, adapters = list_adapters(numbered)

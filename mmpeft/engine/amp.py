@@ -11,7 +11,7 @@ from mmengine.optim import OptimWrapper
 from mmpeft.errors import UsageError
 from mmpeft.registry import OPTIM_WRAPPERS
 
-from .config import say
+from .config import print_on_master
 
 
 def enable_amp(cfg: Config) -> None:
@@ -49,7 +49,9 @@ def prepare_precision(cfg: Config) -> None:
     for key in ('dtype', 'loss_scale', 'use_fsdp'):
         wrapper.pop(key, None)
     wrapper.type = 'mmpeft.CPUAmpOptimWrapper'
-    say('Mixed precision is in bfloat16, without scaling the loss: torch sees no accelerator.')
+    print_on_master(
+        'Mixed precision is in bfloat16, without scaling the loss: torch sees no accelerator.'
+    )
 
 
 def widen_operators() -> None:

@@ -185,12 +185,16 @@ def _fitting(targets, before, after):
             targets[key] = tuple(kind for kind in kinds if kind in known)
             if not targets[key]:
                 del targets[key]
-            say(f'targets.{key}: {", ".join(lost)} dropped, which the new method cannot have.')
+            print_on_master(
+                f'targets.{key}: {", ".join(lost)} dropped, which the new method cannot have.'
+            )
     arguments = set().union(*map(_arguments, after))
     for pattern, changed in dict(targets.get('overrides') or {}).items():
         if not arguments.issuperset(changed):
             targets['overrides'] = {k: v for k, v in targets['overrides'].items() if k != pattern}
-            say(f'targets.overrides[{pattern!r}] dropped: arguments of the former method.')
+            print_on_master(
+                f'targets.overrides[{pattern!r}] dropped: arguments of the former method.'
+            )
     return targets
 
 
@@ -200,14 +204,14 @@ def _suit_adapters(cfg):
     frozen = backbone.get('frozen_stages')
     if isinstance(frozen, int) and frozen >= 0:
         backbone.frozen_stages = -1
-        say(
+        print_on_master(
             f'model.backbone.frozen_stages: {frozen} -> -1 (the hook freezes the base; the '
             'adapters in these stages would be frozen too).'
         )
     paramwise = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
     for key, value in (paramwise.get('custom_keys') or {}).items():
         if 'backbone' in key and value.get('lr_mult', 1.0) < 1:
-            say(
+            print_on_master(
                 f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}].lr_mult: {value.lr_mult:g} -> 1 '
                 '(it is for pretrained weights, not for adapters).'
             )
@@ -255,7 +259,7 @@ def _arguments(kind):
     return {field.name for field in fields(kind)} | set(kind.renamed)
 
 
-def say(text: str) -> None:
-    """Print a line, in the first process of a run alone."""
+def print_on_master(text: str) -> None:
+    """Print a line in the first process of a run, and in no other."""
     if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
         print(text)

@@ -26,11 +26,11 @@ class Recipe(NamedTuple):
     count: int
 
 
-class Again:
+class SharedRecompute:
     """A function that backward calls once for all layers that need its result."""
 
     def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.value, self.has_reader = function, None, False
+        self.function, self.value, self.is_claimed = function, None, False
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The result, held for the layers that need it after this one."""
@@ -40,7 +40,7 @@ class Again:
             self.value = self.function(*tensors)
         return self.value
 
-    def last(self, *tensors: Tensor) -> Tensor:
+    def final(self, *tensors: Tensor) -> Tensor:
         """The result, for the first layer of the forward pass, which is the last of backward."""
         if torch.is_grad_enabled() or self.value is None:
             return self.function(*tensors)
@@ -64,7 +64,7 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
     Other layers save the tensors anyway. The function is called outside autocast.
     """
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, NAME, (Again(function), tensors, y._version))
+        setattr(y, NAME, (SharedRecompute(function), tensors, y._version))
     return y
 
 
@@ -104,8 +104,8 @@ def saved_or_recomputed(
             recipes.append(None)
             kept.append(tensor)
             continue
-        again, parts, _ = getattr(tensor, NAME)
-        restore, again.has_reader = again if again.has_reader else again.last, True
+        shared, parts, _ = getattr(tensor, NAME)
+        restore, shared.is_claimed = shared if shared.is_claimed else shared.final, True
         recipes.append(Recipe(restore, len(parts)))
         kept += parts
     return recipes, kept

@@ -18,7 +18,7 @@ from .freeze import Injection, plain_parameters, trained_parameters
 from .patterns import matching, patterns_of
 from .prompts import check_prompts
 from .quantized import adopt_quantized, quantize_weights, to_quantize
-from .ranks import settle_ranks
+from .ranks import resolve_ranks
 from .site import adapters_of
 from .summary import Summary, summary, summary_rows
 from .targets import Targets, select, target_module
@@ -96,7 +96,7 @@ def inject(
     adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
     check_prompts(model, sites)
-    method = _resolved(settle_ranks(method, sites, targets.max_share, sensitivity), sites)
+    method = _resolved(resolve_ranks(method, sites, targets.max_share, sensitivity), sites)
     root = target_module(model, targets.module)
     trained = _trained(root, unfreeze)
     _check_trainable(method, root, trained, frozen_dtype)

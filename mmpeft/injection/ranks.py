@@ -69,7 +69,7 @@ def most_within(
     return max((r for r in ranks if size(r) <= limit), key=lambda r: (size(r), r), default=None)
 
 
-def settle_ranks(
+def resolve_ranks(
     method: Method,
     sites: list[Site],
     max_share: float | None = None,

@@ -152,9 +152,9 @@ def _spec(module, name, tensor) -> WeightSpec | None:
         transposed = getattr(module, 'transposed', False)
         return WeightSpec(shape, kinds, *widths, tuple(shape[2:]), groups, transposed)
     if 'linear' in kinds and tensor.ndim == 2:
-        turned = _is_a(module, CONV1D)
-        out, features = reversed(shape) if turned else shape
-        return WeightSpec(Size((out, features)), kinds, features, out, fan_in_fan_out=turned)
+        is_transposed = _is_a(module, CONV1D)
+        out, features = reversed(shape) if is_transposed else shape
+        return WeightSpec(Size((out, features)), kinds, features, out, fan_in_fan_out=is_transposed)
     if 'embedding' in kinds:
         return WeightSpec(shape, kinds, shape[0], shape[1], padding_idx=module.padding_idx)
     return None

@@ -11,7 +11,7 @@ from mmpeft.errors import UsageError
 from mmpeft.injection.site import Site, attached
 from mmpeft.injection.weights import layers
 from mmpeft.methods import Method
-from mmpeft.methods.adapter import turned
+from mmpeft.methods.adapter import maybe_transposed
 from mmpeft.methods.delta import DeltaMethod
 from mmpeft.methods.dora import DoRA, output_norm
 from mmpeft.methods.lora import LoRA
@@ -128,7 +128,7 @@ def _without_equal(site):
     if method.matrix_shape(spec) != matrix_shape(spec, method.rank, 'channel'):
         return "is a kernel adapted in loralib's layout, and peft has layout='channel' alone"
     if isinstance(method, DoRA):
-        weight = turned(site.original, spec).to(site.adapter.dtype)
+        weight = maybe_transposed(site.original, spec).to(site.adapter.dtype)
         direction = LoRA.apply(method, weight, site.adapter.factors, spec)
         if (output_norm(direction, spec) == 0).any():
             return 'has an output channel of zeros, where peft divides by its norm and gives NaN'

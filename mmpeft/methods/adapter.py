@@ -159,7 +159,7 @@ class WeightAdapter(Adapter):
     """
 
     def __init__(self, method: Method, spec: WeightSpec, weight: Tensor, empty: bool = False):
-        super().__init__(method, spec, turned(weight, spec), empty)
+        super().__init__(method, spec, maybe_transposed(weight, spec), empty)
 
     def forward(self, weight: Tensor) -> Tensor:
         """phi(W), of the shape and dtype of ``weight``."""
@@ -177,16 +177,16 @@ class WeightAdapter(Adapter):
     ) -> Tensor:
         """phi(W) for given factors, computed in ``dtype``."""
         weight = dequantized(weight)
-        seen = turned(weight, self.spec).to(dtype)
+        seen = maybe_transposed(weight, self.spec).to(dtype)
         adapted = self.method.apply(seen, factors, self.spec, training)
         if self.spec.padding_idx is not None:
             row = torch.arange(weight.shape[0], device=weight.device) == self.spec.padding_idx
             adapted = torch.where(row[:, None], weight.to(dtype), adapted)
-        adapted = turned(adapted.to(weight.dtype), self.spec)
+        adapted = maybe_transposed(adapted.to(weight.dtype), self.spec)
         return adapted.contiguous() if self.spec.fan_in_fan_out else adapted
 
 
-def turned(weight, spec):
+def maybe_transposed(weight, spec):
     """A weight as methods see it from what is stored, and the reverse."""
     return weight.mT if spec.fan_in_fan_out else weight
 

@@ -16,7 +16,7 @@ from mmpeft.injection.statistics import norms_to_freeze
 from mmpeft.injection.targets import Targets, select, target_module
 from mmpeft.injection.wrappers import on_inner
 from mmpeft.methods import Method, Ranked
-from mmpeft.methods.adapter import turned
+from mmpeft.methods.adapter import maybe_transposed
 from mmpeft.quantization import Quantized
 from mmpeft.registry import METHODS
 
@@ -152,6 +152,8 @@ def _gains(site, count):
     gradient = gradient / count
     if not gradient.isfinite().all():
         return torch.full((1,), torch.nan)
-    gains = site.method.gains(turned(weight.double(), spec), turned(gradient, spec), spec)
+    gains = site.method.gains(
+        maybe_transposed(weight.double(), spec), maybe_transposed(gradient, spec), spec
+    )
     broadcast(gains)
     return gains.cpu()

@@ -9,7 +9,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.engine.building import adapt
-from mmpeft.engine.config import find_hook, say
+from mmpeft.engine.config import find_hook, print_on_master
 from mmpeft.errors import MissingFileError, UsageError
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -72,7 +72,7 @@ def inject(pipeline: Pipeline, cfg: Config) -> dict[str, nn.Module]:
             targets = find_hook(own).targets
             last = rf'layers\.{part.config.num_hidden_layers - 1}\.'
             targets.exclude = (*targets.get('exclude', ()), last)
-        say(f'{name}: {adapt(part, own)}')
+        print_on_master(f'{name}: {adapt(part, own)}')
     return parts
 
 

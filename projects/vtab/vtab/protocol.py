@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmpeft.engine.config import compose, say
+from mmpeft.engine.config import compose, print_on_master
 from mmpeft.engine.data_check import check_data
 from mmpeft.engine.runs import check_seeds, combinations, run, with_values
 from mmpeft.errors import TrainingError, UsageError, near
@@ -100,7 +100,7 @@ def _tune(cfg, work_dir, task, seed, choices):
     if max(scores) < 0:
         raise TrainingError(f'{task}: no values of the grid train. {trial["error"]}')
     best = choices[scores.index(max(scores))]
-    say(f'{task}: {best} has {max(scores):.1f} % on val200.')
+    print_on_master(f'{task}: {best} has {max(scores):.1f} % on val200.')
     return best
 
 
