@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from glue.cli import add_arguments, read_config, run, tasks_of, texts_of
+from glue.models import weights_sha256
 from glue.plan import pending, read_records, result
 from glue.report import differences, table
 from glue.shares import shares
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     files = args.records or [Path('work_dirs/glue') / f'{args.config.stem}.jsonl']
     records = read_records(files)
     if args.command == 'print':
+        known = {r['task']: r['sha256'] for r in records.values() if 'sha256' in r}
+        if known:  # those that are printed have to agree
+            data = {task: digests['data'] for task, digests in known.items()}
+            config['sha256'] = dict(data=data, model=next(iter(known.values()))['model'])
         print(table(config, tasks, methods, args.seeds, records))
         models = {record['model'] for record in records.values() if 'model' in record}
         print(f'Models of the records: {", ".join(sorted(models))}', file=sys.stderr)
@@ -52,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(differences(config, tasks, methods, args.seeds, records, args.against))
         return
     texts = {task: texts_of(config, task) for task in tasks}
+    data = {task: texts[task].sha256 for task in tasks}
+    config['sha256'] = dict(data=data, model=weights_sha256(config['model']))
     folder = Path('work_dirs/glue') / args.config.stem
     for trial in pending(config, tasks, methods, args.seeds, records):
         record = dict(id=trial.id)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -436,6 +437,12 @@ def test_a_table_is_resumed_and_printed(glue, encoder, tmp_path, capsys, monkeyp
         for seed in (0, 1)
     }
     capsys.readouterr()
+    assert found[0]['available'] == found[0]['rows']['train'] == 16
+    with pytest.raises(UsageError, match='in training'):
+        table(['print', *(word.replace('epochs=1', 'epochs=2') for word in common), *methods])
+    write_rows(tmp_path / 'rte', 'train', 'csv', rows[:4], ('sentence1', 'sentence2', 'label'))
+    with pytest.raises(UsageError, match="'rte adalora_r2 0 final None' differs in data"):
+        table(['run', *common, *methods])
     table(['print', *common, *methods, '--against', 'adalora_r2'])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == '| Method | Parameters | Seeds | RTE | CoLA | STS-B | Avg. |'
@@ -444,20 +451,66 @@ def test_a_table_is_resumed_and_printed(glue, encoder, tmp_path, capsys, monkeyp
     assert printed[3].startswith("| dict(type='IA3') | ") and len(printed) == 4 + 3 + 3
 
 
-def test_records_of_another_model_are_not_taken(glue):
+def test_records_of_another_setting_are_not_taken(glue):
     from glue import plan
+    from glue.report import finals
     from glue.trial import Trial
 
     trial = Trial('own', 'lora', 0)
+    lora = dict(method='lora', arguments=dict(budget=9))
     config = dict(
-        model='small', tasks=dict(own=dict(learning_rate=0.1)), training={}, methods=dict(lora={})
+        model='small', tasks=dict(own=dict(learning_rate=0.1)), training={}, methods=dict(lora=lora)
     )
-    record = dict(vars(trial), id=trial.id, model='small', training=dict(learning_rate=0.1))
+    digests = dict(data=dict(own='d'), model='m')
+    hook = dict(method=dict(type='LoRA', rank=16, budget=9))
+    old = dict(vars(trial), model='small', training=dict(learning_rate=0.1), hook=hook)
+    old['rows'] = dict(train=20, validation=9)
+    new = old | dict(available=20, sha256=dict(data='d', model='m'))
+    for record in old, new:
+        for known in {}, dict(sha256=digests):
+            for rows in {}, dict(rows=20):
+                assert plan.has_run(config | known | rows, trial, {trial.id: record})
+    assert plan.has_run(config | dict(rows=30), trial, {trial.id: new})
     assert not plan.has_run(config, trial, {})
-    assert plan.has_run(config, trial, {trial.id: record | dict(model='models/small')})
-    for key, value in dict(model='large', training=dict(learning_rate=0.2)).items():
-        with pytest.raises(UsageError, match=f'with another {key}'):
-            plan.has_run(config, trial, {trial.id: record | {key: value}})
+    for record, changed, message in (
+        (
+            old,
+            dict(tasks=dict(own=dict(learning_rate=0.2))),
+            "it has {'learning_rate': 0.1}",
+        ),
+        (old, dict(methods=dict(lora=dict(lora, arguments=dict(budget=8)))), 'in hook'),
+        (old, dict(rows=10), "rows: it has {'train': 20}, and this command {'train': 10}"),
+        (old, dict(rows=30), 'in rows'),
+        (new, dict(rows=10), 'in rows'),
+        (old, dict(model='large', sha256=digests), "in model: it has {'model': 'small'}"),
+        (new, dict(sha256=dict(digests, model='n')), 'in model'),
+        (new, dict(sha256=dict(digests, data=dict(own='e'))), "in data: it has {'data': 'd'}"),
+    ):
+        for take in plan.has_run, lambda *given: finals(given[0], 'own', 'lora', 1, given[2]):
+            with pytest.raises(UsageError, match=re.escape(message)):
+                take(config | changed, trial, {trial.id: record})
+    tuned = PLAN | config | dict(methods=dict(lora=dict(lora, rates=(0.3,))))
+    tuned['tuning'] = dict(rows=8, held_out=4, seeds=1, kept=1)
+    trial = Trial('own', 'lora', 0, 'tune', 0.3)
+    record = new | dict(training=dict(learning_rate=0.3), rows=dict(train=8, held_out=5))
+    with pytest.raises(UsageError, match="in rows: it has {'held_out': 5}"):
+        finals(tuned, 'own', 'lora', 1, {trial.id: record | dict(scores=dict(x=dict(m=1.0)))})
+
+
+def test_digests_are_those_of_rows_and_weights(glue, encoder, tmp_path):
+    from glue.data import read_texts
+    from glue.models import weights_sha256
+
+    digests = []
+    for folder, rows in ('a', ROWS), ('b', ROWS), ('c', [*ROWS[:2], ('so, so', 'yes')]):
+        for name in 'train', 'test':
+            write_rows(tmp_path / folder, name, 'csv', rows)
+        digests.append(read_texts(None, str(tmp_path / folder), ['text']).sha256)
+    assert digests[0] == digests[1] != digests[2]
+    for name in 'one', 'two':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'model.safetensors').write_text(name)
+    assert weights_sha256(str(tmp_path / 'one')) != weights_sha256(str(tmp_path / 'two'))
 
 
 def test_the_records_of_what_was_measured_are_printed(glue, script, monkeypatch, capsys):

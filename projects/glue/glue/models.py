@@ -1,10 +1,13 @@
 """Sentence classifiers of transformers, adapted."""
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import transformers
 from torch import nn
+from transformers.utils import cached_file
 
 import mmpeft
 from mmpeft.engine.method_argument import read_method
@@ -50,6 +53,21 @@ def read_model(name: str, outputs: int) -> transformers.PreTrainedModel:
             name, num_labels=outputs
         )
     return mark_pooler(model)
+
+
+@cache
+def weights_sha256(name: str) -> str | None:
+    """The digest of the file that holds a pretrained model's weights; None if several do.
+
+    Raises:
+        UsageError: There is no such model.
+    """
+    with _found(name):
+        for file in 'model.safetensors', 'pytorch_model.bin':
+            path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            if path is not None:
+                with open(path, 'rb') as weights:
+                    return hashlib.file_digest(weights, 'sha256').hexdigest()[:16]
 
 
 def mark_pooler(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

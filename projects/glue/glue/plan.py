@@ -10,7 +10,8 @@ import numpy as np
 from mmpeft.checkpoint.journal import read_journal
 from mmpeft.errors import UsageError
 
-from .trial import Trial, settings
+from .models import hook_of
+from .trial import Trial, settings, sizes
 
 Records = dict[str, dict]
 
@@ -50,6 +51,8 @@ def final_trial(config: Mapping, task: str, method: str, seed: int, records: Rec
         KeyError: The method is not tuned yet.
     """
     tuning = [*tuning_trials(config, task, method, records)]
+    for trial in tuning:
+        has_run(config, trial, records)
     last = max((trial.seed for trial in tuning), default=0)
     rates = sorted(trial.learning_rate for trial in tuning if trial.seed == last)
     means = {
@@ -62,25 +65,49 @@ def final_trial(config: Mapping, task: str, method: str, seed: int, records: Rec
 def has_run(config: Mapping, trial: Trial, records: Records) -> bool:
     """Whether a trial has a record.
 
+    Args:
+        config: Of ``configs/``, with ``sha256`` of the ``model`` and, by task, the ``data``, where
+            these are known.
+        trial: What is run.
+        records: By the trials' ids; those of earlier versions lack some keys.
+
     Raises:
-        UsageError: It has one of another model, or with other settings of the training.
+        UsageError: It has one with other settings, of other data or of another model.
     """
     record = records.get(trial.id)
     if record is None:
         return False
     if 'model' not in record:
         return True
-    ours = json.loads(json.dumps(settings(config, trial)))
-    # A folder stands for the model that was downloaded into it.
-    models = [Path(name).name for name in (record['model'], config['model'])]
-    pairs = dict(model=models, training=[record['training'], ours])
-    for key, (theirs, ours) in pairs.items():
-        if theirs != ours:
+    for key, (has, says) in _compared(config, trial, record).items():
+        if has != says:
+            both = (has, says), (says, has)
+            has, says = ({k: v for k, v in a.items() if v != b.get(k)} for a, b in both)
+            what = ' and '.join(says) if key == 'sha256' else key
             raise UsageError(
-                f'The records have {trial.id!r} with another {key}: {theirs}, where the config '
-                f'says {ours}. Name other files by --records.'
+                f'The record of {trial.id!r} differs in {what}: it has {has}, and this command '
+                f'{says}. Name other files by --records.'
             )
     return True
+
+
+def _compared(config, trial, record):
+    """What a record has and what a config says, as far as both are known, by a name."""
+    digests = config.get('sha256', {})
+    available = record.get('available') or config.get('rows') or record['rows']['train']
+    says = dict(
+        training=settings(config, trial),
+        hook=hook_of(config['methods'], trial.method),
+        rows=sizes(config, trial, available),
+        sha256={k: v.get(trial.task) if k == 'data' else v for k, v in digests.items()},
+    )
+    has = record | dict(rows={key: record['rows'].get(key) for key in says['rows']})
+    if digests and 'sha256' not in record:  # a folder stands for the model downloaded into it
+        has['sha256'], says['sha256'] = (
+            dict(model=Path(name).name) for name in (record['model'], config['model'])
+        )
+    says = json.loads(json.dumps(says))
+    return {key: (has[key], says[key]) for key in says if key in has and says[key]}
 
 
 def pending(

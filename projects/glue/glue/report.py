@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from .plan import Records, final_trial, result
+from .plan import Records, final_trial, has_run, result
 
 NAMES = dict(
     mnli='MNLI',
@@ -22,14 +22,18 @@ NAMES = dict(
 def finals(
     config: Mapping, task: str, method: str, seeds: int, records: Records
 ) -> dict[int, dict]:
-    """The records of a method's final runs by seed, as far as there are any."""
+    """The records of a method's final runs by seed, as far as there are any.
+
+    Raises:
+        UsageError: They are of other settings than the config's.
+    """
     found = {}
     for seed in range(seeds):
         try:
             trial = final_trial(config, task, method, seed, records)
         except KeyError:  # it is not tuned yet
             break
-        if trial.id in records:
+        if has_run(config, trial, records):
             found[seed] = records[trial.id]
     return found
 

@@ -15,7 +15,7 @@ from mmpeft.errors import UsageError
 from mmpeft.interop.transformers import PEFTCallback
 
 from .data import Texts
-from .models import adapt, hook_of, read_model, read_tokenizer
+from .models import adapt, hook_of, read_model, read_tokenizer, weights_sha256
 from .tasks import score
 
 PACKAGES = ('mmpeft', 'torch', 'transformers', 'datasets')
@@ -63,22 +63,27 @@ def settings(config: Mapping, trial: Trial) -> dict:
     return found
 
 
-def choose_rows(config: Mapping, trial: Trial, texts: Texts) -> dict:
-    """The splits of a trial: ``train``, and what it scores.
+def sizes(config: Mapping, trial: Trial, available: float) -> dict[str, float]:
+    """How many of the ``available`` training rows train and, in tuning, are scored.
 
-    A config's ``rows`` limits how many rows train, drawn by the seed. In tuning,
-    ``tuning['rows']`` rows train and ``tuning['held_out']`` others are scored.
+    A config's ``rows`` limits how many rows train. In tuning, ``tuning['rows']`` rows train and
+    ``tuning['held_out']`` others are scored.
     """
-    train = texts.splits['train']
     if trial.stage == 'tune':
-        sizes = config['tuning']['rows'], config['tuning']['held_out']
+        return dict(train=config['tuning']['rows'], held_out=config['tuning']['held_out'])
+    return dict(train=min(config.get('rows') or available, available))
+
+
+def choose_rows(config: Mapping, trial: Trial, texts: Texts) -> dict:
+    """The splits of a trial: ``train``, and what it scores, drawn by the seed."""
+    train = texts.splits['train']
+    size, held_out = (sizes(config, trial, len(train)).get(k, 0) for k in ('train', 'held_out'))
+    if trial.stage == 'tune':
         # seeds of final runs count from 0
-        drawn = train.shuffle(1000 + trial.seed).select(range(sum(sizes)))
-        return dict(
-            train=drawn.select(range(sizes[0])), held_out=drawn.select(range(sizes[0], sum(sizes)))
-        )
+        drawn = train.shuffle(1000 + trial.seed).select(range(size + held_out))
+        return dict(train=drawn.select(range(size)), held_out=drawn.select(range(size, len(drawn))))
     if config.get('rows'):
-        train = train.shuffle(trial.seed).select(range(min(config['rows'], len(train))))
+        train = train.shuffle(trial.seed).select(range(size))
     return dict(texts.splits, train=train)
 
 
@@ -201,6 +206,8 @@ def run_trial(
         hook=hook,
         training=dict(arguments, max_length=length),
         rows={name: len(split) for name, split in rows.items()},
+        available=len(texts.splits['train']),
+        sha256=dict(model=weights_sha256(model_name), data=texts.sha256),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         device=str(trainer.args.device),
         date=time.strftime('%Y-%m-%d'),
