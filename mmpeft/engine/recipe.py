@@ -1,6 +1,7 @@
 """Recipes of runs without a Runner: configs with ``peft`` of a method file, and ``targets``."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -12,6 +13,12 @@ from mmpeft.injection.summary import Summary
 
 from .config import read_config
 from .method_argument import read_method
+
+# What :func:`check_options` leaves to inject and transformers, which check it themselves.
+NAMES = {
+    'peft': ('method', 'targets', 'unfreeze'),
+    r'(peft\.)?targets|peft\.method|training|generation': None,
+}
 
 
 def read_recipe(
@@ -30,13 +37,54 @@ def read_recipe(
     """
     cfg = read_config(config)
     options = {k: v for k, v in given.items() if v is not None} | dict(options or {})
-    for key in options:
-        if key.split('.')[0] not in cfg:
-            raise UsageError(f'--cfg-options: there is no {key!r}. {near(key, cfg)}')
+    check_options(options, cfg.to_dict(), NAMES)
     if method is not None:
         cfg.peft = ConfigDict(read_method(method))
     cfg.merge_from_dict(options)
+    if 'generation' in cfg:
+        _check_generation(cfg.generation)
     return cfg
+
+
+def check_options(
+    options: Mapping, cfg: Mapping, names: Mapping[str, Iterable[str] | None]
+) -> None:
+    """Refuse options for keys that a config does not have, at any depth.
+
+    Args:
+        options: By dotted keys.
+        cfg: The config without them.
+        names: What dicts may have beside the config's keys, by patterns of their dotted keys ('' is
+            the config itself); None stands for anything.
+
+    Raises:
+        UsageError: Names the key and similar ones.
+    """
+    for key in options:
+        node, path = cfg, ''
+        for name in key.split('.'):
+            more = [found for pattern, found in names.items() if re.fullmatch(pattern, path)]
+            is_new = node is ...  # a dict that the config does not have
+            if None in more or isinstance(node, (list, tuple)) or (is_new and not more):
+                break
+            own = node if isinstance(node, Mapping) else {}
+            known = dict.fromkeys([*own, *(each for found in more for each in found)])
+            if name not in known and name != '_delete_':
+                raise UsageError(f'--cfg-options: there is no {key!r}. {near(name, known)}')
+            node, path = own.get(name, ...), f'{path}.{name}'.lstrip('.')
+
+
+def _check_generation(given):
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict()
+    for key in given:
+        if key not in known:
+            raise UsageError(f'generation: GenerationConfig has no {key!r}. {near(key, known)}')
+    try:
+        GenerationConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f'generation: {" ".join(str(error).split())}') from error
 
 
 def check_run(cfg: Config, path: Path, resume: bool) -> None:

@@ -8,10 +8,12 @@ Adapters are written into the work directory, which generate.py and export.py ta
 
 import argparse
 
+from dreambooth.models import SAMPLER
 from dreambooth.training import train
 
 from mmpeft.engine.command_line import add_config_arguments, run
-from mmpeft.engine.config import compose, run_name
+from mmpeft.engine.config import compose, read_config, run_name
+from mmpeft.engine.recipe import check_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +29,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    known = read_config(args.config).to_dict()
+    known.pop('peft', None)  # of the method file, whose method is in default_hooks
+    check_options(args.cfg_options or {}, known, {'sampler': SAMPLER, 'default_hooks': None})
     cfg = compose(args.config, args.method, args.cfg_options)
     cfg.model = args.model or cfg.model
     cfg.subject.images = args.images or cfg.subject.images

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from mmpeft.engine.recipe import adapt, check_run, read_recipe
+from mmpeft.engine.recipe import adapt, check_options, check_run, read_recipe
 from mmpeft.errors import UsageError
 
 TEXT = """
@@ -46,6 +46,56 @@ def test_what_replaces_a_recipe(file):
 def test_a_key_that_no_recipe_has(file):
     with pytest.raises(UsageError, match="there is no 'modle.x'.*Did you mean 'model'"):
         read_recipe(file, options={'modle.x': 1})
+
+
+CONFIG = dict(
+    steps=3, ways=[dict(a=1)], sampler=dict(steps=2), tasks=dict(own=dict(rate=1)), free=dict(a=1)
+)
+NAMES = {
+    '': ('rows', 'tuning'), 'tuning': ('rows',), r'tasks\.\w+': ('epochs',), 'tasks': ('rte',),
+    'free': None, 'sampler': ('seed',),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'key',
+    'steps ways.0.a sampler.steps sampler.seed.high tasks.own.rate tasks.rte.epochs '
+    'tasks.own.epochs free.b.c rows tuning.rows sampler._delete_'.split(),
+)
+def test_options_for_keys_of_a_config(key):
+    check_options({key: 1}, CONFIG, NAMES)
+
+
+@pytest.mark.parametrize(
+    'key, nearest',
+    [
+        ('stepss', 'steps'),
+        ('sampler.stps', 'steps'),
+        ('tasks.owwn.rate', 'own'),
+        ('tasks.own.rat', 'rate'),
+        ('tasks.rte.epoch', 'epochs'),
+        ('tuning.rws', 'rows'),
+    ],
+)
+def test_options_for_keys_that_a_config_does_not_have(key, nearest):
+    with pytest.raises(UsageError, match=f"there is no '{key}'. Did you mean '{nearest}'"):
+        check_options({key: 1}, CONFIG, NAMES)
+    with pytest.raises(UsageError, match="there is no 'steps.a'"):
+        check_options({'steps.a': 1}, CONFIG, NAMES)
+
+
+@pytest.mark.parametrize(
+    'key, value, message',
+    [
+        ('max_new_tokns', 3, "no 'max_new_tokns'. Did you mean 'max_new_tokens'"),
+        ('max_new_tokens', 0, 'generation: .max_new_tokens. must be greater than 0'),
+    ],
+)
+def test_generation_is_that_of_transformers(file, key, value, message):
+    file.write_text(f'{TEXT}generation = dict(num_beams=4)')
+    assert read_recipe(file, options={'generation.top_k': 3}).generation.top_k == 3
+    with pytest.raises(UsageError, match=message):
+        read_recipe(file, options={f'generation.{key}': value})
 
 
 def test_a_run_that_is_there_is_not_overwritten(file, tmp_path):

@@ -63,7 +63,8 @@ def material(project, tmp_path_factory):
 
 def arguments(material, *options, config=LORA):
     given = '--model', material / 'llama', '--data', material / 'train.json'
-    return [*map(str, (config, *given)), '--cfg-options', *SMALL, *options]
+    once = {option.partition('=')[0]: option for option in (*SMALL, *options)}
+    return [*map(str, (config, *given)), '--cfg-options', *once.values()]
 
 
 def test_prompts(project):

@@ -359,6 +359,19 @@ def test_from_images_to_files(material, tmp_path, capsys):
         assert_close(latents_of(other), expected)
 
 
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        ('accumulaton=4', "no 'accumulaton'. Did you mean 'accumulation'"),
+        ('sampler.num_infernce_steps=3', "Did you mean 'num_inference_steps'"),
+        ('peft.method.rank=3', "no 'peft.method.rank'"),
+    ],
+)
+def test_an_option_that_nothing_reads(option, message, capsys):
+    with pytest.raises(SystemExit, match=message):
+        call('train', CONFIGS / 'sd15_flora.py', '--cfg-options', 'sampler.eta=1', option)
+
+
 # From the config.json of the published UNets.
 SD15 = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
 SDXL = dict(

@@ -1,5 +1,6 @@
 """GLUE: data, metrics, parameter counts, the plan of a table, and a run from end to end."""
 
+import argparse
 import json
 import os
 import re
@@ -228,6 +229,29 @@ def test_the_later_settings_win(glue):
     assert settings(config, Trial('cola', 'full', 0))['learning_rate'] == 2e-5
     assert settings(config, Trial('letters', 'lora_r2', 0))['learning_rate'] == 1e-3
     assert settings(config, Trial('cola', 'full', 0, learning_rate=0.5))['learning_rate'] == 0.5
+
+
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        ('trainng.bf16=True', "no 'trainng.bf16'. Did you mean 'training'"),
+        ('tasks.owwn.max_length=3', "Did you mean 'own'"),
+        ('tasks.rte.max_lenth=3', "Did you mean 'max_length'"),
+        ('methods.lora_r8.training.learning_rat=3', "Did you mean 'learning_rate'"),
+        ('training.max_length=3', 'training.max_length has no effect.*tasks.rte.max_length, or'),
+    ],
+)
+def test_options_without_effect_are_refused(glue, option, message):
+    from glue.cli import add_arguments, read_config
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [str(PROJECT / 'configs/liera_deberta_v3_base.py'), '--cfg-options']
+    fine = 'tasks.own.num_train_epochs=1', 'rows=5', 'methods.lora_r8.arguments.rank=3'
+    config = read_config(parser.parse_args([*given, 'training.bf16=True', *fine]))
+    assert config['rows'] == 5 and config['training']['bf16']
+    with pytest.raises(UsageError, match=message):
+        read_config(parser.parse_args([*given, option]))
 
 
 PLAN = dict(

@@ -103,7 +103,8 @@ def items(material):
 def arguments(material, *options):
     given = '--model', material / 'llava', '--data', material / 'train.json'
     given += '--images', material / 'images'
-    return [*map(str, (FLORA, *given)), '--cfg-options', *SMALL, *options]
+    once = {option.partition('=')[0]: option for option in (*SMALL, *options)}
+    return [*map(str, (FLORA, *given)), '--cfg-options', *once.values()]
 
 
 def test_conversations_as_text(project):

@@ -5,8 +5,9 @@ import argparse
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
+from mmpeft.engine.key_values import KeyValues
 from mmpeft.errors import MissingFileError
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What changes a recipe in training and in evaluation."""
     parser.add_argument('--model', help='folder, or name at the Hugging Face Hub')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='key=value, as training.seed=1'
+        '--cfg-options', nargs='+', action=KeyValues, help='key=value, as training.seed=1'
     )
 
 

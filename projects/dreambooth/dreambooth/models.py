@@ -1,5 +1,6 @@
 """Pipelines of Stable Diffusion and SDXL, and adapters on their parts."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from mmpeft.engine.config import find_hook, print_on_master
 from mmpeft.errors import MissingFileError, UsageError
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+# What a config's ``sampler`` may have.
+SAMPLER = {
+    name for kind in Pipeline.__args__ for name in inspect.signature(kind.__call__).parameters
+}
 PARTS = ('unet', 'text_encoder', 'text_encoder_2')
 
 

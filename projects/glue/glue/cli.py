@@ -6,12 +6,25 @@ from pathlib import Path
 
 import datasets
 import transformers
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
+from mmpeft.engine.key_values import KeyValues
+from mmpeft.engine.recipe import check_options
 from mmpeft.errors import MissingFileError, TrainingError, UsageError
 
 from .data import GLUE, Texts, read_texts
 from .tasks import TASKS
+from .trial import ARGUMENTS
+
+# What options may add to a config, by its keys.
+NAMES = {
+    '': ('data', 'sentences', 'label', 'model', 'rows', 'tuning'),
+    r'training|tasks\.\w+|(tuning|methods\.\w+)\.training': ARGUMENTS,
+    'tasks': (*TASKS, 'own'),
+    'tuning': ('rows', 'held_out', 'seeds', 'kept', 'training'),
+    r'methods\.\w+': ('method', 'arguments', 'targets', 'training', 'rates'),
+    r'methods\.\w+\.(method|arguments|targets)': None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--sentences', nargs='+', help='columns of a data set of your own')
     parser.add_argument('--label', help='column of its labels')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='such as training.bf16=True'
+        '--cfg-options', nargs='+', action=KeyValues, help='such as training.bf16=True'
     )
 
 
@@ -31,11 +44,21 @@ def read_config(args: argparse.Namespace) -> dict:
 
     Raises:
         MissingFileError: There is no such file.
+        UsageError: An option has no effect.
     """
     if not args.config.is_file():
         raise MissingFileError(f'There is no config {str(args.config)!r}.')
     config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
+    options = args.cfg_options or {}
+    check_options(options, config.to_dict(), NAMES)
+    for key in options:
+        above, _, name = key.rpartition('.')
+        if above == 'training' and any(name in task for task in config.tasks.values()):
+            raise UsageError(
+                f'--cfg-options: {key} has no effect, since each task has its own {name}. Write '
+                f'tasks.rte.{name}, or tasks.own.{name} for a data set of your own.'
+            )
+    config.merge_from_dict(options)
     config = dict(data=GLUE, sentences=('sentence',), label='label') | config.to_dict()
     given = {k: getattr(args, k) for k in ('data', 'model', 'sentences', 'label')}
     return config | {key: value for key, value in given.items() if value is not None}

@@ -3,7 +3,7 @@
 import importlib.metadata
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from .data import Texts
 from .models import adapt, hook_of, read_model, read_tokenizer, weights_sha256
 from .tasks import score
 
+# Of a config's ``training`` and its like.
+ARGUMENTS = (*(field.name for field in fields(transformers.TrainingArguments)), 'max_length')
 PACKAGES = ('mmpeft', 'torch', 'transformers', 'datasets')
 
 

@@ -5,8 +5,9 @@ import argparse
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
+from mmpeft.engine.key_values import KeyValues
 from mmpeft.errors import MissingFileError
 
 
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', help='conversations in a JSON file')
     parser.add_argument('--images', help='the folder that their paths begin in')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='key=value, as training.seed=1'
+        '--cfg-options', nargs='+', action=KeyValues, help='key=value, as training.seed=1'
     )
 
 
