@@ -261,6 +261,26 @@ def test_few_bits(project, material, tmp_path):
     assert len(merged.read_text().splitlines()) == len(beside.read_text().splitlines()) == 3
 
 
+def test_examples_without_an_answer_are_left_out(project, material, tmp_path, capsys):
+    words = hf.AutoTokenizer.from_pretrained(material / 'llama')
+    items = json.loads((material / 'train.json').read_text())
+    starts = sorted(
+        len(words(project.protocol.prompt(i['instruction']))['input_ids']) for i in items
+    )
+    given = 'train_on_prompt=False', 'training.max_steps=1', f'cutoff={starts[9]}'
+    project.training.main([*arguments(material, *given), '--work-dir', str(tmp_path / 'run')])
+    lost = sum(start >= starts[9] for start in starts)
+    assert (
+        0 < lost < 24
+        and f'{lost} without any of their answer are left out' in capsys.readouterr().out
+    )
+    with pytest.raises(UsageError, match='cutoff=8 leaves an answer to 0 of the 24 examples'):
+        project.training.main(arguments(material, *given[:2], 'cutoff=8'))
+    kept = f'held_out={24 - lost}'
+    with pytest.raises(UsageError, match=f'leaves an answer to {24 - lost} of .*{kept} of them do'):
+        project.training.main(arguments(material, *given, kept))
+
+
 def test_another_method(project):
     cfg = read_recipe(LORA, method='flora', options={'peft.method.rank': 4})
     summary = adapt(llama_on_meta('llama_7b', 1), cfg, empty=True)

@@ -76,8 +76,18 @@ def train(cfg: Config, work_dir: Path, resume: bool = False) -> PEFTTrainer:
     tokenizer, model = load_base(cfg)
     encoded = [encode(item, tokenizer, cfg.cutoff, cfg.train_on_prompt) for item in items]
     cut = sum(len(example['input_ids']) == cfg.cutoff for example in encoded)
+    labelled = [each for each in encoded if max(each['labels']) >= 0]
+    if len(labelled) <= cfg.held_out:
+        raise UsageError(
+            f'cutoff={cfg.cutoff} leaves an answer to {len(labelled)} of the {len(encoded)} '
+            f'examples, and held_out={cfg.held_out} of them do not train. Take a larger cutoff.'
+        )
     if cut and arguments.process_index == 0:
-        print(f'{cut} of {len(encoded)} examples reach the cutoff of {cfg.cutoff} tokens.')
+        print(
+            f'{cut} of {len(encoded)} examples reach the cutoff of {cfg.cutoff} tokens; '
+            f'{len(encoded) - len(labelled)} without any of their answer are left out.'
+        )
+    encoded = labelled
     random.Random(arguments.seed).shuffle(encoded)
     transformers.set_seed(arguments.seed)  # of the adapters
     summary = adapt(model.to(arguments.device), cfg)
