@@ -11,8 +11,7 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.checkpoint.journal import append_record, read_journal
-from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.engine.recipe import adapt, answered, read_recipe
 from mmpeft.errors import MissingFileError, UsageError, near
 
 from .protocol import SETS, extract_answer, prompt, read_set
@@ -36,20 +35,6 @@ def generate(
     ids = model.generate(**inputs, generation_config=config)
     new = ids[:, inputs['input_ids'].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
-def answer(model, tokenizer, name: str, items: list[dict], path: Path, batch: int, **generation):
-    """Answer a set's questions that have no record yet; a line of ``path`` for each, in order."""
-    done = len(read_journal(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for start in range(done, len(items), batch):
-        asked = items[start : start + batch]
-        prompts = [prompt(item['instruction'], item['input']) for item in asked]
-        texts = generate(model, tokenizer, prompts, **generation)
-        for item, text in zip(asked, texts, strict=True):
-            found = extract_answer(text, SETS[name][1])
-            append_record(path, dict(text=text, found=found, answer=item['answer']))
-        print(f'{name}: {min(start + batch, len(items))} of {len(items)}', flush=True)
 
 
 def accuracy(records: list[dict]) -> float:
@@ -107,8 +92,15 @@ def evaluate(
     for name, items in questions.items():
         asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()
         path = run / f'answers-{digest[:12]}' / f'{name}-{asked[:8]}.jsonl'
-        answer(model, tokenizer, name, items, path, batch, **cfg.generation)
-        scores[name] = accuracy(read_journal(path))
+
+        def ask(items, possible=SETS[name][1]):
+            prompts = [prompt(item['instruction'], item['input']) for item in items]
+            texts = generate(model, tokenizer, prompts, **cfg.generation)
+            for item, text in zip(items, texts, strict=True):
+                found = extract_answer(text, possible)
+                yield dict(text=text, found=found, answer=item['answer'])
+
+        scores[name] = accuracy(answered(path, items, batch, ask))
     for line in table(summary.rows[0].method, summary.share, scores):
         print(line)
     return scores

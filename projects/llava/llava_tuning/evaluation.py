@@ -10,8 +10,7 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.checkpoint.journal import append_record, read_journal
-from mmpeft.engine.recipe import adapt, read_recipe
+from mmpeft.engine.recipe import adapt, answered, read_recipe
 from mmpeft.errors import MissingFileError
 
 from .conversations import open_image, read_conversations, render
@@ -79,11 +78,14 @@ def evaluate(cfg: Config, run: Path, merge: bool = True) -> float:
     for path in adapter, Path(cfg.data), *(Path(cfg.images, name) for name in sorted(images)):
         made_by.update(path.read_bytes())
     path = run / f'{Path(cfg.data).stem}-{made_by.hexdigest()[:12]}.jsonl'
-    for item in items[len(read_journal(path)) :]:
-        text = answer(model, processor, item, cfg.images, **cfg.generation)
-        expected = item['conversations'][1]['value']
-        append_record(path, dict(id=item.get('id'), text=text, answer=expected))
-    records = read_journal(path)
+
+    def ask(items):
+        for item in items:
+            text = answer(model, processor, item, cfg.images, **cfg.generation)
+            expected = item['conversations'][1]['value']
+            yield dict(id=item.get('id'), text=text, answer=expected)
+
+    records = answered(path, items, 100, ask)
     exact = sum(is_exact(record['text'], record['answer']) for record in records)
     print(f'{exact} of {len(records)} exact = {exact / len(records):.1%}; answers: {path}')
     return 100 * exact / len(records)
