@@ -301,6 +301,17 @@ def test_measures(tmp_path):
     assert agreement(own, prompts) == pytest.approx(expected, rel=1e-5)
 
 
+def test_images_of_the_class_that_are_there_stay(material, tmp_path):
+    from dreambooth.training import make_class_images
+
+    cfg = config(material, 'sd15_flora', **{'prior.number': 5})
+    for name in '0001', '0002', '0003':
+        Image.new('RGB', (32, 32), 'red').save(tmp_path / f'{name}.png')
+    make_class_images(cfg, plain(cfg), 'a picture of a cat', tmp_path)
+    red = {p.stem: Image.open(p).getpixel((0, 0)) == (255, 0, 0) for p in tmp_path.iterdir()}
+    assert red == {'0000': False, '0001': True, '0002': True, '0003': True, '0004': False}
+
+
 def call(name, *arguments):
     """Run a script of the project in this process."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +92,11 @@ def material(
 def make_class_images(cfg: Config, pipeline: Pipeline, prompt: str, folder: Path) -> None:
     """Fill a folder up to the number of images that prior preservation wants."""
     folder.mkdir(parents=True, exist_ok=True)
+    paths = (folder / f'{number:04}.png' for number in count())
+    free = (path for path in paths if not path.exists())
     for seed in range(len(image_files(folder)), cfg.prior.number):
         (image,) = generate(pipeline, [prompt], [seed], cfg.resolution, **cfg.sampler)
-        with replacing(folder / f'{seed:04}.png') as temporary:
+        with replacing(next(free)) as temporary:
             image.save(temporary, 'PNG')
 
 
