@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     path = args.run / 'run.json'
     if not path.is_file():
         raise MissingFileError(f'There is no {str(path)!r}. Name a folder that train.py wrote.')
+    if args.merge and args.merge.is_dir() and any(args.merge.iterdir()):
+        raise UsageError(f'{str(args.merge)!r} has files already. Name a new folder with --merge.')
     record = json.loads(path.read_text())
     record |= {k: v for k in ('data', 'model') if (v := getattr(args, k)) is not None}
     texts = texts_of(record, record['task'])

@@ -16,6 +16,9 @@ from pathlib import Path
 from glue.cli import add_arguments, read_config, run, task_of, texts_of
 from glue.trial import Trial, run_trial
 
+from mmpeft.engine.method_argument import method_name
+from mmpeft.errors import UsageError
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -23,16 +26,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--task', help='of GLUE; none for a data set of your own')
     parser.add_argument('--method', required=True, help="the config's, or any of --method")
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/glue/run'))
+    parser.add_argument('--out', type=Path, help='work_dirs/glue/TASK_METHOD_seedSEED by default')
     args = parser.parse_args(arguments)
     config = read_config(args)
     task = task_of(config, args.task)
+    out = args.out or Path('work_dirs/glue', f'{task}_{method_name(args.method)}_seed{args.seed}')
+    if (out / 'run.json').exists():
+        raise UsageError(f'{str(out)!r} has a run already. Name another folder with --out.')
     texts = texts_of(config, task)
     trial = Trial(task, args.method, args.seed)
-    record = run_trial(config, trial, texts, config['model'], args.out, save=True)
+    record = run_trial(config, trial, texts, config['model'], out, save=True)
     data = {key: config[key] for key in ('data', 'sentences', 'label')}
     data['classes'] = texts.classes
-    (args.out / 'run.json').write_text(json.dumps(record | data, indent=2) + '\n')
+    (out / 'run.json').write_text(json.dumps(record | data, indent=2) + '\n')
     print(json.dumps(record['scores']))
 
 

@@ -426,6 +426,21 @@ def test_a_run_trains_saves_and_merges_in_a_new_process(glue, encoder, own, tmp_
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     assert printed == [record['scores'], {'validation merged': record['scores']['validation']}]
     assert (tmp_path / 'plain/model.safetensors').is_file()
+    with pytest.raises(UsageError, match='plain. has files already. Name a new folder'):
+        runpy.run_path(str(command[1]))['main']([*map(str, command[2:])])
+    with pytest.raises(UsageError, match='has a run already. Name another folder with --out'):
+        train([str(a) for a in arguments])
+
+
+def test_a_run_is_in_a_folder_of_its_task_method_and_seed(glue, own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(f'work_dirs/glue/{Path(own).name}_lora_rank-2_seed3')
+    folder.mkdir(parents=True)
+    (folder / 'run.json').touch()
+    given = [str(PROJECT / 'configs/liera_deberta_v3_base.py'), '--data', own, '--seed', '3']
+    with pytest.raises(UsageError, match=f'{folder}. has a run already'):
+        train = runpy.run_path(str(PROJECT / 'train.py'))['main']
+        train([*given, '--method', "dict(type='LoRA', rank=2)"])
 
 
 @pytest.mark.slow
