@@ -13,6 +13,7 @@ from mmpeft.injection.inject import inject
 from mmpeft.injection.summary import Summary
 
 from .config import read_config
+from .injections import injections
 from .method_argument import read_method
 
 # What :func:`check_options` leaves to inject and transformers, which check it themselves.
@@ -113,22 +114,19 @@ def check_run(cfg: Config, path: Path, resume: bool) -> None:
 
 
 def adapt(model: nn.Module, cfg: Config, **arguments) -> Summary:
-    """Inject a recipe's method where the recipe says.
+    """Inject a recipe's method, or several in a list, where the recipe says.
 
     Args:
         model: With its pretrained weights.
         cfg: With ``peft``, ``targets`` and ``frozen_dtype``; ``unfreeze`` if it has it.
         arguments: Further ones of :func:`mmpeft.inject`.
     """
-    peft = cfg.peft
-    return inject(
-        model,
-        peft.method.to_dict(),
-        cfg.targets.to_dict() | dict(peft.get('targets') or {}),
-        unfreeze=(*cfg.get('unfreeze', ()), *(peft.get('unfreeze') or ())),
-        frozen_dtype=cfg.frozen_dtype,
-        **arguments,
-    )
+    peft = cfg.peft.to_dict()
+    targets = dict(module='') | cfg.targets.to_dict() | (peft.get('targets') or {})
+    unfreeze = (*cfg.get('unfreeze', ()), *(peft.get('unfreeze') or ()))
+    for each in injections(peft['method'], targets, unfreeze):
+        summary = inject(model, **each, frozen_dtype=cfg.frozen_dtype, **arguments)
+    return summary
 
 
 def answered(

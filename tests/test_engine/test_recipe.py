@@ -40,6 +40,9 @@ def test_what_replaces_a_recipe(file):
     cfg = read_recipe(file, 'bitfit', model='large', data=None)
     assert cfg.peft.method.type == 'BitFit' and cfg.model == 'large' and 'data' not in cfg
     assert [row.name for row in adapt(network(), cfg).rows] == ['0.bias']
+    bias = "dict(method=dict(type='BitFit'), targets=dict(include='2'))"
+    rows = adapt(network(), read_recipe(file, f"[dict(type='LoRA', rank=1), {bias}]")).rows
+    assert [row.name for row in rows] == ['0.weight', '2.bias']
     cfg = read_recipe(file, options={'peft.method.rank': 2, 'model': 'other'}, model='large')
     assert cfg.peft.method.rank == 2 and cfg.model == 'other'
 

@@ -17,6 +17,7 @@ import transformers
 from mmengine.config import Config
 from scipy import stats
 
+import mmpeft
 from mmpeft.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +215,22 @@ def test_a_model_and_a_method_that_do_not_fit_are_refused(glue, tmp_path):
         hook_of({}, 'lorra')
     with pytest.raises(UsageError, match='learning_rte'):
         make_trainer(None, None, tmp_path, learning_rte=1.0)
+
+
+def test_several_methods_are_a_list(glue):
+    from glue.models import adapt, hook_of
+
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    several = "[dict(type='LoRA', rank=2), dict(method=dict(type='BitFit'))]"
+    alone = [hook_of({}, name) for name in ("dict(type='LoRA', rank=2)", 'bitfit')]
+    counts = []
+    for hook in (hook_of({}, several), *alone):
+        counts.append(adapt(model, hook))
+        mmpeft.remove(model)
+    assert counts[0] == counts[1] + counts[2] and min(counts) > 0
 
 
 def test_the_later_settings_win(glue):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 import mmpeft
+from mmpeft.engine.injections import injections
 from mmpeft.engine.method_argument import read_method
 from mmpeft.errors import UsageError
 
@@ -97,14 +98,15 @@ def hook_of(methods: Mapping, name: str) -> dict:
 
 
 def adapt(model: transformers.PreTrainedModel, hook: Mapping) -> int:
-    """Put a method into a classifier's encoder; its head trains.
+    """Put a method, or several in a list, into a classifier's encoder; its head trains.
 
     Returns:
         The parameters that train in the encoder, without a pooler's.
     """
     encoder = model.base_model_prefix
     targets = dict(hook.get('targets') or {}, module=encoder)
-    mmpeft.inject(model, dict(hook['method']), targets, unfreeze=hook.get('unfreeze', ()))
+    for each in injections(hook['method'], targets, hook.get('unfreeze', ())):
+        mmpeft.inject(model, **each)
     return trained(model.base_model)
 
 
