@@ -217,6 +217,19 @@ def test_a_model_and_a_method_that_do_not_fit_are_refused(glue, tmp_path):
         make_trainer(None, None, tmp_path, learning_rte=1.0)
 
 
+def test_tuning_on_more_rows_than_there_are(glue, own):
+    from glue.data import read_texts
+    from glue.trial import Trial, choose_rows
+
+    texts = read_texts(None, own, ['text'])
+    config = dict(tuning=dict(rows=700, held_out=300))
+    with pytest.raises(UsageError, match='on 700 rows and scores 300, and .t. has [0-9]+ to train'):
+        choose_rows(config, Trial('t', 'lora', 0, 'tune', 0.1), texts)
+    config = dict(tuning=dict(rows=7, held_out=3))
+    rows = choose_rows(config, Trial('t', 'lora', 0, 'tune', 0.1), texts)
+    assert (len(rows['train']), len(rows['held_out'])) == (7, 3)
+
+
 def test_several_methods_are_a_list(glue):
     from glue.models import adapt, hook_of
 

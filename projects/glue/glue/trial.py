@@ -77,10 +77,20 @@ def sizes(config: Mapping, trial: Trial, available: float) -> dict[str, float]:
 
 
 def choose_rows(config: Mapping, trial: Trial, texts: Texts) -> dict:
-    """The splits of a trial: ``train``, and what it scores, drawn by the seed."""
+    """The splits of a trial: ``train``, and what it scores, drawn by the seed.
+
+    Raises:
+        UsageError: Tuning takes more rows than there are.
+    """
     train = texts.splits['train']
     size, held_out = (sizes(config, trial, len(train)).get(k, 0) for k in ('train', 'held_out'))
     if trial.stage == 'tune':
+        if size + held_out > len(train):
+            raise UsageError(
+                f'Tuning trains on {size} rows and scores {held_out}, and {trial.task!r} has '
+                f'{len(train)} to train. Take fewer: --cfg-options tuning.rows=... '
+                'tuning.held_out=...'
+            )
         # seeds of final runs count from 0
         drawn = train.shuffle(1000 + trial.seed).select(range(size + held_out))
         return dict(train=drawn.select(range(size)), held_out=drawn.select(range(size, len(drawn))))
