@@ -325,7 +325,8 @@ def item(**changed):
         ([item(conversations=item()['conversations'][:1])], "has no 'conversations'"),
         ([item(conversations=item()['conversations'][:1] * 2)], "where 'gpt' is to speak"),
         ([conversation(None, ASKED, 'a horse')], 'has 1 <image> in its texts'),
-        ([item(image='none.png')], 'no image .*none.png.*--images'),
+        ([item(image='none.png')], 'no image .*none.png. .1 of 1 are missing.*--images'),
+        ([item(), item(image='a.png'), item(image='b.png')], 'a.png. .2 of 3 are missing'),
     ],
 )
 def test_wrong_conversations_are_one_sentence(project, material, tmp_path, items, message):

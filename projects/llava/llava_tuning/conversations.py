@@ -24,7 +24,7 @@ def read_conversations(path: str | Path, images: str | Path) -> list[dict]:
     A first turn that is not a question is left out, as LLaVA's code does.
 
     Raises:
-        MissingFileError: The file is missing, or the first image is.
+        MissingFileError: The file is missing, or an image is.
         UsageError: A conversation is not in LLaVA's layout.
     """
     path = Path(path)
@@ -42,11 +42,12 @@ def read_conversations(path: str | Path, images: str | Path) -> list[dict]:
         raise UsageError(f'{str(path)!r} has to hold a list of conversations, with one or more.')
     for number, item in enumerate(items):
         _check(item, f'Conversation {number} (from 0) of {str(path)!r}')
-    first = next((Path(images, item['image']) for item in items if 'image' in item), None)
-    if first and not first.is_file():
+    paths = dict.fromkeys(Path(images, item['image']) for item in items if 'image' in item)
+    missing = [image for image in paths if not image.is_file()]
+    if missing:
         raise MissingFileError(
-            f'There is no image {str(first)!r}. --images names the folder in which the paths of '
-            f'{str(path)!r} begin.'
+            f'There is no image {str(missing[0])!r} ({len(missing)} of {len(paths)} are missing). '
+            f'--images names the folder in which the paths of {str(path)!r} begin.'
         )
     return items
 
