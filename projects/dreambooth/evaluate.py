@@ -36,7 +36,8 @@ def main() -> None:
     real = read_images(args.images or cfg.subject.images)
     subject = {'CLIP-I': clip.images(real), 'DINO': dino.images(real)}
     prompts = clip.prompts([each['prompt'] for each in listed])
-    table = {'real images': {name: likeness_among(each) for name, each in subject.items()}}
+    pairs = subject if len(real) > 1 else {}
+    table = {'real images': {name: likeness_among(each) for name, each in pairs.items()}}
     for name in ('before', 'after'):
         images = [load_image(str(folder / name / each['file'])) for each in listed]
         seen = {'CLIP-I': clip.images(images), 'DINO': dino.images(images)}

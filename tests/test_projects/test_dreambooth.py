@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,10 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(material, tmp_path, m
     logs = [(tmp_path / run / 'log.jsonl').read_text() for run in ('whole', 'parts')]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 4
 
+    shutil.rmtree(tmp_path / 'parts/step_4')
+    training.train(cfg, tmp_path / 'parts', resume=True)
+    assert (tmp_path / 'parts/log.jsonl').read_text() == logs[0]
+
     with pytest.raises(UsageError, match='has a run already. Add --resume'):
         training.train(cfg, tmp_path / 'parts')
     cfg.lr = 1.0
@@ -264,7 +269,10 @@ def test_prompts(tmp_path):
     [
         ({'model': 'no/such'}, "'no/such' cannot be read as a pipeline .*hf download no/such "),
         ({'subject.images': '/nowhere'}, "no images in '/nowhere'.*git clone .*dreambooth"),
-        ({'prompts': ['a cat']}, "prompt 'a cat' lacks {}"),
+        ({'prompts': ['a cat']}, "prompt 'a cat' needs {} once"),
+        ({'prompt': 'a {} {place}'}, "prompt 'a {} {place}' .*no other braces"),
+        ({'accumulation': 0}, 'accumulation=0 is not a positive integer'),
+        ({'steps': 0}, 'steps=0 is not a positive integer'),
         ({'model': '{cat}'}, 'cannot be read as a pipeline .*--model FOLDER'),
     ],
 )
@@ -357,6 +365,11 @@ def test_from_images_to_files(material, tmp_path, capsys):
     table = json.loads((images / 'fidelity.json').read_text())
     assert table['before'].keys() == table['after'].keys() == {'CLIP-I', 'DINO', 'CLIP-T'}
     assert f'| after | {table["after"]["CLIP-I"]:.3f} |' in capsys.readouterr().out
+
+    (tmp_path / 'one').mkdir()
+    shutil.copy(material / 'cat/0.png', tmp_path / 'one')
+    call('evaluate', run, '--clip', clip, '--dino', dino, '--images', tmp_path / 'one')
+    assert '| real images |  |  |  |' in capsys.readouterr().out
 
     pipeline = plain(twin)
     load_adapters(dict(unet=pipeline.unet), run)

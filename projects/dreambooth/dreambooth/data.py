@@ -70,14 +70,14 @@ def prompts_of(cfg: Config, name: str) -> list[str]:
     """Prompts with ``{}`` in place of a name: ``'sks cat'``, or ``'cat'``.
 
     Raises:
-        UsageError: A prompt lacks ``{}``.
+        UsageError: A prompt lacks ``{}``, or has other braces.
     """
-    lost = [text for text in (cfg.prompt, *cfg.prompts) if '{}' not in text]
-    if lost:
-        raise UsageError(
-            f"The prompt {lost[0]!r} lacks {{}}, where the subject's name stands. Write such as "
-            "'a {} in the jungle'."
-        )
+    for text in (cfg.prompt, *cfg.prompts):
+        if text.count('{}') != 1 or re.search('[{}]', text.replace('{}', '')):
+            raise UsageError(
+                f"The prompt {text!r} needs {{}} once, where the subject's name stands, and no "
+                "other braces. Write such as 'a {} in the jungle'."
+            )
     return [text.format(name) for text in cfg.prompts]
 
 

@@ -65,7 +65,7 @@ def likeness(generated: Tensor, real: Tensor) -> float:
 
 
 def likeness_among(real: Tensor) -> float:
-    """The same over all pairs of different real images, which bounds what can be reached."""
+    """The same over all pairs of two or more real images, which bounds what can be reached."""
     count = len(real)
     return ((real @ real.T).sum() - count).item() / (count * (count - 1))
 

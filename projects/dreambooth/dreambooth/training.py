@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.checkpoint.atomic import replacing
 from mmpeft.engine.recipe import check_run
+from mmpeft.errors import UsageError
+from mmpeft.methods.arguments import has_type
 
 from .data import Latents, encode_images, image_files, prompts_of, read_images, subject_name
 from .denoising import Denoising
@@ -32,9 +34,13 @@ def train(cfg: Config, work_dir: str | Path, resume: bool = False) -> None:
         resume: Go on from the last checkpoint, with the bits of a run that was not interrupted.
 
     Raises:
-        UsageError: Models or images are missing, or the folder has another run.
+        UsageError: Models or images are missing, a number is not positive, or the folder has
+            another run.
         TrainingError: See :func:`mmpeft.monitor`.
     """
+    for key in ('steps', 'batch_size', 'accumulation', 'save_every'):
+        if not (has_type(cfg[key], int) and cfg[key] > 0):
+            raise UsageError(f'{key}={cfg[key]!r} is not a positive integer, such as 4.')
     work_dir = Path(work_dir)
     # Without cpu=True accelerate takes several processes on CPUs for so many runs of one.
     on_cpu = not torch.accelerator.is_available()
@@ -158,14 +164,13 @@ def save(accelerator: Accelerator, work_dir: Path, step: int) -> None:
 
 def restore(accelerator: Accelerator, work_dir: Path) -> int:
     """Load the last checkpoint, if there is one; returns its step."""
-    found = checkpoints(work_dir)
-    if not found:
-        return 0
-    accelerator.load_state(found[max(found)])
-    if accelerator.is_main_process:
-        log = (work_dir / 'log.jsonl').read_text().splitlines(keepends=True)
-        (work_dir / 'log.jsonl').write_text(''.join(log[: max(found)]))
-    return max(found)
+    found, log = checkpoints(work_dir), work_dir / 'log.jsonl'
+    step = max(found, default=0)
+    if step:
+        accelerator.load_state(found[step])
+    if accelerator.is_main_process and log.exists():
+        log.write_text(''.join(log.read_text().splitlines(keepends=True)[:step]))
+    return step
 
 
 def checkpoints(work_dir: Path) -> dict[int, Path]:
