@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 from glue.cli import add_arguments, read_config, run, tasks_of, texts_of
-from glue.models import weights_sha256
+from glue.models import hook_of, weights_sha256
 from glue.plan import pending, read_records, result
 from glue.report import differences, table
 from glue.shares import shares
 from glue.trial import run_trial
 
 from mmpeft.checkpoint.journal import append_record
+from mmpeft.errors import MissingFileError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
         return
     tasks = tasks_of(config, args.tasks)
     methods = args.methods or list(config['methods'])
+    for method in (*methods, *filter(None, [args.against])):
+        hook_of(config['methods'], method)  # raises for what is wrong
     files = args.records or [Path('work_dirs/glue') / f'{args.config.stem}.jsonl']
+    missing = [file for file in files if not file.is_file()]
+    if args.command == 'print' and missing:
+        raise MissingFileError(
+            f'There are no records in {str(missing[0])!r}. "table.py run" writes them; name other '
+            'files by --records.'
+        )
     records = read_records(files)
     if args.command == 'print':
         known = {r['task']: r['sha256'] for r in records.values() if 'sha256' in r}

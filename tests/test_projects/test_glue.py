@@ -338,6 +338,10 @@ def test_tables_have_means_spreads_and_paired_differences(glue):
     assert lines[2:] == ['| a | 7 | 3 | 41.00 ± 1.00 |', '| b | 7 | 3 | 30.00 ± 0.00 |']
     (line,) = differences(PLAN, ['t'], ['a', 'b'], 3, records, 'b').splitlines()[3:]
     gaps = np.subtract(a, b)
+    same = dict(scores=dict(x=dict(m=0.5)))
+    same = records | {name: run | same for name, run in records.items() if ' final ' in name}
+    (line_of_equals,) = differences(PLAN, ['t'], ['a', 'b'], 3, same, 'b').splitlines()[3:]
+    assert line_of_equals == '| t | a | +0.00 | +0.00 to +0.00 | - |'
     half = stats.t.ppf(0.975, 2) * gaps.std(ddof=1) / np.sqrt(3)
     p = 2 * stats.t.sf(gaps.mean() / gaps.std(ddof=1) * np.sqrt(3), 2)
     assert line == f'| t | a | +11.00 | {11 - half:+.2f} to {11 + half:+.2f} | {p:.3f} |'
@@ -373,6 +377,22 @@ def test_the_readme_prints_the_records_of_what_was_measured(glue):
     given = config, ['movies'], [*config['methods']], 5, records
     page = (PROJECT / 'README.md').read_text()
     assert table(*given) in page and differences(*given, 'lora') in page
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--methods', 'lora', 'loraa'], "no method 'loraa'. Did you mean 'lora'"),
+        (['--against', 'flora_facto'], "no method 'flora_facto'. Did you mean 'flora_factor'"),
+        (['--records', '/nope'], "no records in '/nope'"),
+    ],
+)
+def test_names_and_files_of_a_table_are_checked(glue, script, words, message):
+    table = script('projects/glue', 'table')
+    with pytest.raises(UsageError, match=message):
+        table.main(['print', str(PROJECT / 'configs/minilm_movies.py'), *words])
+    with pytest.raises(UsageError, match="no task 'rtee'. Did you mean 'rte'"):
+        table.main(['run', str(PROJECT / 'configs/liera_deberta_v3_base.py'), '--tasks', 'rtee'])
 
 
 @pytest.fixture(scope='module')

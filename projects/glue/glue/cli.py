@@ -13,7 +13,7 @@ from mmpeft.engine.recipe import check_options
 from mmpeft.errors import MissingFileError, TrainingError, UsageError
 
 from .data import GLUE, Texts, read_texts
-from .tasks import TASKS
+from .tasks import TASKS, find_task
 from .trial import ARGUMENTS
 
 # What options may add to a config, by its keys.
@@ -65,7 +65,13 @@ def read_config(args: argparse.Namespace) -> dict:
 
 
 def texts_of(config: dict, task: str) -> Texts:
-    """The data of a task of GLUE, or the config's own for any other name."""
+    """The data of a task of GLUE, or the config's own for any other name.
+
+    Raises:
+        UsageError: See :func:`read_texts`.
+    """
+    if config['data'] == GLUE:
+        find_task(task)
     name = task if task in TASKS else None
     return read_texts(name, config['data'], config['sentences'], config['label'])
 

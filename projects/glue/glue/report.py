@@ -98,8 +98,9 @@ def differences(
             a, b = ([100 * result(found[s]) for s in both] for found in (runs, base))
             test = stats.ttest_rel(a, b)
             low, high = test.confidence_interval()
+            p = '-' if np.isnan(test.pvalue) else f'{test.pvalue:.3f}'  # all differences are 0
             lines.append(
                 f'| {NAMES.get(task, task)} | {method} | {np.subtract(a, b).mean():+.2f} '
-                f'| {low:+.2f} to {high:+.2f} | {test.pvalue:.3f} |'
+                f'| {low:+.2f} to {high:+.2f} | {p} |'
             )
     return '\n'.join(lines)
