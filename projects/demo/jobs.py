@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 
 @dataclass
@@ -47,6 +49,24 @@ class Job:
             )
 
 
+@contextmanager
+def alone(path: Path):
+    """Hold the lock of a file; waits, and says so, while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as file:
+        if os.name == 'posix':
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(
+                    f'Another demo works in {path.parent}. This one waits for its end.', flush=True
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run_jobs(jobs: list[Job]) -> None:
     """Run all jobs at once, the cores divided among them.
 
@@ -56,7 +76,11 @@ def run_jobs(jobs: list[Job]) -> None:
     """
     threads = max((os.cpu_count() or 1) // max(len(jobs), 1), 1)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    texts = TextColumn('{task.description:<28}'), TextColumn('{task.fields[remark]}')
+    name = Column(max_width=34, no_wrap=True, overflow='ellipsis')
+    texts = (
+        TextColumn('{task.description:<28}', table_column=name),
+        TextColumn('{task.fields[remark]}'),
+    )
     running = []
     try:
         with Progress(texts[0], *columns, texts[1]) as bars:

@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 
-from demo_report import show_report
-from experiment import DEFAULTS, TASKS, Experiment, make_data_and_base, methods
-from jobs import run_jobs
+from demo_report import show_report, summary_of
+from experiment import DEFAULTS, TASKS, WORK, Experiment, make_data_and_base, methods
+from jobs import alone, run_jobs
 
 from mmpeft.engine.command_line import run
 from mmpeft.errors import UsageError
@@ -26,8 +26,15 @@ def main():
     args = parse_args()
     names = dict.fromkeys(['frozen', args.method])
     experiments = [Experiment(name, args.task, args.seed, args.data) for name in names]
-    adapted = experiments[-1]
     avoid_gpu_without_operators()
+    summary_of(experiments[-1].cfg)  # raises where the method does not fit
+    with alone(WORK / 'lock'):
+        demonstrate(args, experiments)
+
+
+def demonstrate(args, experiments):
+    """Make what does not exist yet of data, base and experiments, and print the report."""
+    adapted = experiments[-1]
     make_data_and_base(args.task, args.data, pictures_of(args))
     for experiment in experiments:
         experiment.prepare()
@@ -45,12 +52,19 @@ def parse_args():
     parser.add_argument('--method', help=', '.join(methods()))
     parser.add_argument('--data', default='digits', help=' or '.join(TASKS))
     parser.add_argument('--task', default='coco', help=', '.join(TASKS['digits']))
-    parser.add_argument('--seed', type=int, default=0, help='of heads, adapters and batches')
+    parser.add_argument('--seed', type=seed, default=0, help='of heads, adapters and batches')
     parser.add_argument('--cutouts', help='of --data photos: see photos.py')
     parser.add_argument('--photographs', help='of --data photos: see photos.py')
     args = parser.parse_args()
     args.method = args.method or DEFAULTS.get(args.data, 'flora')
     return args
+
+
+def seed(text):
+    """A seed as numpy takes it, from the command line."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an integer from 0 to {2**32 - 1}')
+    return int(text)
 
 
 def pictures_of(args):

@@ -1,6 +1,9 @@
 """The demo's parts: composed configs, jobs, the report."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,6 +164,52 @@ def test_jobs_run_side_by_side(jobs, tmp_path):
     jobs.run_jobs(todo)
     assert [job.log.read_text() for job in todo] == ['both\n'] * 2
     jobs.run_jobs([])
+
+
+def test_a_second_demo_waits(jobs, tmp_path):
+    """It starts while the first one holds the lock, and gets it afterwards."""
+    code = 'import sys, pathlib, jobs\nwith jobs.alone(pathlib.Path(sys.argv[1])):\n    print("in")'
+    command = [sys.executable, '-c', code, tmp_path / 'demo/lock']
+    env = os.environ | dict(PYTHONPATH=str(Path(jobs.__file__).parent))
+    with jobs.alone(tmp_path / 'demo/lock'):
+        other = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        said = other.stdout.readline()
+        assert said == f'Another demo works in {tmp_path}/demo. This one waits for its end.\n'
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == 'in\n'
+
+
+def test_a_long_name_leaves_room_for_the_bar(jobs, tmp_path, capsys):
+    job = write_job(jobs, tmp_path, 'train', 'pass')
+    job.name = 'train ' + 'x' * 90
+    jobs.run_jobs([job])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('train')][
+        -1:
+    ]
+    assert '…' in line and '━' * 10 in line and '1/1' in line
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--seed', '-1'], "'-1' is not an integer from 0 to 4294967295"),
+        (
+            ['--method', "[dict(method=dict(type='LoRA'), target=1)]"],
+            'An entry of a list of methods',
+        ),
+        (['--method', "dict(type='LoRA', rank=100000)"], 'rank=100000 is larger than any'),
+    ],
+)
+def test_wrong_arguments_are_found_before_anything_is_made(
+    words, message, script, tmp_path, monkeypatch, capsys
+):
+    run = script('projects/demo', 'run')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['run.py', *words])
+    monkeypatch.setattr(run, 'make_data_and_base', lambda *_: pytest.fail('made'))
+    with pytest.raises((UsageError, SystemExit)) as error:
+        run.main()
+    assert message in f'{error.value}{capsys.readouterr().err}'
 
 
 def test_run_jobs_stops_at_a_failure(jobs, tmp_path):
