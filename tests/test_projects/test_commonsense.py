@@ -325,6 +325,20 @@ def test_a_wrong_option_is_one_sentence(project, material, option, message):
         project.training.main(arguments(material, option))
 
 
+def test_a_run_s_folder_has_its_method_and_config(project, material, monkeypatch):
+    folders = []
+    monkeypatch.setattr(
+        project.training, 'train', lambda cfg, folder, resume: folders.append(folder)
+    )
+    for method in (), ('--method', 'pissa'):
+        project.training.main([*arguments(material), *method])
+    name = LORA.stem
+    assert folders == [
+        Path('work_dirs/commonsense', name),
+        Path('work_dirs/commonsense/pissa', name),
+    ]
+
+
 def test_what_is_missing_is_named(project, material, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     given = [*arguments(material), '--model', 'huggyllama/llama-7b']

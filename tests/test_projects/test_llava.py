@@ -335,6 +335,17 @@ def test_wrong_conversations_are_one_sentence(project, material, tmp_path, items
         project.conversations.read_conversations(tmp_path / 'wrong.json', material / 'images')
 
 
+def test_a_run_s_folder_has_its_method_and_config(project, material, monkeypatch):
+    folders = []
+    monkeypatch.setattr(
+        project.training, 'train', lambda cfg, folder, resume: folders.append(folder)
+    )
+    for method in (), ('--method', 'pissa'):
+        project.training.main([*arguments(material), *method])
+    name = FLORA.stem
+    assert folders == [Path('work_dirs/llava', name), Path('work_dirs/llava/pissa', name)]
+
+
 def test_what_is_missing_is_named(project, material, tmp_path):
     with pytest.raises(
         MissingFileError, match=r'no file .*llava_v1_5_mix665k\.json is at .*--data'

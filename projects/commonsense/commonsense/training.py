@@ -10,6 +10,7 @@ from mmengine.config import Config
 from transformers.integrations import deepspeed
 from transformers.trainer_utils import get_last_checkpoint
 
+from mmpeft.engine.config import run_name
 from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.errors import UsageError
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
@@ -117,8 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--method', help='a file of configs/_base_/methods, or a dict')
     add_arguments(parser)
     parser.add_argument('--data', help='the training file')
-    parser.add_argument('--work-dir', type=Path, help='work_dirs/commonsense/<config> by default')
+    parser.add_argument('--work-dir', type=Path, help='in work_dirs/commonsense by default')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
     args = parser.parse_args(arguments)
     cfg = read_recipe(args.config, args.method, args.cfg_options, model=args.model, data=args.data)
-    train(cfg, args.work_dir or Path('work_dirs/commonsense', Path(args.config).stem), args.resume)
+    folder = Path('work_dirs/commonsense', run_name(args.config, args.method))
+    train(cfg, args.work_dir or folder, args.resume)

@@ -8,6 +8,7 @@ import transformers
 from mmengine.config import Config
 from transformers.trainer_utils import get_last_checkpoint
 
+from mmpeft.engine.config import run_name
 from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.interop.transformers import PEFTTrainer, training_arguments
 
@@ -72,9 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('config', help='a file of projects/llava/configs')
     parser.add_argument('--method', help='a file of configs/_base_/methods, or a dict')
     add_arguments(parser)
-    parser.add_argument('--work-dir', type=Path, help='work_dirs/llava/<config> by default')
+    parser.add_argument('--work-dir', type=Path, help='in work_dirs/llava by default')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint')
     args = parser.parse_args(arguments)
     paths = dict(model=args.model, data=args.data, images=args.images)
     cfg = read_recipe(args.config, args.method, args.cfg_options, **paths)
-    train(cfg, args.work_dir or Path('work_dirs/llava', Path(args.config).stem), args.resume)
+    folder = Path('work_dirs/llava', run_name(args.config, args.method))
+    train(cfg, args.work_dir or folder, args.resume)
