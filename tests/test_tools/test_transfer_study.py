@@ -99,6 +99,9 @@ def test_the_report_pairs_seeds_and_tests_differences(study, base):
     gaps = 5 + 0.1 * np.arange(3)
     half = gaps.mean() - stats.ttest_1samp(gaps, 0).confidence_interval(0.95).low
     assert f'+{gaps.mean():.2f} ± {half:.2f}' in claim and 'higher' in claim
+    assert '--budget' not in text
+    text = tables(replace(base, budget=41_000), methods, 3, records)
+    assert text.endswith(f'and --budget {base.budget} shows them.') and '| lora' not in text
 
 
 def test_other_settings_run_to_the_end_beside_the_chosen_one(study, base):

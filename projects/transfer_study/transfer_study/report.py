@@ -189,4 +189,8 @@ def tables(base: Trial, methods: list[str], seeds: int, records: Records) -> str
     failed = sum(bool(record['failed']) for record in records.values())
     hours = sum(record['seconds'] for record in records.values()) / 3600
     lines += ['', f'{len(records)} trials, {failed} failed, {hours:.1f} core-hours.']
+    budgets = {r['trial']['budget'] for r in records.values()} - {0, base.budget}
+    if budgets:
+        others = ' or '.join(map(str, sorted(budgets)))
+        lines.append(f'Some of these have another budget, and --budget {others} shows them.')
     return '\n'.join(lines)
