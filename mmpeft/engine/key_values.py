@@ -9,6 +9,7 @@ from mmpeft.errors import UsageError
 
 # A dict, or a list that begins with one.
 HAS_DICT = re.compile(r'[\s\'"\[(]*(\{|dict\()')
+BLANK = re.compile(r'[^\s,\[(] +[^\s,\])]')  # within a word, not between two
 
 
 class KeyValues(DictAction):
@@ -25,7 +26,7 @@ class KeyValues(DictAction):
             if not (key and equals):
                 word = f'{key}{equals}{value}'
                 raise UsageError(f'{option_string} {word}: write key=value, such as rank=16.')
-            if HAS_DICT.match(value):
+            if HAS_DICT.match(value) or (value.startswith(('[', '(')) and BLANK.search(value)):
                 raise _unreadable(option_string, key, value)
             try:
                 self._parse_iterable(value)
@@ -38,6 +39,9 @@ class KeyValues(DictAction):
                     f'Write it once; several values are {key}=1,2.'
                 )
         super().__call__(parser, namespace, values, option_string)
+        # DictAction removes all blanks.
+        texts = {key: value for key, _, value in pairs if BLANK.search(value)}
+        getattr(namespace, self.dest).update(texts)
 
 
 def _unreadable(option, key, value):

@@ -14,7 +14,7 @@ from mmpeft.injection.site import named_adapters
 from mmpeft.injection.wrappers import refuse_deepspeed, refuse_parts, unwrapped
 from mmpeft.methods import Allocator
 
-RUNNING = WeakSet()  # optimizers whose steps allocators follow
+RUNNING = WeakSet()  # adapters that allocators follow
 
 
 def around_steps(optimizer: Optimizer, before: Callable, after: Callable) -> list:
@@ -68,7 +68,7 @@ class Allocation:
         self._handles = []
         if allocators:
             self._handles = around_steps(optimizer, self._before, self._after)
-            RUNNING.add(optimizer)
+            RUNNING.update(a for each in allocators for a in each.adapters.values())
 
     def _before(self):
         for allocator in self.allocators:
@@ -110,8 +110,8 @@ class Allocation:
         """Remove the hooks of the optimizer."""
         for handle in self._handles:
             handle.remove()
-        RUNNING.discard(self._optimizer)
         for allocator in self.allocators:
+            RUNNING.difference_update(allocator.adapters.values())
             allocator.close()
 
 
@@ -128,7 +128,7 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
 
     Raises:
         UsageError: A method has an allocator, and its factors are sharded or in DeepSpeed, or
-            allocators follow this optimizer already.
+            allocators follow it already.
     """
     by_type = defaultdict(dict)
     with unwrapped(model) as bare:
@@ -142,9 +142,9 @@ def allocate(model: nn.Module, optimizer: Optimizer, steps: int) -> Allocation:
             refuse_deepspeed(model, 'allocate')
         allocators.append(method.allocator(adapters, steps))
     allocators = [allocator for allocator in allocators if allocator is not None]
-    if allocators and optimizer in RUNNING:
+    if any(not RUNNING.isdisjoint(each.adapters.values()) for each in allocators):
         raise UsageError(
-            'The allocators of this optimizer run already (mmpeft.monitor starts them too), and '
-            'each step would count twice. Close the first one: monitor.close().'
+            'The allocators of this model run already (mmpeft.monitor starts them too), and each '
+            'step would count twice. Close the first ones: monitor.close().'
         )
     return Allocation(allocators, optimizer)

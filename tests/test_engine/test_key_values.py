@@ -26,6 +26,16 @@ def test_values_are_those_of_mmengine():
     }
 
 
+def test_blanks_within_a_text_stay():
+    words = 'prompt=a photo, with {} in it', 'rank=2, 3', 'pairs=[(a, b), (c, d)]', 'name= x '
+    assert parsed(*words) == {
+        'prompt': 'a photo, with {} in it',
+        'rank': [2, 3],
+        'pairs': [('a', 'b'), ('c', 'd')],
+        'name': 'x',
+    }
+
+
 @pytest.mark.parametrize(
     'words, message',
     [
@@ -37,6 +47,7 @@ def test_values_are_those_of_mmengine():
         (("hooks=[{'type':'mmpeft.UpdateHook','interval':1}]",), 'In place of a dict'),
         (('hooks=[dict(a=1),dict(a=2)]',), 'In place of a dict'),
         (('a=f(x,y)',), 'balanced brackets'),
+        (('a=[x y,z]',), 'balanced brackets'),
         (('a=[x,(]',), 'balanced brackets'),
     ],
 )

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import transformers
 from torch import nn
@@ -67,8 +68,7 @@ def weights_sha256(name: str) -> str | None:
         for file in 'model.safetensors', 'pytorch_model.bin':
             path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             if path is not None:
-                with open(path, 'rb') as weights:
-                    return hashlib.file_digest(weights, 'sha256').hexdigest()[:16]
+                return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def mark_pooler(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
