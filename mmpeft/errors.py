@@ -27,7 +27,7 @@ class UnwrittenFileError(OSError):
     """A file could not be written; what was at its path before is unchanged."""
 
 
-def near(name: str, known: Iterable[str], most: int = 3, otherwise: str | None = None) -> str:
+def suggest(name: str, known: Iterable[str], most: int = 3, otherwise: str | None = None) -> str:
     """The sentence that ends a message about an unknown name, such as ``Did you mean 'rank'?``.
 
     Args:

@@ -19,7 +19,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-from .errors import UsageError, near
+from .errors import UsageError, suggest
 from .version import __version__
 
 
@@ -44,7 +44,7 @@ def build_method(cfg: Any, registry: Registry, *args, **kwargs) -> Any:
     name = given.pop('type')
     method = registry.get(name) if isinstance(name, str) else name
     if method is None:
-        raise UsageError(f'There is no method {name!r}. {near(name, registry.module_dict)}')
+        raise UsageError(f'There is no method {name!r}. {suggest(name, registry.module_dict)}')
     return method(**known_arguments(method, given))
 
 
@@ -64,7 +64,7 @@ def known_arguments(method: type, given: Mapping[str, Any], where: str = '') -> 
         present = getattr(method, 'renamed', {}).get(name, name)
         if present not in known:
             raise UsageError(
-                f'{where}{method.__name__} has no argument {name!r}. {near(name, known)}'
+                f'{where}{method.__name__} has no argument {name!r}. {suggest(name, known)}'
             )
         if present in arguments or (present != name and present in given):
             raise UsageError(

@@ -16,7 +16,7 @@ import torch
 from mmpeft.checkpoint.atomic import refuse_existing
 from mmpeft.engine.command_line import parser_of, run
 from mmpeft.engine.prediction import load_on_one_base, pictures_in, predict
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 
 def parse_args():
@@ -67,7 +67,7 @@ def main():
     chosen = args.use or list(adapters)
     for name in chosen:
         if name not in adapters:
-            raise UsageError(f'--use: there is no adapter {name!r}. {near(name, adapters)}')
+            raise UsageError(f'--use: there is no adapter {name!r}. {suggest(name, adapters)}')
     pictures = pictures_in(args.images)
     folders = {name: args.out / name for name in chosen}
     if not args.overwrite:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 SCORES = ('coco/bbox_mAP', 'mIoU', 'dota/mAP', 'accuracy/top1')
 """What is drawn of a task unless another score is named, the first that there is."""
@@ -58,7 +58,7 @@ def score_name(records: Sequence[Mapping], name: str | None = None) -> str:
     if not known:
         raise UsageError('No run of the sweep has ended with a score.')
     if name is not None and name not in known:
-        raise UsageError(f'The runs have no score {name!r}. {near(name, known)}')
+        raise UsageError(f'The runs have no score {name!r}. {suggest(name, known)}')
     return name or next((key for key in SCORES if key in known), known[0])
 
 

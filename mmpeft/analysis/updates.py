@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.site import Site, attached, chains_by_weight
 from mmpeft.injection.summary import kind_of
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
@@ -186,7 +186,7 @@ def cosines(model: nn.Module, other: nn.Module) -> dict[str, float]:
     names = [name for name in one if name in two]
     if not names:
         first = next(iter(one))
-        raise UsageError(f'The models adapt no weight in common: {first!r}. {near(first, two)}')
+        raise UsageError(f'The models adapt no weight in common: {first!r}. {suggest(first, two)}')
     found, dots, squares = {}, 0.0, [0.0, 0.0]
     for name in names:
         ours, theirs = update_of(one[name]), update_of(two[name])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.methods import Method
 from mmpeft.methods.arguments import has_type
 from mmpeft.registry import METHODS, modern_arguments
@@ -74,7 +74,9 @@ def checked_method(given: Any, version: str) -> Method:
     METHODS.import_from_location()
     name = given['type']
     if name not in METHODS.module_dict:  # METHODS.get would import a dotted name
-        raise UsageError(f'There is no method {shorten(name)}. {near(name, METHODS.module_dict)}')
+        raise UsageError(
+            f'There is no method {shorten(name)}. {suggest(name, METHODS.module_dict)}'
+        )
     with refused(given):
         return METHODS.build(modern_arguments(given, version))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.errors import MissingFileError, UsageError, suggest
 from mmpeft.injection.targets import as_dict
 from mmpeft.methods import ActivationMethod
 from mmpeft.methods.spec import KINDS, POINT_KINDS
@@ -86,7 +86,7 @@ def read_config(config: str | Path | Config) -> Config:
     path = find_config(str(config)) if '::' in str(config) else Path(config)
     if not path.is_file():
         known = sorted(map(str, Path('configs').glob('[!_]*/*.py')))
-        hint = near(
+        hint = suggest(
             str(config), known, otherwise='Name a file, such as one of configs/ in the repository.'
         )
         raise MissingFileError(
@@ -235,7 +235,7 @@ def _check_hooks(cfg, before):
         if isinstance(hook, dict) and name not in before and not hook.get('type'):
             raise UsageError(
                 f'--cfg-options: the config has no hook default_hooks.{name}, and its type is not '
-                f'given. {near(name, before)}'
+                f'given. {suggest(name, before)}'
             )
 
 

@@ -11,7 +11,7 @@ from mmengine.fileio import load
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from mmpeft.errors import UsageError, listed, near
+from mmpeft.errors import UsageError, listed, suggest
 
 from .class_count import SHOWN, check_class_count
 
@@ -82,7 +82,7 @@ def _check_names(path, dataset):
         raise UsageError(
             f'{path}: its annotation file {dataset.ann_file} has no category '
             f'{listed(lost, SHOWN)}, which its classes name. The file has '
-            f'{listed(known, SHOWN)}. {near(lost[0], known, otherwise="")} Set '
+            f'{listed(known, SHOWN)}. {suggest(lost[0], known, otherwise="")} Set '
             f'{path}.metainfo.classes to names of the file, letter by letter.'.replace('  ', ' ')
         )
 

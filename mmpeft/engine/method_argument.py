@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 from .packages import package_configs
 
@@ -32,7 +32,7 @@ def read_method(method: str | Mapping | list) -> dict:
         files = method_files()
         if method.strip() not in files:
             raise UsageError(
-                f'There is no method {method!r}. {near(method, files)} A method of your own is '
+                f'There is no method {method!r}. {suggest(method, files)} A method of your own is '
                 'written as "dict(type=\'LoRA\', rank=4)".'
             )
         hook = Config.fromfile(files[method.strip()]).peft.to_dict()

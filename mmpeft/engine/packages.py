@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.errors import MissingFileError, UsageError, suggest
 
 INSTALL = dict(
     mmdet="'mmpeft[det]'",
@@ -25,7 +25,7 @@ def package_configs(package: str, asked_by: str) -> Path:
             installed, or ships no configs.
     """
     if package != 'mmpeft' and package not in INSTALL:
-        raise UsageError(f'{asked_by}: {package!r} is unknown. {near(package, INSTALL)}')
+        raise UsageError(f'{asked_by}: {package!r} is unknown. {suggest(package, INSTALL)}')
     spec = find_spec(package)
     if spec is None:
         raise UsageError(not_installed(asked_by, package))
@@ -46,7 +46,7 @@ def find_config(name: str) -> Path:
     file = folder / (path if path.endswith('.py') else f'{path}.py')
     if not file.is_file():
         known = [str(found.relative_to(folder)) for found in sorted(folder.glob('[!_]*/*.py'))]
-        hint = near(path, known, otherwise=f'Its configs are in {folder}.')
+        hint = suggest(path, known, otherwise=f'Its configs are in {folder}.')
         raise MissingFileError(f'{package} has no config {path!r}. {hint}')
     return file
 

@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from mmpeft.checkpoint.journal import append_record, read_journal
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.inject import inject
 from mmpeft.injection.summary import Summary
 
@@ -72,7 +72,7 @@ def check_options(
             own = node if isinstance(node, Mapping) else {}
             known = dict.fromkeys([*own, *(each for found in more for each in found)])
             if name not in known and name != '_delete_':
-                raise UsageError(f'--cfg-options: there is no {key!r}. {near(name, known)}')
+                raise UsageError(f'--cfg-options: there is no {key!r}. {suggest(name, known)}')
             node, path = own.get(name, ...), f'{path}.{name}'.lstrip('.')
 
 
@@ -82,7 +82,7 @@ def _check_generation(given):
     known = GenerationConfig().to_dict()
     for key in given:
         if key not in known:
-            raise UsageError(f'generation: GenerationConfig has no {key!r}. {near(key, known)}')
+            raise UsageError(f'generation: GenerationConfig has no {key!r}. {suggest(key, known)}')
     try:
         GenerationConfig(**given)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 from .config import type_name
 
@@ -31,7 +31,7 @@ def naming_arguments(cfg: Config) -> Iterator[None]:
         named = [(key, n) for key, n in nodes if type_name(n).rpartition('.')[2] == match[1]]
         for key, node in (named or nodes)[:1]:
             kind, name = type_name(node), match[2]
-            hint = near(name, _arguments(kind), otherwise='')
+            hint = suggest(name, _arguments(kind), otherwise='')
             fault = f'{key}.{name}: {kind} has no argument {name!r} ({error}). {hint}'
             raise UsageError(fault.rstrip()) from error
         raise

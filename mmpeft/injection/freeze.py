@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mmpeft import execution
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.execution import SMALL, SPEED
 from mmpeft.methods import Method
 from mmpeft.quantization import Quantized
@@ -69,7 +69,8 @@ def freeze_target(model: nn.Module, injection: Injection) -> None:
     for name in injection.trained:
         if name not in own:
             raise UsageError(
-                f'{module or "The model"!r} has no parameter {name!r} to train. {near(name, own)}'
+                f'{module or "The model"!r} has no parameter {name!r} to train. '
+                f'{suggest(name, own)}'
             )
     kept = {id(own[name]) for name in injection.trained}
     kept |= {id(p) for p in trained_parameters(model)}

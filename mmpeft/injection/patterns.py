@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 
 def patterns_of(given: str | Iterable[str] | None, where: str) -> tuple[str, ...]:
@@ -51,5 +51,5 @@ def matching(
     names, patterns = list(names), patterns_of(patterns, where)
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            raise UsageError(f'{where}: {pattern!r} matches no {what}. {near(pattern, names)}')
+            raise UsageError(f'{where}: {pattern!r} matches no {what}. {suggest(pattern, names)}')
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]

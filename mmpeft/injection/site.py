@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft import execution
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.methods import ActivationAdapter, Adapter, Method
 from mmpeft.methods.spec import InsertionPoint, WeightSpec
 from mmpeft.quantization import dequantized
@@ -106,11 +106,13 @@ def sites_at(
     found, sites = dict(layers(model)), []
     for path, tensor, method, spec in entries:
         if path not in found:
-            raise UsageError(f'The model has no module {path!r} to adapt. {near(path, found)}')
+            raise UsageError(f'The model has no module {path!r} to adapt. {suggest(path, found)}')
         if tensor:
             own = dict(weights_of(found[path]))
             if tensor not in own:
-                raise UsageError(f'{path!r} has no weight {tensor!r} to adapt. {near(tensor, own)}')
+                raise UsageError(
+                    f'{path!r} has no weight {tensor!r} to adapt. {suggest(tensor, own)}'
+                )
             spec = own[tensor]
         if not method.accepts(spec):
             raise UsageError(

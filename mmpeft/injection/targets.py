@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.methods import ActivationMethod, Method
 from mmpeft.methods.arguments import check_types
 from mmpeft.methods.spec import KINDS, POINT_KINDS
@@ -77,7 +77,7 @@ class Targets:
         known = KINDS + POINT_KINDS
         for kind in (self.kinds or ()) + self.exclude_kinds:
             if kind not in known:
-                raise UsageError(f'targets: there is no kind {kind!r}. {near(kind, known)}')
+                raise UsageError(f'targets: there is no kind {kind!r}. {suggest(kind, known)}')
 
     @classmethod
     def of(cls, config) -> 'Targets':
@@ -87,7 +87,7 @@ class Targets:
         given, known = as_dict(config), [f.name for f in fields(cls)]
         for key in given:
             if key not in known:
-                raise UsageError(f'targets has no key {key!r}. {near(key, known)}')
+                raise UsageError(f'targets has no key {key!r}. {suggest(key, known)}')
         return cls(**given)
 
 
@@ -103,7 +103,7 @@ def target_module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        hint = near(path, [name for name, _ in model.named_modules() if name])
+        hint = suggest(path, [name for name, _ in model.named_modules() if name])
         message = f'targets.module={path!r} is not a module of {type(model).__name__}. {hint}'
         raise UsageError(message) from error
 
@@ -149,7 +149,7 @@ def select(
         if pattern not in seen:
             raise UsageError(
                 f'targets: the pattern {pattern!r} matches no weight or insertion point of kind '
-                f'{_listed(kinds)} below {below!r}. {near(pattern, names)}'
+                f'{_listed(kinds)} below {below!r}. {suggest(pattern, names)}'
             )
     if not sites and method.adapts:
         raise UsageError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.checkpoint.safe_patterns import check_patterns
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.attach import adapt
 from mmpeft.injection.freeze import Injection
 from mmpeft.injection.site import Site, attached, sites_at
@@ -157,7 +157,7 @@ def _ours(model, names, theirs):
     if path not in known:
         raise UsageError(
             f'The folder has tensors of a layer {theirs!r}, which the model does not have. '
-            f"{near(theirs, known)} Say which module is peft's base (module, --module)."
+            f"{suggest(theirs, known)} Say which module is peft's base (module, --module)."
         )
     return path
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
-from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.errors import MissingFileError, UsageError, suggest
 from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_in_deepspeed, is_sharded, refuse_deepspeed
 from mmpeft.training.allocation import allocate
@@ -147,7 +147,7 @@ def training_arguments(folder: str | Path, given: Mapping, batch_size: int) -> T
     known = [field.name for field in fields(TrainingArguments)]
     for key in given:
         if key not in known:
-            raise UsageError(f'training: TrainingArguments has no {key!r}. {near(key, known)}')
+            raise UsageError(f'training: TrainingArguments has no {key!r}. {suggest(key, known)}')
     arguments = TrainingArguments(str(folder), **given)
     at_once = arguments.train_batch_size * arguments.world_size
     if batch_size % at_once:

@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.quantization import FORMATS, can_quantize, check_format, quantize, stored_parts
 from mmpeft.registry import MODELS
 
@@ -203,7 +203,7 @@ def _dtype(name):
         check_format(name)
         return torch.bfloat16
     if name not in DTYPES:
-        known = near(str(name), [*DTYPES, *FORMATS])
+        known = suggest(str(name), [*DTYPES, *FORMATS])
         raise UsageError(f'InternViT: frozen_dtype={name!r} is unknown. {known}')
     return DTYPES[name]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.registry import known_arguments
 
 NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
@@ -76,7 +76,9 @@ def architecture_of(arch: str | Mapping | Architecture) -> Architecture:
         return arch
     if isinstance(arch, str):
         if arch not in ARCHITECTURES:
-            raise UsageError(f'InternViT: there is no arch={arch!r}. {near(arch, ARCHITECTURES)}')
+            raise UsageError(
+                f'InternViT: there is no arch={arch!r}. {suggest(arch, ARCHITECTURES)}'
+            )
         return ARCHITECTURES[arch]
     fields = known_arguments(Architecture, arch, 'InternViT: ')
     missing = [k for k in ('depth', 'width', 'heads', 'hidden') if k not in fields]

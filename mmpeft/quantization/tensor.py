@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_map_only
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.transforms import is_transformed
 
 from .formats import FORMATS, READABLE, Parts, parts_of
@@ -165,7 +165,7 @@ def check_format(dtype: str) -> None:
             '), and other models compute in mixed precision with --amp.'
         )
     if dtype not in FORMATS:
-        raise UsageError(f'frozen_dtype={dtype!r} is unknown. {near(str(dtype), FORMATS)}')
+        raise UsageError(f'frozen_dtype={dtype!r} is unknown. {suggest(str(dtype), FORMATS)}')
     try:
         import torchao.quantization  # noqa: F401
     except ImportError as error:

@@ -9,7 +9,7 @@ from torch import nn
 from mmpeft.checkpoint.adapter_file import read_fitting, save_adapter
 from mmpeft.checkpoint.keys import adapter_keys, fill_frozen
 from mmpeft.checkpoint.manifest import attach_adapters
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.attach import attach, detach_all
 from mmpeft.injection.freeze import freeze_again, release
 from mmpeft.injection.inject import inject
@@ -154,7 +154,7 @@ class AdapterLibrary:
         weights = check_weights(weights)
         parts = {part: self._state(part) for part in weights}
         if heads is not None and heads not in parts:
-            known = near(str(heads), parts)
+            known = suggest(str(heads), parts)
             raise UsageError(f'heads={heads!r} is not one of the combined adapters. {known}')
         with self._using(None):
             base = self.model.state_dict(keep_vars=True)
@@ -174,7 +174,7 @@ class AdapterLibrary:
 
     def _state(self, name):
         if name not in self._states:
-            raise UsageError(f'There is no adapter {name!r}. {near(str(name), self._states)}')
+            raise UsageError(f'There is no adapter {name!r}. {suggest(str(name), self._states)}')
         return self._states[name]
 
     def _check_new(self, name):

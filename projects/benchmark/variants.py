@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmpeft
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.blocks import blocks
 
 PERTURBATION = 1e-3
@@ -141,7 +141,7 @@ WITHOUT_RANK += tuple(name + COMPILED for name in WITHOUT_RANK)
 def check_name(name: str) -> None:
     """Raise UsageError unless there is such a variant."""
     if name.removesuffix(COMPILED) not in VARIANTS:
-        raise UsageError(f'--variants: there is no {name!r}. {near(name, VARIANTS)}')
+        raise UsageError(f'--variants: there is no {name!r}. {suggest(name, VARIANTS)}')
 
 
 def package_of(name: str) -> str:

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.models.intern_vit import Block, InternViT
 from mmpeft.models.intern_vit_arch import ARCHITECTURES, Architecture
 
@@ -152,12 +152,12 @@ def find(name: str) -> Workload:
     free = FREE_FORM.fullmatch(name)
     if not free:
         raise UsageError(
-            f'--workloads: there is no {name!r}. {near(name, WORKLOADS)} Any timm network can be '
-            'measured as model:HEIGHTxWIDTH:BATCH, such as convnextv2_atto:64x64:1.'
+            f'--workloads: there is no {name!r}. {suggest(name, WORKLOADS)} Any timm network can '
+            'be measured as model:HEIGHTxWIDTH:BATCH, such as convnextv2_atto:64x64:1.'
         )
     if not timm.is_model(free['model']):
         close = timm.list_models(f'{free["model"].split("_")[0]}*')
         raise UsageError(
-            f'--workloads: timm has no model {free["model"]!r}. {near(free["model"], close)}'
+            f'--workloads: timm has no model {free["model"]!r}. {suggest(free["model"], close)}'
         )
     return of_timm(name, free['model'], int(free['height']), int(free['width']), int(free['batch']))

@@ -11,7 +11,7 @@ from jobs import Job
 
 from mmpeft.engine.config import compose, find_hook
 from mmpeft.engine.method_argument import method_name, methods_in
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.registry import METHODS
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,7 @@ def config_of(task: str, data: str = 'digits') -> str:
     for name, known in (data, TASKS), (task, TASKS.get(data, ())):
         if name not in known:
             what = 'data' if known is TASKS else f'task of {data}'
-            raise UsageError(f'There is no {what} {name!r}. {near(name, known)}')
+            raise UsageError(f'There is no {what} {name!r}. {suggest(name, known)}')
     folder = '' if data == 'digits' else f'{data}/'
     return f'mmpeft::demo/_base_/{folder}{task}.py'
 

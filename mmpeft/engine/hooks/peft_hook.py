@@ -23,7 +23,7 @@ from mmpeft.engine.loading import complete, load_base
 from mmpeft.engine.normalisation import normalisation_fault
 from mmpeft.engine.resume import pending_source
 from mmpeft.engine.sensitivity import measure
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.summary import Summary
 from mmpeft.injection.wrappers import is_sharded
@@ -108,7 +108,7 @@ class PEFTHook(Hook):
         known = [field.name for field in fields(cls)]
         for name in arguments:
             if name not in known:
-                raise UsageError(f'PEFTHook has no argument {name!r}. {near(name, known)}')
+                raise UsageError(f'PEFTHook has no argument {name!r}. {suggest(name, known)}')
         return super().__new__(cls)
 
     def __post_init__(self):

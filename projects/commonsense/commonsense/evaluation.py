@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 import mmpeft
 from mmpeft.engine.recipe import adapt, answered, read_recipe
-from mmpeft.errors import MissingFileError, UsageError, near
+from mmpeft.errors import MissingFileError, UsageError, suggest
 
 from .protocol import SETS, extract_answer, prompt, read_set
 from .recipe import add_arguments, load_base
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for name in args.only:
         if name not in SETS:
-            raise UsageError(f'--only: there is no set {name!r}. {near(name, SETS)}')
+            raise UsageError(f'--only: there is no set {name!r}. {suggest(name, SETS)}')
     recipe = args.run / 'recipe.py'
     if not recipe.is_file():
         raise MissingFileError(

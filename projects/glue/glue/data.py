@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, Value
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 from .tasks import Task, correlation, find_task, pearson, spearman
 
@@ -76,8 +76,8 @@ def read_texts(
             if column not in splits[name].column_names:
                 raise UsageError(
                     f'{data!r} has no column {column!r} in {name!r}. '
-                    f'{near(column, splits[name].column_names)} Name the columns of a data set of '
-                    'your own with --sentences and --label.'
+                    f'{suggest(column, splits[name].column_names)} Name the columns of a data set '
+                    'of your own with --sentences and --label.'
                 )
     splits = {name: splits[name].select_columns([*needed]) for name in ('train', *found.splits)}
     return _with_labels(found, splits, data)

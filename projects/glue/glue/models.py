@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 import mmpeft
 from mmpeft.engine.injections import injections
 from mmpeft.engine.method_argument import is_name, method_files, read_method
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def hook_of(methods: Mapping, name: str) -> dict:
     """
     files = method_files()
     if name not in (*methods, *files) and is_name(name):
-        raise UsageError(f'There is no method {name!r}. {near(name, [*methods, *files])}')
+        raise UsageError(f'There is no method {name!r}. {suggest(name, [*methods, *files])}')
     entry = methods.get(name, dict(method=name))
     hook = dict(read_method(entry['method']))
     if entry.get('arguments'):

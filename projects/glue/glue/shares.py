@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import mmpeft
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 from .models import adapt, hook_of
 from .report import NAMES
@@ -66,7 +66,7 @@ def count(config: Mapping) -> dict[str, int]:
     """
     name = config['model']
     if name not in ARCHITECTURES:
-        raise UsageError(f'The sizes of {name!r} are not known. {near(name, ARCHITECTURES)}')
+        raise UsageError(f'The sizes of {name!r} are not known. {suggest(name, ARCHITECTURES)}')
     architecture = copy.deepcopy(ARCHITECTURES[name])
     layers, architecture.num_hidden_layers = architecture.num_hidden_layers, 1
     with torch.device('meta'):

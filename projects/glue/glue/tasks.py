@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics
 
-from mmpeft.errors import UsageError, near
+from mmpeft.errors import UsageError, suggest
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -74,8 +74,8 @@ def find_task(name: str) -> Task:
     """
     if name not in TASKS:
         raise UsageError(
-            f'GLUE has no task {name!r}. {near(name, TASKS)} For a data set of your own name its '
-            'folder with --data and its columns with --sentences and --label.'
+            f'GLUE has no task {name!r}. {suggest(name, TASKS)} For a data set of your own name '
+            'its folder with --data and its columns with --sentences and --label.'
         )
     return TASKS[name]
 

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmpeft.engine.config import compose, print_on_master
 from mmpeft.engine.data_check import check_data
 from mmpeft.engine.runs import check_seeds, combinations, run, with_values
-from mmpeft.errors import TrainingError, UsageError, near
+from mmpeft.errors import TrainingError, UsageError, suggest
 
 from .tasks import TASKS
 
@@ -33,7 +33,7 @@ def for_task(
         UsageError: There is no such task.
     """
     if task not in TASKS:
-        raise UsageError(f'VTAB-1k has no task {task!r}. {near(task, TASKS)}')
+        raise UsageError(f'VTAB-1k has no task {task!r}. {suggest(task, TASKS)}')
     cfg = compose(cfg)
     root = Path(cfg.train_dataloader.dataset.data_root).parent if root is None else Path(root)
     cfg.model.head.num_classes = TASKS[task]
