@@ -46,7 +46,7 @@ CONFIGS = METHODS | dict(dora_detached=dict(type='DoRA', rank=2, detach_norm=Tru
 )
 @pytest.mark.parametrize('case', SIZES)
 def test_sizes_at_which_libraries_run_other_code(case, name, way):
-    """In float32, at most three times as far from float64 as the plain form."""
+    """In float32, at most three times as far from float64 as the plain form, or within 3e-6."""
     model, x = adapted(SIZES[case], METHODS[name], torch.float32, way), None
     x = SIZES[case].input(torch.float32)
     exact = results(plain_of(model).double(), x.double())
@@ -57,7 +57,7 @@ def test_sizes_at_which_libraries_run_other_code(case, name, way):
         if expected is not None:
             ours = (found[tensor].double() - expected).norm()
             theirs = (built[tensor].double() - expected).norm()
-            assert ours <= max(3 * theirs, 1e-6 * expected.norm()), (tensor, ours, theirs)
+            assert ours <= max(3 * theirs, 3e-6 * expected.norm()), (tensor, ours, theirs)
 
 
 @pytest.mark.parametrize('name', ['lora', 'flora', 'liera', 'dora'])
