@@ -22,7 +22,7 @@ from mmengine import Config  # noqa: E402
 from records import FLOOR, Result, read  # noqa: E402
 from report import ratio  # noqa: E402
 from transfer_study.methods import METHODS  # noqa: E402
-from transfer_study.plan import finals  # noqa: E402
+from transfer_study.plan import finals, size_of  # noqa: E402
 from transfer_study.report import CLAIMS, Elsewhere, also_run, elsewhere_table, scores  # noqa: E402
 from transfer_study.trial import Trial  # noqa: E402
 
@@ -60,8 +60,9 @@ def transfer_studies() -> Iterator[Study]:
             base = replace(trials[0], budget=budget)
             found = finished(scores(base, list(METHODS), SEEDS, records))
             counts = {m: finals(base, m, SEEDS, records)[0]['parameters'] for m in found}
+            found = {m: s for m, s in found.items() if counts[m] <= budget or m == 'full'}
             title = f'{base.task}, {base.backbone}, at most {budget:,} parameters in adapters'
-            if len(found) > 1:
+            if any(size_of(method)[0] for method in found):  # tuned for this budget
                 also = also_run(base, list(METHODS), SEEDS, records)
                 yield Study(title, found, counts, also)
 
@@ -87,7 +88,7 @@ def glue_study() -> Study:
 
 
 def studies() -> list[Study]:
-    """All that have final runs of two methods or more."""
+    """All that have final runs of a method with a budget."""
     return [*transfer_studies(), glue_study()]
 
 

@@ -103,3 +103,10 @@ def test_costs_are_ratios_of_one_run(tool):
     head, _, frozen, *rows = tool.costs().splitlines()
     assert head.count('H100') == 3 and head.count('CPU') >= 3
     assert frozen.startswith('| frozen | 0.81 (0.62)') and len(rows) == len(tool.VARIANTS) - 1
+
+
+def test_a_table_has_methods_that_were_tuned_for_its_budget_and_fit(tool):
+    for study in tool.transfer_studies():
+        budget = int(study.title.split('at most ')[1].split()[0].replace(',', ''))
+        counts = {m: n for m, n in study.parameters.items() if m != 'full'}
+        assert {'lora', 'flora', 'liera'} & counts.keys() and max(counts.values()) <= budget
