@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import mmpeft
@@ -137,6 +138,7 @@ def images_and_labels(batches=20):
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 @pytest.mark.parametrize('section', ['A loop of your own', 'Accelerate', 'Lightning'])
 def test_anywhere_in_loops(section, tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
     names = dict(model=network().float(), loader=images_and_labels())
     names = anywhere(section, monkeypatch, tmp_path, **names)
     monitor = names.get('monitor') or names['classifier'].monitor

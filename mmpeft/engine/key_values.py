@@ -9,6 +9,7 @@ from mmpeft.errors import UsageError
 
 # A dict, or a list that begins with one.
 HAS_DICT = re.compile(r'[\s\'"\[(]*(\{|dict\()')
+QUOTES = '\'" '
 BLANK = re.compile(r'[^\s,\[(] +[^\s,\])]')  # within a word, not between two
 
 
@@ -26,7 +27,8 @@ class KeyValues(DictAction):
             if not (key and equals):
                 word = f'{key}{equals}{value}'
                 raise UsageError(f'{option_string} {word}: write key=value, such as rank=16.')
-            if HAS_DICT.match(value) or (value.startswith(('[', '(')) and BLANK.search(value)):
+            in_brackets = value.strip(QUOTES).startswith(('[', '('))
+            if HAS_DICT.match(value) or (in_brackets and BLANK.search(value)):
                 raise _unreadable(option_string, key, value)
             try:
                 self._parse_iterable(value)
@@ -40,7 +42,7 @@ class KeyValues(DictAction):
                 )
         super().__call__(parser, namespace, values, option_string)
         # DictAction removes all blanks.
-        texts = {key: value for key, _, value in pairs if BLANK.search(value)}
+        texts = {key: value.strip(QUOTES) for key, _, value in pairs if BLANK.search(value)}
         getattr(namespace, self.dest).update(texts)
 
 

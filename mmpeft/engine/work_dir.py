@@ -1,5 +1,6 @@
 """The folder of a run: that it can be written to, and holds no run with another method."""
 
+import ast
 import json
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,7 +19,7 @@ def check_work_dir(cfg: Config) -> None:
         UsageError: The work directory has them.
     """
     folder = Path(cfg.work_dir)
-    configs = sorted(folder.glob('*.py'))  # a Runner writes its own there
+    configs = sorted(filter(_is_written, folder.glob('*.py')))
     if cfg.get('resume') or not configs or not (folder / 'last_checkpoint').exists():
         return
     if all(_adapts(Config.fromfile(config)) != _adapts(cfg) for config in configs):
@@ -27,6 +28,11 @@ def check_work_dir(cfg: Config) -> None:
             f'({listed([config.name for config in configs])}). Give another folder by --work-dir, '
             'or remove this one.'
         )
+
+
+def _is_written(file):
+    """Whether a file may be a Runner's config, which assigns values and does nothing else."""
+    return all(isinstance(each, ast.Assign) for each in ast.parse(file.read_text()).body)
 
 
 def _adapts(cfg):

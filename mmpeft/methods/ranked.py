@@ -18,8 +18,8 @@ class Ranked(Method):
     """A method whose size is governed by a rank.
 
     In place of ``rank``, ``budget`` gives the number of parameters that all adapters
-    together may have, such as ``'12.9M'``. The largest rank that fits is taken, for all
-    weights or, by :meth:`gains`, for each its own.
+    together may have, such as ``'12.9M'``. The rank of the most parameters that fits is taken,
+    for all weights or, by :meth:`gains`, for each its own.
 
     Attributes:
         grows: Whether parameters never fall with the rank.

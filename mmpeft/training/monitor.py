@@ -49,8 +49,8 @@ class Monitor:
             the start, after ``check_iters`` steps, in ``state_dict`` and in ``close``.
         check_ranks: Under ``torch.distributed``, stop all ranks together and compare their
             models; False where ranks train different models.
-        add_penalty: Add the gradient of :func:`mmpeft.penalty` before each step, for loops whose
-            loss you cannot change. It is not clipped.
+        add_penalty: Add the gradient of :func:`mmpeft.penalty` before each step whose loss lacks
+            it, for loops whose loss you cannot change. It is not clipped.
 
     Attributes:
         wrapped: The model as it was given.

@@ -1,5 +1,6 @@
 """Run programs side by side, each with a bar."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -54,16 +55,11 @@ def alone(path: Path):
     """Hold the lock of a file; waits, and says so, while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w') as file:
-        if os.name == 'posix':
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(
-                    f'Another demo works in {path.parent}. This one waits for its end.', flush=True
-                )
-                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'Another demo works in {path.parent}. This one waits for its end.', flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -28,8 +28,9 @@ def test_values_are_those_of_mmengine():
 
 def test_blanks_within_a_text_stay():
     words = 'prompt=a photo, with {} in it', 'rank=2, 3', 'pairs=[(a, b), (c, d)]', 'name= x '
-    assert parsed(*words) == {
+    assert parsed(*words, 'quoted="a b"') == {
         'prompt': 'a photo, with {} in it',
+        'quoted': 'a b',
         'rank': [2, 3],
         'pairs': [('a', 'b'), ('c', 'd')],
         'name': 'x',
@@ -48,6 +49,7 @@ def test_blanks_within_a_text_stay():
         (('hooks=[dict(a=1),dict(a=2)]',), 'In place of a dict'),
         (('a=f(x,y)',), 'balanced brackets'),
         (('a=[x y,z]',), 'balanced brackets'),
+        (('a="[x y,z]"',), 'balanced brackets'),
         (('a=[x,(]',), 'balanced brackets'),
     ],
 )
