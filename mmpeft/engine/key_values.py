@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from mmengine.config import DictAction
 
-from mmpeft.errors import UsageError
+from mmpeft.errors import UsageError, suggest
 
 # A dict, or a list that begins with one.
 HAS_DICT = re.compile(r'[\s\'"\[(]*(\{|dict\()')
@@ -44,6 +45,34 @@ class KeyValues(DictAction):
         # DictAction removes all blanks.
         texts = {key: value.strip(QUOTES) for key, _, value in pairs if BLANK.search(value)}
         getattr(namespace, self.dest).update(texts)
+
+
+def check_options(
+    options: Mapping, cfg: Mapping, names: Mapping[str, Iterable[str] | None]
+) -> None:
+    """Refuse options for keys that a config does not have, at any depth.
+
+    Args:
+        options: By dotted keys.
+        cfg: The config without them.
+        names: What dicts may have beside the config's keys, by patterns of their dotted keys ('' is
+            the config itself); None stands for anything.
+
+    Raises:
+        UsageError: Names the key and similar ones.
+    """
+    for key in options:
+        node, path = cfg, ''
+        for name in key.split('.'):
+            more = [found for pattern, found in names.items() if re.fullmatch(pattern, path)]
+            is_new = node is ...  # a dict that the config does not have
+            if None in more or isinstance(node, (list, tuple)) or (is_new and not more):
+                break
+            own = node if isinstance(node, Mapping) else {}
+            known = dict.fromkeys([*own, *(each for found in more for each in found)])
+            if name not in known and name != '_delete_':
+                raise UsageError(f'--cfg-options: there is no {key!r}. {suggest(name, known)}')
+            node, path = own.get(name, ...), f'{path}.{name}'.lstrip('.')
 
 
 def _unreadable(option, key, value):

@@ -1,19 +1,18 @@
 """Recipes of runs without a Runner: configs with ``peft`` of a method file, and ``targets``."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from mmpeft.checkpoint.journal import append_record, read_journal
-from mmpeft.errors import UsageError, suggest
+from mmpeft.errors import UsageError
 from mmpeft.injection.inject import inject
 from mmpeft.injection.summary import Summary
 
 from .config import read_config
 from .injections import injections
+from .key_values import check_options
 from .method_argument import read_method
 
 # What :func:`check_options` leaves to inject and transformers, which check it themselves.
@@ -44,49 +43,10 @@ def read_recipe(
         cfg.peft = ConfigDict(read_method(method))
     cfg.merge_from_dict(options)
     if 'generation' in cfg:
-        _check_generation(cfg.generation)
+        from mmpeft.interop.generation import check_generation
+
+        check_generation(cfg.generation)
     return cfg
-
-
-def check_options(
-    options: Mapping, cfg: Mapping, names: Mapping[str, Iterable[str] | None]
-) -> None:
-    """Refuse options for keys that a config does not have, at any depth.
-
-    Args:
-        options: By dotted keys.
-        cfg: The config without them.
-        names: What dicts may have beside the config's keys, by patterns of their dotted keys ('' is
-            the config itself); None stands for anything.
-
-    Raises:
-        UsageError: Names the key and similar ones.
-    """
-    for key in options:
-        node, path = cfg, ''
-        for name in key.split('.'):
-            more = [found for pattern, found in names.items() if re.fullmatch(pattern, path)]
-            is_new = node is ...  # a dict that the config does not have
-            if None in more or isinstance(node, (list, tuple)) or (is_new and not more):
-                break
-            own = node if isinstance(node, Mapping) else {}
-            known = dict.fromkeys([*own, *(each for found in more for each in found)])
-            if name not in known and name != '_delete_':
-                raise UsageError(f'--cfg-options: there is no {key!r}. {suggest(name, known)}')
-            node, path = own.get(name, ...), f'{path}.{name}'.lstrip('.')
-
-
-def _check_generation(given):
-    from transformers import GenerationConfig
-
-    known = GenerationConfig().to_dict()
-    for key in given:
-        if key not in known:
-            raise UsageError(f'generation: GenerationConfig has no {key!r}. {suggest(key, known)}')
-    try:
-        GenerationConfig(**given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f'generation: {" ".join(str(error).split())}') from error
 
 
 def check_run(cfg: Config, path: Path, resume: bool) -> None:
@@ -127,37 +87,3 @@ def adapt(model: nn.Module, cfg: Config, **arguments) -> Summary:
     for each in injections(peft['method'], targets, unfreeze):
         summary = inject(model, **each, frozen_dtype=cfg.frozen_dtype, **arguments)
     return summary
-
-
-def answered(
-    path: Path, items: Sequence, batch: int, ask: Callable[[Sequence], Iterable[Mapping]]
-) -> list[dict]:
-    """Answer the questions that have no record yet; several processes may do so at once.
-
-    Args:
-        path: A file of JSON lines, one for each answer, with the question's ``number`` from 0.
-        items: The questions.
-        batch: How many are asked at once.
-        ask: Returns the answers to some of them.
-
-    Returns:
-        The records of all, in the questions' order.
-
-    Raises:
-        UsageError: The file has answers to other questions.
-    """
-    found = {record.get('number', n): record for n, record in enumerate(read_journal(path))}
-    left = [number for number in range(len(items)) if number not in found]
-    if len(found) + len(left) > len(items):
-        raise UsageError(
-            f'{str(path)!r} has {len(found)} answers, and there are {len(items)} questions. Delete '
-            'it, and they are asked again.'
-        )
-    for start in range(0, len(left), batch):
-        numbers = left[start : start + batch]
-        answers = ask([items[number] for number in numbers])
-        for number, answer in zip(numbers, answers, strict=True):
-            found[number] = dict(answer, number=number)
-            append_record(path, found[number])
-        print(f'{path.stem}: {len(found)} of {len(items)}', flush=True)
-    return [found[number] for number in range(len(items))]

@@ -13,7 +13,7 @@ from dreambooth.training import train
 
 from mmpeft.engine.command_line import add_config_arguments, run
 from mmpeft.engine.config import compose, read_config, run_name
-from mmpeft.engine.recipe import check_options
+from mmpeft.engine.key_values import check_options
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from mmpeft.engine.key_values import KeyValues
+from mmpeft.engine.key_values import KeyValues, check_options
 from mmpeft.errors import UsageError
 
 
@@ -56,3 +56,39 @@ def test_blanks_within_a_text_stay():
 def test_what_is_refused(words, message):
     with pytest.raises(UsageError, match=message):
         parsed(*words)
+
+
+CONFIG = dict(
+    steps=3, ways=[dict(a=1)], sampler=dict(steps=2), tasks=dict(own=dict(rate=1)), free=dict(a=1)
+)
+NAMES = {
+    '': ('rows', 'tuning'), 'tuning': ('rows',), r'tasks\.\w+': ('epochs',), 'tasks': ('rte',),
+    'free': None, 'sampler': ('seed',),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'key',
+    'steps ways.0.a sampler.steps sampler.seed.high tasks.own.rate tasks.rte.epochs '
+    'tasks.own.epochs free.b.c rows tuning.rows sampler._delete_'.split(),
+)
+def test_options_for_keys_of_a_config(key):
+    check_options({key: 1}, CONFIG, NAMES)
+
+
+@pytest.mark.parametrize(
+    'key, nearest',
+    [
+        ('stepss', 'steps'),
+        ('sampler.stps', 'steps'),
+        ('tasks.owwn.rate', 'own'),
+        ('tasks.own.rat', 'rate'),
+        ('tasks.rte.epoch', 'epochs'),
+        ('tuning.rws', 'rows'),
+    ],
+)
+def test_options_for_keys_that_a_config_does_not_have(key, nearest):
+    with pytest.raises(UsageError, match=f"there is no '{key}'. Did you mean '{nearest}'"):
+        check_options({key: 1}, CONFIG, NAMES)
+    with pytest.raises(UsageError, match="there is no 'steps.a'"):
+        check_options({'steps.a': 1}, CONFIG, NAMES)

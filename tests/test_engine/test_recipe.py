@@ -3,8 +3,7 @@
 import pytest
 from torch import nn
 
-from mmpeft.checkpoint.journal import append_record, read_journal
-from mmpeft.engine.recipe import adapt, answered, check_options, check_run, read_recipe
+from mmpeft.engine.recipe import adapt, check_run, read_recipe
 from mmpeft.errors import UsageError
 
 TEXT = """
@@ -52,42 +51,6 @@ def test_a_key_that_no_recipe_has(file):
         read_recipe(file, options={'modle.x': 1})
 
 
-CONFIG = dict(
-    steps=3, ways=[dict(a=1)], sampler=dict(steps=2), tasks=dict(own=dict(rate=1)), free=dict(a=1)
-)
-NAMES = {
-    '': ('rows', 'tuning'), 'tuning': ('rows',), r'tasks\.\w+': ('epochs',), 'tasks': ('rte',),
-    'free': None, 'sampler': ('seed',),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    'key',
-    'steps ways.0.a sampler.steps sampler.seed.high tasks.own.rate tasks.rte.epochs '
-    'tasks.own.epochs free.b.c rows tuning.rows sampler._delete_'.split(),
-)
-def test_options_for_keys_of_a_config(key):
-    check_options({key: 1}, CONFIG, NAMES)
-
-
-@pytest.mark.parametrize(
-    'key, nearest',
-    [
-        ('stepss', 'steps'),
-        ('sampler.stps', 'steps'),
-        ('tasks.owwn.rate', 'own'),
-        ('tasks.own.rat', 'rate'),
-        ('tasks.rte.epoch', 'epochs'),
-        ('tuning.rws', 'rows'),
-    ],
-)
-def test_options_for_keys_that_a_config_does_not_have(key, nearest):
-    with pytest.raises(UsageError, match=f"there is no '{key}'. Did you mean '{nearest}'"):
-        check_options({key: 1}, CONFIG, NAMES)
-    with pytest.raises(UsageError, match="there is no 'steps.a'"):
-        check_options({'steps.a': 1}, CONFIG, NAMES)
-
-
 @pytest.mark.parametrize(
     'key, value, message',
     [
@@ -112,27 +75,3 @@ def test_a_run_that_is_there_is_not_overwritten(file, tmp_path):
         check_run(cfg, path, resume=False)
     with pytest.raises(UsageError, match='was started with another model'):
         check_run(read_recipe(file, model='large'), path, resume=True)
-
-
-def test_each_question_is_asked_once_and_counts_once(tmp_path):
-    path, asked = tmp_path / 'answers.jsonl', []
-
-    def ask(items):
-        asked.append(items)
-        return [dict(text=item.upper()) for item in items]
-
-    records = answered(path, 'abcde', 2, ask)
-    assert [*map(''.join, asked)] == ['ab', 'cd', 'e']
-    assert [record['text'] for record in records] == [*'ABCDE'] and read_journal(path) == records
-    path.write_text(path.read_text() * 2)  # as two processes write it
-    assert answered(path, 'abcde', 2, ask) == records
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(lines[3] + lines[0] + lines[1][:-5])
-    del asked[:]
-    assert answered(path, 'abcde', 2, ask) == records and [*map(''.join, asked)] == ['bc', 'e']
-    for _ in range(2):
-        append_record(path.with_name('old.jsonl'), dict(text='A'))
-    assert len(answered(path.with_name('old.jsonl'), 'abc', 2, ask)) == 3
-    append_record(path, dict(text='F', number=5))
-    with pytest.raises(UsageError, match='has 6 answers, and there are 5 questions. Delete it'):
-        answered(path, 'abcde', 2, ask)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
 from torch import nn
 
 from mmpeft.engine.datasets import check_datasets
@@ -26,7 +25,6 @@ from mmpeft.engine.sensitivity import measure
 from mmpeft.errors import UsageError, suggest
 from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.summary import Summary
-from mmpeft.injection.wrappers import is_sharded
 from mmpeft.methods.arguments import check_types, require
 from mmpeft.registry import HOOKS
 from mmpeft.training.penalty import penalty
@@ -35,6 +33,7 @@ from .checkpoints import AdapterCheckpointHook
 from .fitting import load_checked
 from .monitor_hook import MonitorHook
 from .optimizer import rebuild_optimizer, warm_up_fault
+from .runner_check import check_alone, check_runner, check_teacher
 from .shard_hook import ShardHook, check_shardable
 from .unwrap import unwrap
 
@@ -125,8 +124,8 @@ class PEFTHook(Hook):
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
         if not self._prepared:
-            _check_runner(runner)
-        _check_alone(runner)
+            check_runner(runner)
+        check_alone(runner, PEFTHook)
         model, trains = unwrap(runner.model), isinstance(runner.optim_wrapper, OptimWrapper)
         check_datasets(runner, model)
         if not getattr(model, 'peft', []):
@@ -218,7 +217,7 @@ class PEFTHook(Hook):
 
     def before_train(self, runner):
         """Refuse a teacher that follows an adapted student by its mean; look at the warm-up."""
-        _check_teacher(runner, unwrap(runner.model))
+        check_teacher(runner, unwrap(runner.model))
         if fault := warm_up_fault(runner):
             runner.logger.warning(fault)
 
@@ -246,45 +245,3 @@ def _add_penalty(model, args, kwargs, losses):
         return None
     term = penalty(model)
     return None if term is None else {**losses, 'loss_peft': term}
-
-
-def _check_runner(runner):
-    """Refuse a Runner that wraps or shards the model before a hook can adapt it."""
-    if not isinstance(runner, Runner):
-        raise UsageError(
-            f'PEFTHook works in mmengine.runner.Runner, not in {type(runner).__name__}, whose '
-            'strategy prepares the model before a hook can adapt it. Take runner_type and strategy '
-            'out of the config. To shard the model, train with --shard (shard=True).'
-        )
-    if is_sharded(runner.model):
-        raise UsageError(
-            f'model_wrapper_cfg has sharded the model ({type(runner.model).__name__}) before '
-            'PEFTHook can adapt it. Leave model_wrapper_cfg out, and train with --shard '
-            '(shard=True), or shard the model in a loop of your own (docs/api.md, On several GPUs).'
-        )
-
-
-def _check_alone(runner):
-    hooks = [hook for hook in runner.hooks if isinstance(hook, PEFTHook)]
-    if len(hooks) > 1:
-        raise UsageError(
-            f'The config has {len(hooks)} hooks of type PEFTHook, and only one can adapt the '
-            'model. Give one of them a list of methods, each with its targets: '
-            'method=[dict(method=..., targets=...), ...].'
-        )
-
-
-def _check_teacher(runner, model):
-    """mmdet's semi-supervised detectors average parameters pair by pair, whatever their names."""
-    if not any(type(hook).__name__ == 'MeanTeacherHook' for hook in runner.hooks):
-        return
-    student, teacher = (
-        {name: p.shape for name, p in getattr(model, part).named_parameters()}
-        for part in ('student', 'teacher')
-    )
-    if student != teacher:
-        raise UsageError(
-            'MeanTeacherHook averages the parameters of the student into those of the teacher, and '
-            'adapters make them different. A semi-supervised detector cannot train with adapters. '
-            "Train its detector alone, by the detector's own config, or leave PEFTHook out."
-        )

@@ -8,8 +8,7 @@ import datasets
 import transformers
 from mmengine.config import Config
 
-from mmpeft.engine.key_values import KeyValues
-from mmpeft.engine.recipe import check_options
+from mmpeft.engine.key_values import KeyValues, check_options
 from mmpeft.errors import MissingFileError, TrainingError, UsageError
 
 from .data import GLUE, Texts, read_texts

@@ -10,7 +10,8 @@ import transformers
 from mmengine.config import Config
 
 import mmpeft
-from mmpeft.engine.recipe import adapt, answered, read_recipe
+from mmpeft.engine.answers import answered
+from mmpeft.engine.recipe import adapt, read_recipe
 from mmpeft.errors import MissingFileError
 
 from .conversations import open_image, read_conversations, render
