@@ -77,6 +77,15 @@ def test_files_that_are_named_exist(page):
             assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_command_has_lines_of_its_own(page):
+    text = page.read_text().replace('\\\n', '')
+    for block in re.findall(r'^ *```bash\n(.*?)^ *```', text, flags=re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            assert len(re.findall(r'tools/\w+\.(?:py|sh)', line)) <= 1, line
+            assert not line.strip().startswith(('configs/', 'work_dirs/', 'data/', '-')), line
+
+
 def test_the_layout_names_what_is_there():
     named = re.findall(r'`([a-z_/]+\.py)`', (DOCS / 'layout.md').read_text())
     assert named
