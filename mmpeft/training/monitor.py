@@ -13,6 +13,7 @@ from mmpeft.errors import TrainingError, UsageError, listed
 from mmpeft.injection.merge import how_to_adapt
 from mmpeft.injection.site import adapter_parameters, named_adapters
 from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed
+from mmpeft.methods.arguments import has_type
 
 from .allocation import Allocation, allocate, around_steps
 from .checks.check import Check
@@ -63,8 +64,9 @@ class Monitor:
 
     Raises:
         UsageError: The model has no adapters, their parameters are not in the optimizer, a
-            method with an allocator has no ``steps``, or the model is trained by DeepSpeed or
-            FullyShardedDataParallel, which keep gradients to themselves.
+            method with an allocator has no ``steps``, an argument is not a number of steps, or
+            the model is trained by DeepSpeed or FullyShardedDataParallel, which keep gradients
+            to themselves.
     """
 
     _before = 0  # iterations before the start, in a run that was resumed
@@ -82,6 +84,8 @@ class Monitor:
         add_penalty: bool = False,
     ):
         refuse_deepspeed(model, 'monitor')
+        _check_count('check_iters', check_iters, 0)
+        _check_count('nonfinite_iters', nonfinite_iters, 1)
         if is_flattened(model):
             raise UsageError(
                 'mmpeft.monitor does not see the gradients of adapters in '
@@ -96,7 +100,7 @@ class Monitor:
         self.iterations, self._loss = 0, None
         check_optimized(self.optimizer, adapter_parameters(self.model))
         allocated = [a for a in named_adapters(self.model).values() if a.method.allocates]
-        if allocated and not (steps or 0) > 0:
+        if allocated and not (has_type(steps, float) and steps > 0):
             raise UsageError(
                 f'{type(allocated[0].method).__name__} decides during training what it keeps, and '
                 'needs the number of optimizer steps of the whole run: '
@@ -264,6 +268,11 @@ def check_optimized(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
             'train. Build it after mmpeft.inject from all parameters that require a gradient. In a '
             'config, the optim_wrapper.constructor leaves them out.'
         )
+
+
+def _check_count(name, value, least):
+    if not has_type(value, int) or value < least:
+        raise UsageError(f'{name}={value!r} must be a number of steps >= {least}.')
 
 
 def _plain(optimizer):

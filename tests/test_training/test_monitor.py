@@ -200,7 +200,23 @@ def test_a_resumed_loop_that_forgets_the_monitors_state_is_told():
 def test_allocators_need_the_number_of_steps():
     with pytest.raises(UsageError, match=r'AdaLoRA decides.*monitor\(model, optimizer, steps=1000'):
         started(ADALORA, steps=None)
+    with pytest.raises(UsageError, match='needs the number of optimizer steps'):
+        started(ADALORA, steps='100')
     started(steps=None)
+
+
+@pytest.mark.parametrize(
+    'arguments, rule',
+    [
+        (dict(check_iters='10'), "check_iters='10' must be a number of steps >= 0."),
+        (dict(check_iters=-1), 'check_iters=-1 must be a number of steps >= 0.'),
+        (dict(nonfinite_iters=0), 'nonfinite_iters=0 must be a number of steps >= 1.'),
+        (dict(nonfinite_iters=None), 'nonfinite_iters=None must be a number of steps >= 1.'),
+    ],
+)
+def test_what_is_no_number_of_steps_is_refused(arguments, rule):
+    with pytest.raises(UsageError, match=rule):
+        started(**arguments)
 
 
 @pytest.mark.parametrize('copied', [False, True])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed
 
 from mmpeft.checkpoint.keys import excluded_keys
-from mmpeft.errors import TrainingError, UsageError, listed
+from mmpeft.errors import TrainingError, listed
 from mmpeft.injection.wrappers import local_part
 
 from .check import Check
@@ -32,8 +32,6 @@ class Finite(Check):
 
     def __init__(self, monitor, nonfinite_iters: int):
         super().__init__(monitor)
-        if nonfinite_iters < 1:
-            raise UsageError(f'nonfinite_iters={nonfinite_iters} must be a number of steps >= 1.')
         self.limit = nonfinite_iters
         self.row = self.steps = 0  # in a row; a step that a scaler skips counts a tenth in row
         self.origin = None
