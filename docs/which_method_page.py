@@ -140,7 +140,7 @@ def claims(found: list[Study]) -> str:
     """The papers' orderings, and each as it was found; p-values adjusted over those of a study."""
     pairs = [(claim.better, claim.worse) for claim in CLAIMS]
     gaps = [
-        (study.title.split(', at most')[0], difference)
+        (study.title.removesuffix(' parameters in adapters'), difference)
         for study in found
         for difference in differences(study.scores, pairs)
     ]
