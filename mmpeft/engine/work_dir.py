@@ -32,7 +32,11 @@ def check_work_dir(cfg: Config) -> None:
 
 def _is_written(file):
     """Whether a file may be a Runner's config, which assigns values and does nothing else."""
-    return all(isinstance(each, ast.Assign) for each in ast.parse(file.read_text()).body)
+    try:
+        lines = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return False
+    return all(isinstance(line, ast.Assign) for line in lines)
 
 
 def _adapts(cfg):

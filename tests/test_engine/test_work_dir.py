@@ -36,7 +36,8 @@ def test_checkpoints_of_another_method_are_not_overwritten(tmp_path):
     (tmp_path / '4' / 'config.py').rename(tmp_path / '4' / 'renamed.py')
     with pytest.raises(UsageError, match="another method or other targets .'config.py'"):
         check_work_dir(Config.fromfile(tmp_path / '4' / 'renamed.py'))
-    (tmp_path / 'plot.py').write_text('raise SystemExit')  # a script is not run
-    check_work_dir(cfg)
+    for text in (b'raise SystemExit', b'print "of Python 2"', b'a = "\xff"', b'\0'):
+        (tmp_path / 'plot.py').write_bytes(text)  # is no config, and is not run
+        check_work_dir(cfg)
     other.resume = True  # which the hook checks
     check_work_dir(other)

@@ -33,7 +33,7 @@ def check_alone(runner: Runner, kind: type[Hook]) -> None:
 
     Args:
         runner: With its hooks.
-        kind: Of these hooks.
+        kind: The type of hooks that adapt.
 
     Raises:
         UsageError: There are several.
