@@ -16,21 +16,22 @@ def frozen_keys(model: nn.Module) -> list[str]:
 
     These are the parameters below a target module that do not train, and the
     buffers there, such as BatchNorm's statistics, except for what is newly
-    initialized.
+    initialized or was unfrozen: copies that average weights, and models in use,
+    often require no gradient at all.
     """
     trains_base = [record.method.trains_base for record in getattr(model, 'peft', [])]
     if not trains_base or any(trains_base):
         return []
-    prefixes, new = tuple(record.prefix for record in model.peft), []
+    prefixes, trained = tuple(record.prefix for record in model.peft), []
     for record in model.peft:
         found = newly_initialized(model.get_submodule(record.module))
-        new += [join(record.module, path) for path in found]
+        trained += [join(record.module, path) for path in (*found, *record.trained)]
     adapters = adapter_keys(model)
     return [
         key
         for key, value in model.state_dict(keep_vars=True).items()
         if key.startswith(prefixes) and not value.requires_grad
-        if key not in adapters and not is_below(plain_key(key), new)
+        if key not in adapters and not is_below(plain_key(key), trained)
     ]
 
 

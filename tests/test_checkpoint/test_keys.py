@@ -53,6 +53,21 @@ def test_loading_into_a_plain_base_adapts_it(base, model, tmp_path):
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if n.endswith('original'))
 
 
+def test_what_was_unfrozen_is_stored_without_a_gradient_too(base, tmp_path):
+    model = copy.deepcopy(base)
+    mmpeft.inject(model, LORA, unfreeze=('head',))
+    randomize(model)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    model.requires_grad_(False)  # as in use, and in the copies that average weights
+    path = mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    loaded = mmpeft.load_adapter(base, path)
+    assert all(
+        torch.equal(value, loaded.state_dict()[k]) for k, value in model.state_dict().items()
+    )
+    mmpeft.load_adapter(model, path)
+
+
 def test_tied_adapters_are_stored(tmp_path):
     model = Tied()
     plain = copy.deepcopy(model)
