@@ -717,6 +717,19 @@ def test_a_branch_is_added_in_float32_and_rounded_once():
         assert torch.equal(y, (before.float() + added).to(torch.bfloat16))
 
 
+def test_modules_that_get_no_tensor():
+    class Lists(nn.Sequential):
+        def forward(self, maps):
+            return super().forward(maps[0])
+
+    model = nn.Sequential(Lists(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)))
+    mmpeft.inject(model, dict(type='HoulsbyAdapter', rank=2), dict(kinds='mlp', include='0'))
+    with pytest.raises(UsageError, match=r'got none \(list\)'):
+        model([torch.randn(2, 4)])
+    with pytest.raises(UsageError, match=r'got none \(Proxy\)'):
+        torch.fx.symbolic_trace(model)
+
+
 def test_modules_that_are_called_by_keyword():
     class Named(TransformerBlock):
         def forward(self, mask=None, hidden=None):

@@ -215,7 +215,16 @@ class ActivationAdapter(Adapter):
 
 
 def _first(args, kwargs):
-    return next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+    values = (*args, *kwargs.values())
+    found = next(filter(torch.is_tensor, values), None)
+    if found is None:
+        kinds = ', '.join(sorted({type(value).__name__ for value in values})) or 'nothing'
+        raise UsageError(
+            f'An adapter of activations changes a tensor, and its module got none ({kinds}). Leave '
+            'such modules out with targets.exclude. torch.fx (Proxy), which records calls without '
+            'tensors, takes methods on weights alone, such as LoRA.'
+        )
+    return found
 
 
 def _exchanged(args, kwargs, old, new):
