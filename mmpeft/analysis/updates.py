@@ -15,6 +15,7 @@ from mmpeft.injection.summary import kind_of
 from mmpeft.injection.wrappers import refuse_sharded, unwrapped
 from mmpeft.methods.adapter import maybe_transposed
 from mmpeft.methods.normal_form import NormalForm
+from mmpeft.methods.precision import in_double
 from mmpeft.methods.spec import WeightSpec
 from mmpeft.quantization import dequantized
 
@@ -124,7 +125,7 @@ def adapted_weights(model: nn.Module) -> dict[str, list[Site]]:
 def update_of(chain: list[Site]) -> Update:
     """What the adapters at the sites of :func:`adapted_weights` add to their weight."""
     site = chain[0]
-    weight = dequantized(site.original.detach()).double()
+    weight = in_double(dequantized(site.original.detach()))
     adapted = weight
     for each in chain:
         adapted = each.adapter.in_double(adapted)

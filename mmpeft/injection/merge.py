@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import UsageError
+from mmpeft.methods.precision import in_double
 from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 
 from .attach import attach, detach, detach_all, detachable, moved_to
@@ -197,7 +198,7 @@ def _dequantize(model) -> list[tuple[nn.Module, str, nn.Parameter]]:
 def _merged(chain: list[Site]) -> nn.Parameter:
     """phi(W) of all adapters of a weight, computed in float64 and rounded once to its dtype."""
     name, original = chain[0].name, dequantized(chain[0].original)
-    value = original.double()
+    value = in_double(original)
     for site in chain:
         value = site.adapter.in_double(value)
     rounded = torch.empty_like(original).copy_(value)

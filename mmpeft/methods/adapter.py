@@ -10,7 +10,7 @@ from mmpeft.errors import UsageError
 from mmpeft.quantization import dequantized
 
 from .base import Factors, Method
-from .precision import outside_autocast
+from .precision import in_double, outside_autocast
 from .spec import WeightSpec
 
 # Attribute that FSDP and fully_shard give to every module whose parameters they shard.
@@ -168,9 +168,9 @@ class WeightAdapter(Adapter):
             return self.map(weight, self.factors, self.dtype, self.training)
 
     def in_double(self, weight: Tensor) -> Tensor:
-        """phi(W) as in evaluation, computed in float64 and returned in it."""
-        factors = {k: v.double() if v.is_floating_point() else v for k, v in self.factors.items()}
-        return self.map(weight.double(), factors, torch.float64)
+        """phi(W) as in evaluation, computed in float64 (complex128) and returned in it."""
+        weight, factors = in_double(weight), {k: in_double(v) for k, v in self.factors.items()}
+        return self.map(weight, factors, weight.dtype)
 
     def map(
         self, weight: Tensor, factors: Factors, dtype: torch.dtype, training: bool = False

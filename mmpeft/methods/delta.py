@@ -24,7 +24,9 @@ def root_mean_square(weight: Tensor) -> float:
     """Of the elements of a weight; NaN on the meta device."""
     if weight.is_meta:
         return float('nan')
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    norm = torch.linalg.vector_norm(
+        weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float64)
+    ).item()
     return norm / sqrt(max(weight.numel(), 1))
 
 

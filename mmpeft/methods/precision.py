@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 class _Outside:
@@ -28,3 +29,10 @@ def outside_autocast(device: str) -> AbstractContextManager:
     if torch.compiler.is_compiling():
         return torch.autocast(device, enabled=False)
     return _Outside(device)
+
+
+def in_double(x: Tensor) -> Tensor:
+    """A tensor in float64, or in complex128; one of indices as it is."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.to(torch.promote_types(x.dtype, torch.float64))

@@ -76,6 +76,15 @@ def test_merging_reversibly_merges_as_for_good(model):
     assert all(torch.equal(value, merged[key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize('method', ['lora', 'liera', 'dora', 'ssf'])
+@pytest.mark.parametrize('dtype', [torch.complex64, torch.complex128])
+def test_complex_weights(method, dtype):
+    model, x = nn.Sequential(nn.Linear(4, 5)).to(dtype), torch.randn(3, 4, dtype=dtype)
+    inject(model, METHODS[method])
+    expected = model(x)
+    torch.testing.assert_close(mmpeft.merge(model)(x), expected)
+
+
 def test_training_goes_on_as_if_nothing_had_been(model):
     x = torch.randn(4, 8, 6, 6)
     twin = copy.deepcopy(model).train()
