@@ -79,11 +79,11 @@ def inject(
     Raises:
         UsageError: The targets select nothing, a pattern matches nothing, a rank or budget
             does not fit, an argument is unknown, prompts and a method that convolves an image's
-            tokens would meet in a block, the target has weights in few bits
-            of other libraries than torchao and bitsandbytes, in formats that quantize inputs
-            too, or without a shape so far, or the model is sharded or wrapped for DDP already. The
-            model is unchanged, except that 4-bit layers of bitsandbytes may have become
-            ``nn.Linear`` with equal values.
+            tokens would meet in a block, an embedding to adapt has ``sparse=True``, the target
+            has weights in few bits of other libraries than torchao and bitsandbytes, in formats
+            that quantize inputs too, or without a shape so far, or the model is sharded or wrapped
+            for DDP already. The model is unchanged, except that 4-bit layers of bitsandbytes may
+            have become ``nn.Linear`` with equal values.
     """
     method = METHODS.build(method)
     targets = Targets.of(targets)
@@ -95,6 +95,7 @@ def inject(
     _check_beside_earlier(model, method, targets.module)
     adopt_quantized(model, targets.module)
     sites = select(model, method, targets)
+    _check_dense(sites)
     check_prompts(model, sites)
     method = _resolved(resolve_ranks(method, sites, targets.max_share, sensitivity), sites)
     root = target_module(model, targets.module)
@@ -134,6 +135,15 @@ def _check_shapes(root):
             f'{len(lazy)} parameters, such as {lazy[0]}, get their shapes from the first input. '
             'Call the model once before mmpeft.inject.'
         )
+
+
+def _check_dense(sites):
+    for site in sites:
+        if site.tensor and getattr(site.layer, 'sparse', False):
+            raise UsageError(
+                f'{site.name} has sparse gradients, which do not pass through an adapter. Write '
+                f'model.get_submodule({site.path!r}).sparse = False, which changes nothing else.'
+            )
 
 
 def _check_beside_earlier(model, method, module):

@@ -204,6 +204,18 @@ def test_layers_without_a_shape_are_refused_until_the_first_input():
     assert len(mmpeft.inject(net, dict(type='LoRA', rank=2)).rows) == 2
 
 
+@pytest.mark.parametrize('kind', [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_with_sparse_gradients_are_refused(kind):
+    model = nn.Sequential(kind(9, 4, sparse=True), nn.Linear(4, 4))
+    targets = dict(kinds=('embedding', 'linear'))
+    with pytest.raises(UsageError, match=r"'0'\)\.sparse = False"):
+        mmpeft.inject(model, dict(type='LoRA', rank=1), targets)
+    assert not hasattr(model, 'peft')
+    model[0].sparse = False
+    mmpeft.inject(model, dict(type='LoRA', rank=1), targets)
+    model(torch.randint(9, (3, 2))).sum().backward()
+
+
 @pytest.mark.parametrize(
     'arguments',
     [dict(method=dict(type='Full')), dict(method=dict(type='LoRA', rank=1), unfreeze='1')],
