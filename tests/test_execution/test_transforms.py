@@ -1,6 +1,7 @@
 """What torch records or transforms is computed by torch's operations alone, and is the same."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mmpeft
 from mmpeft import execution
@@ -165,6 +167,21 @@ def test_gradients_of_compiled_layers(case, name):
     found = results(model, x, torch.compile(model, backend='aot_eager', fullgraph=True))
     with plain(model):
         assert_equal(found, results(model, x), 1e-10)
+
+
+@pytest.mark.parametrize('name', ['lora_channel', 'flora', 'liera', 'dora', 'ia3'])
+def test_selective_checkpoints_keep_outputs_that_nothing_changes(name):
+    """With torch's own example of a policy: products and convolutions are kept."""
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten.convolution.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    for kind in COMPILED:
+        model, x = block(kind, name)
+
+        def selective(x, model=model):
+            return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+        assert_equal(results(model, x, selective), results(model, x), 1e-10)
 
 
 @pytest.mark.parametrize(
