@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mmpeft.errors import UsageError
+
 
 class Fast:
     """The base of the mixins that compute the same faster."""
@@ -112,6 +114,21 @@ def reduce_layer(layer: nn.Module, protocol: int) -> tuple:
     return _rebuild, (kind, steps[::-1]), vars(layer)
 
 
+def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """As of ``nn.Module``, which ``layer.weight = nn.Parameter(...)`` calls.
+
+    Raises:
+        UsageError: The name is that of a parametrized tensor, for which torch has a KeyError.
+    """
+    if '.' in name or parametrize.is_parametrized(layer, name):
+        raise UsageError(
+            f'The {name} of a layer is adapted, so no other parameter can take its place, as in '
+            'fuse_conv_bn, quantization, tensor parallelism or tying. Call mmpeft.merge(model) '
+            'first, or do that before mmpeft.inject.'
+        )
+    nn.Module.register_parameter(layer, name, parameter)
+
+
 def _rebuild(kind, steps):
     layer = kind.__new__(kind)
     for mixin, content in steps:
@@ -132,7 +149,7 @@ def _shared(key, like, bases, content):
         metaclass = type(like)
         if not issubclass(metaclass, Shared):
             metaclass = Shared if metaclass is type else type('Shared', (Shared, metaclass), {})
-        content = content | dict(__reduce_ex__=reduce_layer)
+        content |= dict(__reduce_ex__=reduce_layer, register_parameter=register_parameter)
         return _SHARED.setdefault(key, metaclass(like.__name__, bases, content))
     return _SHARED[key]
 

@@ -10,9 +10,10 @@ import torch
 from timm.layers import LayerNorm, LayerNorm2d
 from timm.models.convnext import ConvNeXtStage
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 import mmpeft
+from mmpeft.errors import UsageError
 from tests.cases import FAMILIES, METHODS, randomize
 
 
@@ -202,6 +203,19 @@ def test_copies_of_a_layer_with_a_parametrization_beside_the_adapter(way):
     with torch.no_grad():
         other[1].first.parametrizations.bias.original.add_(1)
     assert not torch.equal(other(x), model(x))
+
+
+def test_no_parameter_takes_the_place_of_an_adapted_one():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 3)).eval()
+    mmpeft.inject(model, METHODS['lora'])
+    with pytest.raises(UsageError, match='The weight of a layer is adapted'):
+        fuse_conv_bn_eval(model[0], model[1])
+    with pytest.raises(UsageError, match=r'The parametrizations\.weight\.original'):
+        model[2].register_parameter('parametrizations.weight.original', nn.Parameter(torch.ones(1)))
+    model[2].bias = nn.Parameter(torch.ones(3))
+    mmpeft.merge(model)
+    model[2].weight = nn.Parameter(torch.ones(3, 4))
+    assert fuse_conv_bn_eval(model[0], model[1]).bias is not None
 
 
 def test_a_mode_of_memory_is_of_one_model():
