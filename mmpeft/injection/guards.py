@@ -50,7 +50,7 @@ def _before_loading(module, state_dict, prefix, local_metadata, *rest):
             f'names in {type(module).__name__}, where they are adapted: load_state_dict leaves '
             'them as they are in the model. Write mmpeft.load_base(model, state), or load it '
             'before mmpeft.inject.',
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

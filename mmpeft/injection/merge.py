@@ -1,5 +1,6 @@
 """Merge adapters into the weights, and bring the base back."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,11 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
     if not reversible:
         release(model)
         release(model, earlier.records if earlier else [])
-        model.__dict__.pop(MERGED, None)
+        _forget(model)
     elif (records or originals) and earlier is None:
         model.__dict__.pop('peft', None)
         setattr(model, MERGED, Merged(sites, records, originals, untied))
+        model.register_load_state_dict_pre_hook(_before_loading)
     return model
 
 
@@ -156,8 +158,37 @@ def unmerge(model: nn.Module) -> nn.Module:
     attach(model, kept.sites)
     if kept.records:
         model.peft = kept.records
-    del model.__dict__[MERGED]
+    _forget(model)
     return model
+
+
+def _forget(model):
+    """Undo what a reversible merge left on the model."""
+    model.__dict__.pop(MERGED, None)
+    hooks = model._load_state_dict_pre_hooks
+    for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _before_loading]:
+        del hooks[key]
+
+
+def _before_loading(module, state_dict, prefix, *rest):
+    """Warn of other values for merged weights, which :func:`unmerge` would drop."""
+    kept = {(layer, name) for layer, name, _ in module.__dict__[MERGED].originals}
+    dropped = []
+    for path, layer in module.named_modules():
+        for name, merged in layer._parameters.items():
+            key = prefix + join(path, name)
+            if (layer, name) in kept and key in state_dict:
+                held = dequantized(merged)
+                if not torch.equal(dequantized(state_dict[key]).to(held), held):
+                    dropped.append(key)
+    if dropped:
+        warnings.warn(
+            f'{len(dropped)} weights of this state dict, such as {dropped[0]}, are merged '
+            'reversibly in the model: mmpeft.unmerge would drop what is loaded now. Write '
+            'mmpeft.unmerge(model) and mmpeft.load_base(model, state), or make the merge final '
+            'by mmpeft.merge(model).',
+            stacklevel=6,
+        )
 
 
 def _configs_to_untie(model, weights) -> list[Any]:

@@ -98,7 +98,7 @@ def test_a_plain_state_dict_warns(model, through, tmp_path):
     for each in (model, through(model)):
         with pytest.warns(UserWarning, match=f'backbone.0.dw.weight, .*{PLAIN}') as caught:
             each.load_state_dict(state, strict=False)
-        assert len(caught) == 1
+        assert len(caught) == 1 and caught[0].filename == __file__
         backbone = {k.removeprefix('backbone.'): v for k, v in state.items() if 'backbone' in k}
         with pytest.warns(UserWarning, match=f'such as 0.dw.weight, .*{PLAIN}') as caught:
             each.backbone.load_state_dict(backbone, strict=False)

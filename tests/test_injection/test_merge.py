@@ -185,6 +185,20 @@ def test_a_second_merge_is_for_good(model):
         mmpeft.unmerge(model)
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('through', [lambda m: m, copy.deepcopy])
+def test_loading_into_merged_weights_warns(model, through):
+    state = Net().state_dict()
+    mmpeft.merge(model, reversible=True)
+    model = through(model)
+    with pytest.warns(UserWarning, match=r'backbone.0.dw.weight, are merged reversibly') as caught:
+        model.load_state_dict(state)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    model.load_state_dict(model.state_dict() | {'head.bias': state['head.bias']})
+    mmpeft.merge(model)
+    model.load_state_dict(state)
+
+
 def test_adapting_what_was_merged_reversibly(model):
     base = mmpeft.remove(copy.deepcopy(model)).state_dict()
     mmpeft.merge(model, reversible=True)
