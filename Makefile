@@ -1,5 +1,6 @@
 # make demo      install, then adapt a frozen detector to scenes of handwritten digits
-# make test      install, then run the tests
+# make test      install, then run the tests of eight minutes
+# make test-all  install, then run all tests
 # make docs      install, then build the documentation into docs/_build/html
 # make install   .venv with the pinned stack of requirements/ and mmpeft
 #
@@ -20,14 +21,19 @@ TEST_ARGS ?=
 LOCK := $(shell cat requirements/*.txt requirements/install.sh setup.py | sha256sum | cut -c 1-12)
 STAMP := $(VENV)/installed-$(LOCK)
 
-.PHONY: demo test docs install reinstall lint format clean distclean help
+.PHONY: demo test test-all docs install reinstall lint format clean distclean help
 .DEFAULT_GOAL := help
 
 demo: $(STAMP)
 	$(VENV)/bin/python projects/demo/run.py $(if $(METHOD),--method $(METHOD)) $(if $(TASK),--task $(TASK)) $(if $(DATA),--data $(DATA)) $(DEMO_ARGS)
 
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
+	$(PYTEST) -m "not long" $(TEST_ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(TEST_ARGS)
 
 # Warnings, such as references that lead nowhere, are errors.
 docs: $(STAMP)

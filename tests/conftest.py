@@ -1,6 +1,7 @@
 """What all tests share: no GPU, one seed, one process, scripts as modules, the default scope."""
 
 import ast
+import json
 import os
 import sys
 from importlib import import_module
@@ -14,6 +15,17 @@ import torch  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+SLOW, LONG = 0.5, 8  # seconds
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what took long when it was last recorded (``durations.py``)."""
+    seconds = json.loads((ROOT / 'tests/durations.json').read_text())
+    for item in items:
+        took = seconds.get(item.nodeid.split('[')[0], 0)
+        for mark, least in dict(slow=SLOW, long=LONG).items():
+            if took >= least:
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('backbone, task, method', CASES)
 def test_a_backbone_under_a_head(backbone, task, method, tmp_path):
     plain = backbone in PLAIN
@@ -149,7 +148,6 @@ def fewer_queries(cfg):
     return cfg
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('config', QUERIES)
 def test_a_query_based_head(config, tmp_path):
     cfg = fewer_queries(small(config, 'vit_small_patch16_dinov3.lvd1689m'))

@@ -130,7 +130,6 @@ def _plain(node):
     return pytest.approx(node) if isinstance(node, float) else node
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('dataset', SCOPES)
 def test_trains_and_predicts(dataset):
     cfg = shrink(with_method('flora', dataset))
@@ -235,7 +234,6 @@ def full_width():
         return build(cfg)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_method_fits_the_backbone(method, full_width):
     result = adapt(copy.deepcopy(full_width), with_method(method))

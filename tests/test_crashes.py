@@ -26,7 +26,6 @@ from tests.toy import toy_runner
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_nothing_saved_is_lost(tmp_path):
     command = [sys.executable, '-m', 'tests.crash_run', str(tmp_path), '6', '0']
     environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
@@ -136,7 +135,6 @@ def damage(path):
     path.write_bytes(content[:place] + bytes([value[0] ^ 1]) + content[place + 1 :])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('harm', ['truncated', 'flipped', 'emptied'])
 def test_resuming_passes_over_damaged_checkpoints(harm, tmp_path):
     toy_runner(tmp_path, **RESUMED, **{'train_cfg.max_epochs': 2}).train()

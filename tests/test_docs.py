@@ -288,7 +288,6 @@ def test_a_dataset_of_label_images(tmp_path, monkeypatch):
         assert dataset.metainfo['classes'] == ('road', 'roof', 'tree')
 
 
-@pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path):
     command = ['-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', DOCS, tmp_path / 'html']
     done = subprocess.run(

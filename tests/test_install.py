@@ -71,7 +71,6 @@ def run(*command, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-@pytest.mark.slow
 def test_core_works_with_torch_and_mmengine_alone():
     done = run(sys.executable, '-c', WITHOUT_EXTRAS, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -162,7 +161,6 @@ def test_base_of_every_config_is_shipped(config):
                     assert (parent / path).is_file(), f'{config} inherits from {base}'
 
 
-@pytest.mark.slow
 def test_wheel_serves_its_configs(tmp_path):
     """Built, unpacked elsewhere and inherited from, as after `pip install mmpeft`."""
     source = tmp_path / 'source'

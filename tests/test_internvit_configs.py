@@ -29,7 +29,6 @@ def test_every_config_is_a_case():
     assert {path.parent.name for path in ROOT.glob('configs/*/internvit_ade20k.py')} == set(SHARES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method', SHARES)
 def test_shares_of_the_whole_model(method):
     cfg = read(method)
@@ -59,7 +58,6 @@ def test_recipe():
     assert cfg.model.backbone.drop_path == 0.4 and cfg.model.backbone.with_cp
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method', ['flora', 'dora', 'full'])
 def test_small_models_learn_and_predict(method):
     cfg = read(method)

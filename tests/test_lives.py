@@ -737,7 +737,6 @@ FURTHER = (
 )
 
 
-@pytest.mark.slow
 def test_lives():
     COUNTS.clear()
     run_state_machine_as_test(

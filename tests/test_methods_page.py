@@ -22,7 +22,6 @@ def found(tool):
     return tool.entries(ROOT / 'configs/_base_/methods')
 
 
-@pytest.mark.slow  # counts the parameters of every method
 def test_documents_are_up_to_date(tool):
     stale = [path for path, text in tool.documents().items() if (ROOT / path).read_text() != text]
     assert not stale, 'write them by: python docs/methods_page.py'

@@ -303,7 +303,6 @@ def test_every_config_is_a_case():
     assert {path.stem for path in CONFIGS.glob('*.py')} == set(SMALLER_HEADS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALLER_HEADS)
 def test_trained_loaded_and_merged(name, workplace):
     cfg = config(name)
@@ -321,7 +320,6 @@ def test_trained_loaded_and_merged(name, workplace):
     check_gradients(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, method',
     [
@@ -350,7 +348,6 @@ def test_methods_on_activations(name, method, workplace):
         mmpeft.merge(model)
 
 
-@pytest.mark.slow
 def test_the_transformer_of_a_detr(workplace, monkeypatch):
     """The page's config: backbone, encoder and decoder adapted in a detector that is trained."""
     (block,) = [b for b in re.findall(r'```python\n(.*?)```', PAGE, re.S) if 'decoder' in b]
@@ -428,7 +425,6 @@ def test_rates():
     )
 
 
-@pytest.mark.slow
 def test_adapters_in_frozen_stages_stop_the_run(workplace):
     cfg = config('rtmdet_tiny_coco', **{'model.backbone.frozen_stages': 0})
     pretrain(cfg)

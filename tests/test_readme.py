@@ -51,7 +51,6 @@ def make_pets(root):
         (root / f'{split}.json').write_text(json.dumps(content))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 def test_a_new_dataset_by_inheritance(tmp_path, monkeypatch):
     block = next(b for b in BLOCKS if 'data/pets' in b)
@@ -91,7 +90,6 @@ def test_a_new_dataset_by_inheritance(tmp_path, monkeypatch):
     assert stored['meta']['dataset_meta']['classes'] == ('cat', 'dog')
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 def test_a_new_dataset_of_classes_by_inheritance(tmp_path, monkeypatch):
     pages = (ROOT / 'docs/configs.md').read_text()

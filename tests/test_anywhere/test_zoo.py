@@ -30,7 +30,7 @@ METHODS = dict(
 ZOO = HF | MORE
 STEP = 1 if os.environ.get('MMPEFT_EVERY_PAIR') else len(METHODS)
 PAIRS = [
-    pytest.param(name, method, marks=[pytest.mark.slow] * (n % 2 or (m - n) % len(METHODS) != 0))
+    (name, method)
     for n, name in enumerate(ZOO)
     for m, method in enumerate(METHODS)
     if (m - n) % STEP == 0

@@ -11,8 +11,6 @@ from tests.test_checkpoint import deepspeed_run
 from tests.test_checkpoint.deepspeed_run import METHODS, STAGES, network
 from tests.test_checkpoint.sharded_run import train
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):

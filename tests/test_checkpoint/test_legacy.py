@@ -23,7 +23,6 @@ from tests.toy import state_of
 V030 = Path(__file__).parents[1] / 'fixtures/v030'
 CASES = json.loads((V030 / 'cases.json').read_text())
 ADAPTERS = {case['name']: case for case in CASES['adapters']}
-QUICK = {*list(ADAPTERS)[::4], 'of_0_2'}
 CHECKPOINTS = {case['name']: case for case in CASES['checkpoints']}
 
 
@@ -49,9 +48,7 @@ def assert_is(model, path, output):
     assert difference <= 1e-5 * output.abs().max()
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in ADAPTERS]
-)
+@pytest.mark.parametrize('name', ADAPTERS)
 def test_a_file_loads_into_the_plain_network_and_is_saved_anew(name, expected, tmp_path):
     case, output = ADAPTERS[name], expected[f'adapters/{name}']
     path = V030 / case['file']
@@ -70,7 +67,6 @@ def test_a_file_loads_into_the_plain_network_and_is_saved_anew(name, expected, t
     assert frozen == [name for name, p in again.named_parameters() if not p.requires_grad]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ADAPTERS)
 def test_a_file_loads_into_a_network_that_the_user_adapted(name, expected):
     case = ADAPTERS[name]
@@ -107,7 +103,6 @@ def test_layouts_are_the_same_on_linear_layers(expected):
     assert_is(model, V030 / case['file'], expected['adapters/tied_lora'])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_a_checkpoint_is_tested_by_the_config_of_its_run(name, expected, tmp_path):
     case = CHECKPOINTS[name]

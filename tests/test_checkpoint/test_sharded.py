@@ -12,8 +12,6 @@ from tests.processes import launch
 from tests.test_checkpoint import sharded_run
 from tests.test_checkpoint.sharded_run import METHODS, TARGETS, batch, network, train, watched
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 WAYS = ('ddp', 'fsdp1', 'fsdp2')
 SHARDED = WAYS[1:]

@@ -126,7 +126,6 @@ ONE = "dict(type='FLoRA', rank=2, scale=1.0)"
 TWO = "[dict(method=dict(type='LoRA', rank=2), targets=dict(include=['fc'])), {'type': 'BitFit'}]"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method', [ONE, TWO])
 def test_the_composed_config_runs_again_from_the_work_directory(method, plain, tmp_path):
     cfg = compose(plain, method)

@@ -144,7 +144,6 @@ def trained(tiny):
     return tiny / 'work_dirs/lora_rank-2/tiny', log
 
 
-@pytest.mark.slow
 def test_two_nodes_train_without_a_gpu(trained):
     folder, log = trained
     checkpoint = torch.load(folder / 'epoch_1.pth', map_location='cpu', weights_only=False)
@@ -159,7 +158,6 @@ def test_two_nodes_train_without_a_gpu(trained):
     assert moved
 
 
-@pytest.mark.slow
 def test_two_processes_test_with_flips_and_pictures(tiny, trained):
     """By the composed config in the work directory, which knows the method."""
     composed = trained[0] / 'tiny.py'

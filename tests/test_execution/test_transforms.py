@@ -115,7 +115,6 @@ def test_a_block_compiled_without_graph_breaks():
     assert_compiled(*block('vit', 'dora'), 1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('turn, name', enumerate(METHODS))
 def test_all_methods_compiled_without_graph_breaks(turn, name):
     """In training and in evaluation; on all blocks with MMPEFT_EVERY_PAIR=1."""
@@ -142,13 +141,11 @@ def test_compiled_evaluation_of_many_positions_has_the_update_in_the_weight(rows
     assert found == [linears]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', NETWORKS)
 def test_networks_compiled_without_graph_breaks(kind):
     assert_compiled(network(kind, 'flora'), torch.randn(2, 3, 32, 32), 1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['vit', 'convnext'])
 def test_gradients_of_a_compiled_training_step(kind):
     model, x = network(kind, 'flora').double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -189,8 +186,8 @@ def test_selective_checkpoints_keep_outputs_that_nothing_changes(name):
     [
         ('flora', False),
         ('dora', False),
-        pytest.param('lora_channel', True, marks=pytest.mark.slow),
-        pytest.param('liera', True, marks=pytest.mark.slow),
+        ('lora_channel', True),
+        ('liera', True),
     ],
 )
 def test_exported(name, strict):

@@ -59,13 +59,8 @@ EXPECTED = dict(
 UNUSED = {'hf_sam': 3}
 
 
-QUICK = list(NETWORKS)[::3]
-
-
 @pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in NETWORKS]
-)
+@pytest.mark.parametrize('name', NETWORKS)
 def test_methods_on_activations(name):
     points, layers, prompts = EXPECTED[name]
     after = {kind: number for kind, number in points.items() if kind in ('mlp', 'branch')}

@@ -44,11 +44,6 @@ WRAPPERS = dict(
     both=lambda model: compiled(inside(checkpoint_wrapper)(model)),
     data_parallel=nn.DataParallel,
 )
-# Compiling takes seconds.
-EVERY = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ('compile', 'both')))
-    for name in WRAPPERS
-]
 
 
 def make(method=LORA):
@@ -64,7 +59,7 @@ def x():
     return torch.randn(2, 8, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('name', WRAPPERS)
 def test_wrappers_leave_no_trace_in_files(name, tmp_path):
     wrap, plain = WRAPPERS[name], make()
     wrapped = wrap(make())
@@ -82,7 +77,7 @@ def test_wrappers_leave_no_trace_in_files(name, tmp_path):
         torch.testing.assert_close(base(x()), expected)
 
 
-@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('name', WRAPPERS)
 def test_what_is_in_wrappers_is_adapted_merged_and_restored(name):
     wrapped, plain = WRAPPERS[name](make(None)), make(None)
     modules = list(wrapped.modules())
@@ -164,7 +159,6 @@ def spawned(rank, model, folder):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_an_adapted_model_is_spawned(tmp_path):
     """As Lightning's ``ddp_spawn`` does: the model is pickled for each process."""
     model = make(dict(type='DoRA', rank=2))

@@ -22,7 +22,7 @@ from mmpeft.models import InternViT, SimpleFeaturePyramid, TimmBackbone
 from tests.backbones import SMALL
 from tests.cases import randomize
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 TINY = dict(depth=2, width=32, heads=2, hidden=64, image_size=56)
 

@@ -784,7 +784,7 @@ def test_targets_choose_among_insertion_points():
 
 
 @pytest.mark.parametrize('key', ['houlsby', 'pfeiffer', 'parallel', 'vpt', 'vpt_deep'])
-@pytest.mark.parametrize('depth', [18, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('depth', [18, 50])
 def test_on_mmdets_resnet(depth, key):
     model, x = mmdet.models.ResNet(depth, frozen_stages=-1), torch.randn(2, 3, 64, 64)
     model.eval()

@@ -97,7 +97,6 @@ def test_the_penalty_is_the_sum_over_adapters_with_weights(config):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('config', METHODS_WITH_MPC, ids=lambda c: c['type'] + c['mpc'])
 def test_the_penalty_goes_down_when_minimised_alone(config):
     model = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(4, 6, 3)).double()

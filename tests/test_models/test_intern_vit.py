@@ -387,7 +387,6 @@ def memory_of_loading(folder, arch, frozen_dtype, dtype, count):
 WARM_UP = SMALL | dict(width=64, hidden=128)
 
 
-@pytest.mark.slow
 def test_loading_takes_the_model_and_one_shard(tmp_path):
     arch = dict(depth=20, width=512, heads=8, hidden=4096)
     _, grown, size, shard = memory_of_loading(tmp_path, arch, 'bfloat16', torch.bfloat16, 5)
@@ -395,7 +394,6 @@ def test_loading_takes_the_model_and_one_shard(tmp_path):
     assert grown <= shard + 4e6  # and what the interpreter takes meanwhile
 
 
-@pytest.mark.slow
 def test_loading_into_few_bits_never_holds_the_weights_whole(tmp_path):
     arch = dict(depth=14, width=384, heads=6, hidden=1536)
     grown, _, size, _ = memory_of_loading(tmp_path, arch, 'nf4', torch.float32, 8)

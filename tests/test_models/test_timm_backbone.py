@@ -286,7 +286,6 @@ def test_accelerate_is_asked_for(tmp_path, monkeypatch):
         TimmBackbone(**standardized, frozen_dtype='int8')
 
 
-@pytest.mark.slow
 def test_reading_into_few_bits_never_holds_the_weights_whole(tmp_path):
     script = """
 import accelerate, sys, threading, time, torch

@@ -166,7 +166,6 @@ def test_the_other_configs(project):
         assert method.dropout == 0.05 and cfg.batch_size == 16 and cfg.training.warmup_steps == 100
 
 
-@pytest.mark.slow
 def test_from_training_to_the_table(project, material, tmp_path, capsys):
     """Train here, evaluate in another process with merged weights, here without merging."""
     run = tmp_path / 'run'
@@ -225,7 +224,6 @@ def test_from_training_to_the_table(project, material, tmp_path, capsys):
     assert read_journal(path) == read_journal(answers / path.name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('way', ['fsdp', 'deepspeed'])
 def test_sharded_by_accelerate(way, project, material, tmp_path):
     """Two processes, resumed or not, train what one process does."""

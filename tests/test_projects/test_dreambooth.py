@@ -132,7 +132,6 @@ def test_a_method_without_a_lora_is_sent_to_the_merged_model(material, tmp_path)
     assert_close(latents_of(other), latents_of(pipeline))
 
 
-@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(material, tmp_path, monkeypatch):
     """With a text encoder, and a method that has an allocator, a penalty and dropout."""
     from dreambooth import training
@@ -327,7 +326,6 @@ def call(name, *arguments):
         runpy.run_path(str(PROJECT / f'{name}.py'), run_name='__main__')
 
 
-@pytest.mark.slow
 def test_from_images_to_files(material, tmp_path, capsys):
     """Trained in two processes, as two accumulated batches train it in one, then used here."""
     from dreambooth import training

@@ -455,7 +455,6 @@ def own(tmp_path_factory):
 SMALL = ('training.use_cpu=True', 'training.per_device_train_batch_size=8')
 
 
-@pytest.mark.slow
 def test_a_run_trains_saves_and_merges_in_a_new_process(glue, encoder, own, tmp_path, capfd):
     train = runpy.run_path(str(PROJECT / 'train.py'))['main']
     config = str(PROJECT / 'configs/liera_deberta_v3_base.py')
@@ -493,7 +492,6 @@ def test_a_run_is_in_a_folder_of_its_task_method_and_seed(glue, own, tmp_path, m
         train([*given, '--method', "dict(type='LoRA', rank=2)"])
 
 
-@pytest.mark.slow
 def test_a_table_is_resumed_and_printed(glue, encoder, tmp_path, capsys, monkeypatch):
     table = runpy.run_path(str(PROJECT / 'table.py'))['main']
     texts = [text for text, _ in sentences()]

@@ -191,7 +191,6 @@ def test_shares(project, method):
     assert trains == {'language_model', 'multi_modal_projector'}
 
 
-@pytest.mark.slow
 def test_from_training_to_exact_answers(project, material, tmp_path, capsys):
     """Train here, evaluate in another process with merged weights, here without merging."""
     run = tmp_path / 'run'

@@ -80,7 +80,6 @@ def tool(script, data, tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.slow
 def test_two_tasks_from_command_to_table(protocol, tool, tmp_path):
     records, printed = tool('--seeds', 0, 1)
     assert [(r['task'], r['seed']) for r in records] == [
@@ -118,7 +117,6 @@ def classifies(model, root, line):
     return model.head.fc(pooled).argmax().item() == int(label)
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on(protocol, data, tmp_path, monkeypatch):
     """From its last checkpoint, though it is killed between training and the record."""
     cfg = compose(CONFIG, options=SMALL)
@@ -134,7 +132,6 @@ def test_an_interrupted_run_goes_on(protocol, data, tmp_path, monkeypatch):
     assert 0 <= record['accuracy'] <= 100
 
 
-@pytest.mark.slow
 def test_a_rate_that_diverges_loses(protocol, data, tmp_path):
     cfg = compose(CONFIG, options=SMALL | {'train_cfg.max_epochs': 4})
     import_task(cfg)
@@ -194,7 +191,6 @@ def test_data_that_is_missing_is_named(protocol, data, tmp_path):
         protocol.benchmark(cfg, tmp_path, ['kitti'], grid={RATE: [1, 2]}, root=tmp_path)
 
 
-@pytest.mark.slow
 def test_the_runner_reads_the_layout(protocol, data):
     cfg = protocol.for_task(compose(CONFIG, options=SMALL), 'kitti', root=data)
     import_task(cfg)

@@ -83,7 +83,6 @@ def step_of(name, workload, rank=2, **kwargs):
     return steps.Step(model, workload.batch(), **kwargs)
 
 
-@pytest.mark.slow
 def test_a_network_from_measuring_to_tables_and_plots(call, tmp_path, monkeypatch, capsys):
     done = call('--workloads', TINY, '--variants', 'flora', '--ranks', 2, 4, '--rounds', 1)
     assert done.mode == 'train'
@@ -125,7 +124,6 @@ def test_stored_results_are_those_shown(call, toy, tmp_path, capsys):
         records.read(tmp_path / 'none.jsonl')
 
 
-@pytest.mark.slow
 def test_memory_beside_time(call, tmp_path, capsys):
     done = call('--memory', '--workloads', TINY, '--rounds', 1, '--ranks', 2)
     assert done.mode == 'memory'
@@ -467,7 +465,6 @@ def test_the_page_holds_the_stored_results():
     assert {result.variant for run in runs for result in run.results} <= set(variants.VARIANTS)
 
 
-@pytest.mark.slow
 def test_plots_of_stored_results(tmp_path):
     runs = [run for path in (ROOT / 'docs/benchmark').glob('*.jsonl') for run in records.read(path)]
     for run in runs:
@@ -497,7 +494,6 @@ def test_unknown_names(arguments, hint, call):
 ONE_OF_EACH_NETWORK = {w.text.split(',')[0]: name for name, w in workloads.WORKLOADS.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH_NETWORK.values())
 def test_named_workloads_are_what_their_names_say(name):
     workload = workloads.find(name)
@@ -531,7 +527,6 @@ def test_evaluation_builds_weights_once(toy):
     assert len(calls) == 1
 
 
-@pytest.mark.slow
 def test_runs_with_torch_mmengine_and_timm_alone(tmp_path):
     out = tmp_path / 'results.jsonl'
     arguments = ['--workloads', TINY, '--variants', 'flora', 'peft_lora', '--rounds', '1']

@@ -7,7 +7,7 @@ import pytest
 from mmpeft.engine.config import compose
 from mmpeft.errors import MissingFileError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('scope')]
+pytestmark = pytest.mark.usefixtures('scope')
 
 
 @pytest.fixture(scope='module')

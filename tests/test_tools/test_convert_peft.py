@@ -13,7 +13,7 @@ from mmpeft.engine.config import read_config
 from mmpeft.errors import UsageError
 from mmpeft.interop.peft_folder import save_peft
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 CONFIG = """
 _base_ = './dora_coco.py'

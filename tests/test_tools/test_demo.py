@@ -43,7 +43,6 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method', ['flora', 'frozen', 'vpt_deep', "dict(type='LoRA', rank=4)"])
 def test_a_method_can_be_run(method, experiment, place):
     run = experiment.Experiment(method, 'coco', seed=0)
@@ -122,7 +121,6 @@ def test_tools_are_called_with_the_composed_config(experiment, place):
     assert run.testing(merged=True).command[1:3] == [run.folder / 'merged.py', run.merged]
 
 
-@pytest.mark.slow
 def test_runs_start_anew_when_what_they_depend_on_changes(experiment, place):
     run = experiment.Experiment('houlsby', 'coco', seed=3)
     assert not run.merges

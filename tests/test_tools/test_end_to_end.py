@@ -110,7 +110,6 @@ def metrics(folder, work_dir):
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
 def test_one_score_from_adapters_and_from_merged_weights(task, workplace, call):
     package, names, steps = TASKS[task]
@@ -174,7 +173,6 @@ assert list(Path('seen/vis').glob('*.jpg'))
 """
 
 
-@pytest.mark.slow
 def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace, call):
     """A ResNet of mmdet: adapt, merge, and compare with the adapted model tensor by tensor."""
     (workplace / 'resnet.py').write_text(
@@ -197,7 +195,6 @@ def test_merging_an_upstream_backbone_leaves_a_plain_config(workplace, call):
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'option, expected',
     [
@@ -218,7 +215,6 @@ def test_mistakes_end_in_one_paragraph(option, expected, call, workplace):
     assert not list(workplace.glob('mistake/*.pth'))
 
 
-@pytest.mark.slow
 def test_a_shell_shows_the_paragraph_alone(tmp_path):
     """And merging overwrites nothing."""
     out, checkpoint = tmp_path / 'model.pth', tmp_path / 'any.pth'

@@ -11,7 +11,7 @@ import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.interop.onnx import Part
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 @pytest.fixture

@@ -37,7 +37,6 @@ def call(tmp_path, monkeypatch):
     return tool
 
 
-@pytest.mark.slow
 def test_all_parts_run_once(call, monkeypatch, capsys):
     faulty, parts = call()
     assert faulty == 0 and not any(part['error'] or part['left_out'] for part in parts.values())

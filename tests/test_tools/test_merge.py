@@ -16,7 +16,7 @@ from mmpeft.engine.trial_images import trial_batch
 from mmpeft.errors import UsageError
 from tests.cases import randomize
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 TASKS = dict(
     coco=['corners of boxes', 'scores', 'masks'],

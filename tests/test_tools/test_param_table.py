@@ -41,7 +41,6 @@ def table(monkeypatch):
     return call
 
 
-@pytest.mark.slow
 def test_compares_ranks(table, tmp_path, capsys):
     """FLoRA's Table 1: LoRA on ConvNeXt-V2-L with 12.94, 25.89 and 51.78 M."""
     out = tmp_path / 'ranks.json'

@@ -20,7 +20,7 @@ from mmpeft.injection.weights import plain_key
 from tests.cases import randomize
 from tests.networks import Net
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 # 80 classes of COCO beside the demo's ten digits.
 EIGHTY = """

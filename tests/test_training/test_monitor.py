@@ -13,7 +13,7 @@ from mmpeft.errors import TrainingError, UsageError
 from mmpeft.injection.freeze import release_statistics
 from mmpeft.injection.site import named_adapters
 from tests.allocating import adapted_network, loss_of, through_a_file, trainable
-from tests.cases import FAMILIES, METHODS
+from tests.cases import METHODS
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 ADALORA = dict(type='AdaLoRA', rank=2, warmup=2, settle=5, every=2, orthogonality=0.0)
@@ -40,14 +40,7 @@ def fits(config):
     return config['type'] != 'Frozen' and {'conv', 'layer'} & {*(kind.kinds or ('conv',))}
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in FAMILIES))
-        for name in METHODS
-        if fits(METHODS[name])
-    ],
-)
+@pytest.mark.parametrize('name', [name for name in METHODS if fits(METHODS[name])])
 def test_a_loop_that_is_well_has_no_warnings(name):
     with warnings.catch_warnings():
         warnings.simplefilter('error')

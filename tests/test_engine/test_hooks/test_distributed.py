@@ -15,8 +15,6 @@ DETECTOR = Path(__file__).parents[2] / 'detector_run.py'
 DISAGREEMENTS = Path(__file__).with_name('distributed_disagreements.py')
 ROOT = SCRIPT.parents[3]
 
-pytestmark = pytest.mark.slow
-
 
 METHODS = [
     dict(type='FLoRA', rank=2, scale=1.0),

@@ -297,7 +297,6 @@ def test_activation_checkpointing_behind_a_frozen_stem(tmp_path):
         torch.testing.assert_close(a[key], b[key])
 
 
-@pytest.mark.slow
 def test_compile(tmp_path):
     changes = {'model.backbone.dropout': 0.0, 'train_cfg.max_epochs': 1}
     plain = toy_runner(tmp_path / 'plain', **changes)

@@ -5,8 +5,6 @@ import torch
 
 from tests.toy import LOW_PRECISION, by_iterations, toy_runner
 
-pytestmark = pytest.mark.slow
-
 STOP = 9
 EMA = {'custom_hooks': [dict(type='EMAHook', momentum=0.1)]}
 SCALED = LOW_PRECISION | {'optim_wrapper.loss_scale': dict(init_scale=2.0**120, growth_interval=2)}

@@ -11,8 +11,6 @@ from tests.processes import launch
 SCRIPT = __file__.replace('test_shard.py', 'shard_run.py')
 METHODS = 'lora', 'lotr', 'adaptformer', 'full', 'adalora', 'diff_pruning'
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):

@@ -120,7 +120,6 @@ def test_clipping_does_not_hide_where_it_begins(tmp_path):
         run(tmp_path, on_outputs('backbone.stage.0', rough), **clip)
 
 
-@pytest.mark.slow
 def test_a_compiled_step_is_guarded(tmp_path):
     changes = {'compile': dict(backend='eager'), 'model.backbone.dropout': 0.0}
     with pytest.raises(  # and not by the first bad batch, which is alone

@@ -1,0 +1,31 @@
+"""Write durations.json, from which conftest.py marks the tests that take long.
+
+    make test-all TEST_ARGS=--junitxml=report.xml
+    python tests/durations.py report.xml
+
+It holds seconds by test: the mean over its cases, of half a second and more.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from xml.etree import ElementTree
+
+LEAST = 0.5
+
+
+def main(report: str) -> None:
+    """Read a JUnit report of all tests, and write the file."""
+    seconds = defaultdict(list)
+    for case in ElementTree.parse(report).iter('testcase'):
+        path = case.get('classname').replace('.', '/') + '.py'
+        seconds[f'{path}::{case.get("name").split("[")[0]}'].append(float(case.get('time')))
+    means = {name: round(mean(values), 1) for name, values in sorted(seconds.items())}
+    kept = {name: value for name, value in means.items() if value >= LEAST}
+    Path(__file__).with_suffix('.json').write_text(f'{json.dumps(kept, indent=0)}\n')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,38 @@
+"""Tests are marked slow and long by what they took."""
+
+import ast
+import json
+from pathlib import Path
+
+from tests import durations
+
+ROOT = Path(__file__).parents[1]
+RECORDED = json.loads((ROOT / 'tests/durations.json').read_text())
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a.test_b" name="test_c[one]" time="2.0"/>
+<testcase classname="tests.test_a.test_b" name="test_c[two-3]" time="1.0"/>
+<testcase classname="tests.test_d" name="test_e" time="0.1"/>
+</testsuite></testsuites>"""
+
+
+def test_means_are_recorded(tmp_path, monkeypatch):
+    (tmp_path / 'report.xml').write_text(REPORT)
+    monkeypatch.setattr(durations, '__file__', str(tmp_path / 'durations.py'))
+    durations.main(tmp_path / 'report.xml')
+    found = json.loads((tmp_path / 'durations.json').read_text())
+    assert found == {'tests/test_a/test_b.py::test_c': 1.5}
+
+
+def test_what_is_recorded_exists():
+    assert max(RECORDED.values()) >= 8
+    for name in RECORDED:
+        path, function = name.split('::')
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {each.name for each in tree.body if hasattr(each, 'name')}, name
+
+
+def test_marks(request):
+    for item in request.session.items:
+        took = RECORDED.get(item.nodeid.split('[')[0], 0)
+        for mark, least in dict(slow=0.5, long=8).items():
+            assert bool(item.get_closest_marker(mark)) == (took >= least), (item.nodeid, mark)
