@@ -39,16 +39,23 @@ class Study(NamedTuple):
     """Runs on one task from one backbone at one budget.
 
     Attributes:
-        title: Task, backbone and budget.
+        where: Task and backbone.
+        budget: Parameters of the adapters, at most.
         scores: Test scores in points, by method and seed.
         parameters: That train in the backbone, by method.
         also_run: What was run at other settings than the chosen ones.
     """
 
-    title: str
+    where: str
+    budget: int
     scores: dict[str, Scores]
     parameters: dict[str, int]
     also_run: Sequence[Elsewhere] = ()
+
+    @property
+    def title(self) -> str:
+        """Task, backbone and budget."""
+        return f'{self.where}, at most {self.budget:,}'
 
 
 def transfer_studies() -> Iterator[Study]:
@@ -61,10 +68,9 @@ def transfer_studies() -> Iterator[Study]:
             found = finished(scores(base, list(METHODS), SEEDS, records))
             counts = {m: finals(base, m, SEEDS, records)[0]['parameters'] for m in found}
             found = {m: s for m, s in found.items() if counts[m] <= budget or m == 'full'}
-            title = f'{base.task}, {base.backbone}, at most {budget:,} parameters in adapters'
             if any(size_of(method)[0] for method in found):  # tuned for this budget
                 also = also_run(base, list(METHODS), SEEDS, records)
-                yield Study(title, found, counts, also)
+                yield Study(f'{base.task}, {base.backbone}', budget, found, counts, also)
 
 
 def finished(found: dict[str, Scores]) -> dict[str, Scores]:
@@ -83,8 +89,7 @@ def glue_study() -> Study:
         if runs:
             found[method] = {seed: 100 * result(r) for seed, r in runs.items()}
             counts[method] = next(iter(runs.values()))['parameters']
-    title = 'sentiment of sentences, MiniLM, at most 166,464 parameters in adapters'
-    return Study(title, found, counts)
+    return Study('sentiment of sentences, MiniLM', 166_464, found, counts)
 
 
 def studies() -> list[Study]:
@@ -106,16 +111,16 @@ def ranking(study: Study) -> str:
     names = [gaps[0].worse, *below]
     rows = []
     for name in names:
-        mean, half = interval(list(study.scores[name].values()))
         gain = f'{over[name].mean:+.2f} ± {over[name].half:.2f}' if name != 'frozen' else ''
         gap = 'the highest mean'
         if name in below:
             d = below[name]
             shown = 'shown' if d.verdict == 'lower' else 'not shown'
             gap = f'{d.mean:+.2f} ± {d.half:.2f}, {shown} ({d.p_value})'
-        rows.append([name, f'{study.parameters[name]:,}', f'{mean:.2f} ± {half:.2f}', gain, gap])
+        rows.append([name, f'{study.parameters[name]:,}', spread(study.scores[name]), gain, gap])
     head = ['method', 'parameters', 'score', 'over frozen', 'below the best']
-    lines = [f'**{study.title}**, {spans(study)}', '', table(head, rows), '', advice(study)]
+    title = f'**{study.title} parameters in adapters**, {spans(study)}'
+    lines = [title, '', table(head, rows), '', advice(study)]
     return '\n'.join(lines + elsewhere_table(study.also_run))
 
 
@@ -136,11 +141,45 @@ def advice(study: Study) -> str:
     return f'Not shown to be below the best, fewest parameters first: {listed}.'
 
 
+def budgets(found: list[Study]) -> str:
+    """The methods that were tuned for several budgets, and the largest over the smallest."""
+    parts = []
+    for where in dict.fromkeys(study.where for study in found):
+        by_budget = {study.budget: study for study in found if study.where == where}
+        tuned = {budget: sized(study) for budget, study in by_budget.items()}
+        names = [n for n in METHODS if sum(n in scores for scores in tuned.values()) > 1]
+        if not names:
+            continue
+        runs, pairs, rows = {}, [], []
+        for name in names:
+            has = [budget for budget in tuned if name in tuned[budget]]
+            runs |= {f'{name} {budget}': tuned[budget][name] for budget in has}
+            pairs.append((f'{name} {max(has)}', f'{name} {min(has)}'))
+        for name, gap in zip(names, differences(runs, pairs), strict=True):
+            cells = [f'{name} {budget}' for budget in tuned]
+            rows.append([name, *(spread(runs[cell]) if cell in runs else '' for cell in cells)])
+            rows[-1].append(f'{gap.mean:+.2f} ± {gap.half:.2f} ({gap.p_value}), {gap.verdict}')
+        head = ['method', *(f'{budget:,}' for budget in tuned), 'the largest over the smallest']
+        parts += [f'**{where}**, by budget', table(head, rows)]
+    return '\n\n'.join(parts)
+
+
+def sized(study: Study) -> dict[str, Scores]:
+    """The scores of methods whose size depends on the budget."""
+    return {name: scores for name, scores in study.scores.items() if size_of(name)[0]}
+
+
+def spread(scores: Scores) -> str:
+    """The mean over seeds, and half of its interval."""
+    mean, half = interval(list(scores.values()))
+    return f'{mean:.2f} ± {half:.2f}'
+
+
 def claims(found: list[Study]) -> str:
     """The papers' orderings, and each as it was found; p-values adjusted over those of a study."""
     pairs = [(claim.better, claim.worse) for claim in CLAIMS]
     gaps = [
-        (study.title.removesuffix(' parameters in adapters'), difference)
+        (study.title, difference)
         for study in found
         for difference in differences(study.scores, pairs)
     ]
@@ -192,6 +231,7 @@ def tables() -> str:
         [
             '## What each method gained',
             *map(ranking, found),
+            budgets(found),
             '## What it costs',
             'The time of a training step, and in brackets the bytes saved for backward, as '
             "multiples of the frozen network's in torch; rank 16, all layers.",

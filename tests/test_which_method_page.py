@@ -29,14 +29,12 @@ def study(tool):
         'lora': {0: 80.2, 1: 80.8, 2: 82.3},
         'flora': {0: 75.0, 1: 76.0, 2: 77.1},
     }
-    return tool.Study(
-        'images, net, at most 9 parameters', scores, dict.fromkeys(scores, 9) | {'full': 99}
-    )
+    return tool.Study('images, net', 9, scores, dict.fromkeys(scores, 9) | {'full': 99})
 
 
 def test_a_ranking(tool, study):
     lines = tool.ranking(study).splitlines()
-    assert lines[0] == '**images, net, at most 9 parameters**, 3 seeds'
+    assert lines[0] == '**images, net, at most 9 parameters in adapters**, 3 seeds'
     assert [line.split(' | ')[0] for line in lines[4:8]] == [
         '| lora',
         '| full',
@@ -62,9 +60,21 @@ def test_claims(tool, study):
     rows = [line.split(' | ') for line in tool.claims([study]).splitlines()[2:]]
     assert len(rows) == len(tool.CLAIMS)
     first = next(row for row in rows if row[0] == '| flora over lora')
-    assert first[2] == 'images, net, at most 9 parameters'
+    assert first[2] == 'images, net, at most 9'
     assert first[3].startswith('-5.07 ± ') and 'lower' in first[4]
     assert all('not run yet' in row[4] for row in rows if row is not first)
+
+
+def test_budgets(tool, study):
+    assert tool.budgets([study]) == ''
+    lora = {0: 81.2, 1: 81.7, 2: 83.4}  # 0.9 to 1.1 more
+    more = study._replace(budget=90, scores=study.scores | {'lora': lora, 'dora': lora})
+    other = study._replace(where='other images, net')
+    title, _, head, _, *rows = tool.budgets([study, more, other]).splitlines()
+    assert title == '**images, net**, by budget' and ' | 9 | 90 | ' in head
+    assert [row.split(' | ')[0] for row in rows] == ['| lora', '| flora']
+    assert '+1.00 ± 0.25 (p = ' in rows[0] and 'higher' in rows[0]
+    assert '+0.00 ± 0.00' in rows[1]
 
 
 def test_p_values_of_orderings_are_corrected_for_their_number(tool, study):
@@ -110,6 +120,6 @@ def test_costs_are_ratios_of_one_run(tool):
 
 def test_a_table_has_methods_that_were_tuned_for_its_budget_and_fit(tool):
     for study in tool.transfer_studies():
-        budget = int(study.title.split('at most ')[1].split()[0].replace(',', ''))
         counts = {m: study.parameters[m] for m in study.scores if m != 'full'}
-        assert {'lora', 'flora', 'liera'} & counts.keys() and max(counts.values()) <= budget
+        assert {'lora', 'flora', 'liera'} & counts.keys()
+        assert max(counts.values()) <= study.budget
