@@ -32,6 +32,7 @@ PAGE = 'docs/which_method.md'
 BEGIN = '<!-- written by docs/which_method_page.py from here -->'
 END = '<!-- to here -->'
 SEEDS = 5
+RECORDS = sorted((ROOT / 'projects/transfer_study/records').glob('*.jsonl'))
 VARIANTS = 'frozen', 'lora', 'flora', 'liera', 'dora', 'full'  # of the benchmark
 
 
@@ -60,7 +61,7 @@ class Study(NamedTuple):
 
 def transfer_studies() -> Iterator[Study]:
     """One a task, backbone and budget of the records of projects/transfer_study."""
-    for path in sorted((ROOT / 'projects/transfer_study/records').glob('*.jsonl')):
+    for path in RECORDS:
         records = {r['id']: r for r in map(json.loads, path.read_text().splitlines())}
         trials = [Trial(**r['trial']) for r in records.values()]
         for budget in sorted({t.budget for t in trials if t.budget}):
@@ -164,6 +165,17 @@ def budgets(found: list[Study]) -> str:
     return '\n\n'.join(parts)
 
 
+def effort() -> str:
+    """How many trials stand behind the tables, how long they took, and how many failed."""
+    trials = [json.loads(line) for path in RECORDS for line in path.read_text().splitlines()]
+    failed = sum(bool(trial['failed']) for trial in trials)
+    hours = sum(trial['seconds'] for trial in trials) / 3600
+    return (
+        f'Behind the tables of images are {len(trials):,} trials, tuning included, of '
+        f'{hours:.0f} core-hours. {failed or "None"} of them failed.'
+    )
+
+
 def sized(study: Study) -> dict[str, Scores]:
     """The scores of methods whose size depends on the budget."""
     return {name: scores for name, scores in study.scores.items() if size_of(name)[0]}
@@ -232,6 +244,7 @@ def tables() -> str:
             '## What each method gained',
             *map(ranking, found),
             budgets(found),
+            effort(),
             '## What it costs',
             'The time of a training step, and in brackets the bytes saved for backward, as '
             "multiples of the frozen network's in torch; rank 16, all layers.",
