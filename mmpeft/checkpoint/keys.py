@@ -98,8 +98,10 @@ def fill_frozen(
         plain = prefix + plain_key(key)
         if prefix + key not in result and plain in result:
             result[prefix + key] = result.pop(plain)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     for key in frozen_keys(model):
-        result.setdefault(prefix + key, own[key])
+        # mmcv's ConvAWS2d overwrites its buffers before it reads those that it is given.
+        result.setdefault(prefix + key, own[key].clone() if key in buffers else own[key])
     for key, stored in adapter_keys(model).items():
         if prefix + stored in result:
             result.setdefault(prefix + key, result[prefix + stored])

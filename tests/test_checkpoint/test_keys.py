@@ -53,6 +53,26 @@ def test_loading_into_a_plain_base_adapts_it(base, model, tmp_path):
     assert not any(p.requires_grad for n, p in loaded.named_parameters() if n.endswith('original'))
 
 
+class Emptying(nn.Linear):
+    """As mmcv's ``ConvAWS2d``, which computes its buffer anew unless the state dict has it."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer('gamma', torch.ones(4))
+
+    def _load_from_state_dict(self, *args):
+        self.gamma.fill_(-1)
+        super()._load_from_state_dict(*args)
+
+
+def test_buffers_that_loading_overwrites_first(tmp_path):
+    model = nn.ModuleDict(dict(backbone=nn.Sequential(Emptying())))
+    mmpeft.inject(model, LORA, BACKBONE)
+    mmpeft.save_adapter(model, tmp_path / 'a.safetensors')
+    mmpeft.load_adapter(model, tmp_path / 'a.safetensors')
+    assert torch.equal(model['backbone'][0].gamma, torch.ones(4))
+
+
 def test_what_was_unfrozen_is_stored_without_a_gradient_too(base, tmp_path):
     model = copy.deepcopy(base)
     mmpeft.inject(model, LORA, unfreeze=('head',))
