@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from torch import nn
@@ -134,6 +135,7 @@ class PEFTHook(Hook):
             runner.model = wrapped
         if trains and not self._prepared:
             self._prepared = True
+            runner._init_model_weights = partial(_share, model)
             if fault := normalisation_fault(model):
                 runner.logger.warning(fault)
             if self.shard:
@@ -227,6 +229,12 @@ class PEFTHook(Hook):
         if getattr(model, 'peft', []):
             complete(model, checkpoint, self.check_base)
         load_checked(runner, checkpoint, self.check_whole)
+
+
+def _share(model):
+    """Make processes equal; ``init_weights`` of DETRs would draw anew what was loaded."""
+    for value in model.state_dict().values():
+        broadcast(value)
 
 
 def _wrapped(runner, model):

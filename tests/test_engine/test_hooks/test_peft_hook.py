@@ -241,6 +241,15 @@ def test_a_plain_checkpoint_is_the_base(plain_checkpoint, tmp_path):
     np.testing.assert_array_equal(scores(fresh.test()), scores(runner.val()))
 
 
+def test_nothing_is_drawn_over_a_base_checkpoint(plain_checkpoint, tmp_path, monkeypatch):
+    """A DETR's ``init_weights`` draws its encoder and decoder at every call."""
+    monkeypatch.setattr(ToyClassifier, 'init_weights', lambda m: m.head.reset_parameters())
+    options = {'default_hooks.peft.base_checkpoint': plain_checkpoint}
+    runner = toy_runner(tmp_path, **options, **{'optim_wrapper.optimizer.lr': 0.0})
+    runner.train()
+    assert torch.equal(runner.model.head.weight, state_of(plain_checkpoint)['head.weight'])
+
+
 def test_a_plain_checkpoint_evaluates_as_itself(plain_checkpoint, tmp_path):
     config = toy_config(tmp_path / 'a', load_from=plain_checkpoint)
     config.default_hooks.pop('peft')
