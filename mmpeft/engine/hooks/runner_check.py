@@ -1,10 +1,12 @@
 """Refusing Runners that cannot train an adapted model."""
 
 from mmengine.hooks import Hook
+from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from torch import nn
 
 from mmpeft.errors import UsageError
+from mmpeft.injection.site import attached
 from mmpeft.injection.wrappers import is_sharded
 
 
@@ -48,15 +50,25 @@ def check_alone(runner: Runner, kind: type[Hook]) -> None:
 
 
 def check_teacher(runner: Runner, model: nn.Module) -> None:
-    """Refuse mmdet's mean of parameters, taken pair by pair whatever their names.
+    """Refuse means of parameters that were paired before the model was adapted.
+
+    mmdet's hook takes them pair by pair whatever their names, and a model that averages its own
+    encoder does not find the names of the plain one.
 
     Args:
         runner: With its hooks.
         model: Adapted, not wrapped.
 
     Raises:
-        UsageError: The student and the teacher have other parameters.
+        UsageError: The student and the teacher have other parameters, or the model averages.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseAveragedModel) and attached(model):
+            raise UsageError(
+                f'{type(model).__name__} keeps an average of its own weights in {name!r}, which '
+                'has no place for adapters. It cannot train with adapters. Train it without '
+                'PEFTHook, and adapt the model that is trained from it afterwards.'
+            )
     if not any(type(hook).__name__ == 'MeanTeacherHook' for hook in runner.hooks):
         return
     student, teacher = (

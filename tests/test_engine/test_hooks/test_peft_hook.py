@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
@@ -408,6 +409,18 @@ def test_a_mean_teacher_is_refused(tmp_path, scope):
     model.teacher.requires_grad_(False)
     runner.register_hook(MeanTeacherHook())
     with pytest.raises(UsageError, match='MeanTeacherHook .* adapters make them different'):
+        runner.train()
+
+
+@pytest.mark.parametrize('method', ['LoRA', 'Full'])
+def test_a_model_that_averages_its_own_encoder(method, tmp_path):
+    """As MoCo and BYOL do."""
+    runner = toy_runner(tmp_path, METHODS[method.lower()])
+    runner.model.momentum = ExponentialMovingAverage(runner.model.backbone)
+    if method == 'Full':
+        runner.train()
+        return
+    with pytest.raises(UsageError, match="ToyClassifier keeps an average .* in 'momentum'"):
         runner.train()
 
 
