@@ -90,7 +90,7 @@ def test_every_method_takes_a_step_on_every_config(name, method):
         found.rank = 2
     adapt(model, cfg)
     if cfg.optim_wrapper.get('paramwise_cfg'):
-        cfg.optim_wrapper.paramwise_cfg.bypass_duplicate = True  # as the hook sets it
+        cfg.optim_wrapper.paramwise_cfg.bypass_duplicate = True  # adapters may share
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     adapters = named_adapters(model.backbone)
     before = {n: {k: v.clone() for k, v in a.state_dict().items()} for n, a in adapters.items()}

@@ -3,6 +3,7 @@
 import copy
 
 from mmengine.optim import LinearLR, OptimWrapperDict
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import Runner
 
 from mmpeft.errors import UsageError
@@ -36,9 +37,11 @@ def rebuild_optimizer(runner: Runner) -> None:
             'one. Use Runner.from_cfg(cfg) with optim_wrapper and param_scheduler in it.'
         )
     config = copy.deepcopy(runner.cfg.optim_wrapper)
-    if config.get('paramwise_cfg'):
-        # Adapters may share parameters, which mmengine otherwise takes for a mistake.
-        config.paramwise_cfg.setdefault('bypass_duplicate', True)
+    kind = config.get('constructor', 'DefaultOptimWrapperConstructor')
+    with OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+    if 'optimizer' in config and hasattr(kind, 'add_params'):
+        config.constructor = _once(kind)
     runner.optim_wrapper = runner.build_optim_wrapper(config)
     if isinstance(runner.optim_wrapper, OptimWrapperDict):
         raise UsageError(
@@ -51,3 +54,19 @@ def rebuild_optimizer(runner: Runner) -> None:
     if scheduled:
         schedulers = copy.deepcopy(runner.cfg.param_scheduler)
         runner.param_schedulers = runner.build_param_scheduler(schedulers)
+
+
+def _once(kind):
+    """A constructor that lists once what adapters share, in the group of the first of them."""
+
+    class Once(kind):
+        def add_params(self, params, module, *args, **kwargs):
+            super().add_params(params, module, *args, **kwargs)
+            if not kwargs.get('prefix'):
+                listed = set()
+                for group in params:
+                    group['params'] = [p for p in group['params'] if p not in listed]
+                    listed.update(group['params'])
+                params[:] = [group for group in params if group['params']]
+
+    return Once

@@ -40,6 +40,25 @@ class TwoOptimizers(DefaultOptimWrapperConstructor):
         return OptimWrapperDict(head=super().__call__(model.head), rest=super().__call__(model))
 
 
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ByModule(DefaultOptimWrapperConstructor):
+    """Lists the parameters of each module, as mmpretrain's constructor for layer-wise rates."""
+
+    def add_params(self, params, module, prefix='', **kwargs):
+        params += [dict(params=[p]) for p in module.parameters(recurse=False) if p.requires_grad]
+        for name, child in module.named_children():
+            self.add_params(params, child, prefix=f'{prefix}{name}.')
+
+
+@pytest.mark.parametrize('constructor', ['ByModule', ByModule, 'DefaultOptimWrapperConstructor'])
+def test_what_adapters_share_is_listed_once(constructor, tmp_path):
+    changes = {'optim_wrapper.constructor': constructor, 'optim_wrapper.paramwise_cfg': dict(a=1)}
+    runner = run(tmp_path, method=dict(type='SSF'), **changes)
+    listed = [p for group in runner.optim_wrapper.param_groups for p in group['params']]
+    trained = {p for p in runner.model.parameters() if p.requires_grad}
+    assert len(listed) == len(set(listed)) and trained <= set(listed)
+
+
 def test_several_optimizers_are_refused(tmp_path):
     with pytest.raises(UsageError, match='watches one optimizer.*paramwise_cfg'):
         run(tmp_path, **{'optim_wrapper.constructor': 'TwoOptimizers', 'param_scheduler': None})
