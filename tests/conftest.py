@@ -14,8 +14,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 
+from tests.durations import LONG, SLOW  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
-SLOW, LONG = 0.5, 8  # seconds
 
 
 def pytest_collection_modifyitems(items):

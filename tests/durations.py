@@ -3,7 +3,7 @@
     make test-all TEST_ARGS=--junitxml=report.xml
     python tests/durations.py report.xml
 
-It holds seconds by test: the mean over its cases, of half a second and more.
+It holds seconds by test: the mean over its cases, of those that are slow.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
 
-LEAST = 0.5
+SLOW, LONG = 0.25, 2  # seconds
 
 
 def main(report: str) -> None:
@@ -22,8 +22,8 @@ def main(report: str) -> None:
     for case in ElementTree.parse(report).iter('testcase'):
         path = case.get('classname').replace('.', '/') + '.py'
         seconds[f'{path}::{case.get("name").split("[")[0]}'].append(float(case.get('time')))
-    means = {name: round(mean(values), 1) for name, values in sorted(seconds.items())}
-    kept = {name: value for name, value in means.items() if value >= LEAST}
+    means = {name: round(mean(values), 2) for name, values in sorted(seconds.items())}
+    kept = {name: value for name, value in means.items() if value >= SLOW}
     Path(__file__).with_suffix('.json').write_text(f'{json.dumps(kept, indent=0)}\n')
 
 
