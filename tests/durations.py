@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
 
-SLOW, LONG = 0.25, 2  # seconds
+SLOW, LONG = 0.25, 1  # seconds
 
 
 def main(report: str) -> None:

@@ -34,5 +34,5 @@ def test_what_is_recorded_exists():
 def test_marks(request):
     for item in request.session.items:
         took = RECORDED.get(item.nodeid.split('[')[0], 0)
-        for mark, least in dict(slow=0.25, long=2).items():
+        for mark, least in dict(slow=0.25, long=1).items():
             assert bool(item.get_closest_marker(mark)) == (took >= least), (item.nodeid, mark)
