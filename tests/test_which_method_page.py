@@ -93,8 +93,8 @@ def test_p_values_of_orderings_are_corrected_for_their_number(tool, study):
     [
         (
             'flora',
-            'is below LoRA on the digits, on sentences, and on Fashion-MNIST at budgets of 1% and 2%. '
-            'At 8% there, and on photos, no difference is shown',
+            'is below LoRA on the digits, on sentences, and on Fashion-MNIST at budgets of 1% and '
+            '2%. At 8% there, and on photos, no difference is shown',
         ),
         (
             'liera',
