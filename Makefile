@@ -1,5 +1,5 @@
 # make demo      install, then adapt a frozen detector to scenes of handwritten digits
-# make test      install, then run the tests of eight minutes
+# make test      install, then run the tests without the long ones
 # make test-all  install, then run all tests
 # make docs      install, then build the documentation into docs/_build/html
 # make install   .venv with the pinned stack of requirements/ and mmpeft

@@ -218,7 +218,7 @@ class PEFTHook(Hook):
             yield ShardHook(runner, checkpoints)
 
     def before_train(self, runner):
-        """Refuse a teacher that follows an adapted student by its mean; look at the warm-up."""
+        """Refuse averages that were paired with the plain model; look at the warm-up."""
         check_teacher(runner, unwrap(runner.model))
         if fault := warm_up_fault(runner):
             runner.logger.warning(fault)
