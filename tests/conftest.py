@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 
 # The tests compare with figures of the CPU, and mmcv may have no CUDA operators.
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
@@ -20,13 +21,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what took long when it was last recorded (``durations.py``)."""
+    """Mark what took long when it was last recorded (``durations.py``), with its fixtures."""
     seconds = json.loads((ROOT / 'tests/durations.json').read_text())
     for item in items:
-        took = seconds.get(item.nodeid.split('[')[0], 0)
+        path, name = item.nodeid.split('[')[0].split('::', 1)
+        took = sum(seconds.get(f'{path}::{each}', 0) for each in {name, *item.fixturenames})
         for mark, least in dict(slow=SLOW, long=LONG).items():
             if took >= least:
                 item.add_marker(mark)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """Write into the report what a fixture took that several tests share."""
+    start = perf_counter()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope == 'module':
+            item = request._pyfuncitem  # the first test that asks for it
+            item.user_properties.append((fixturedef.argname, perf_counter() - start))
 
 
 @pytest.fixture(autouse=True)
