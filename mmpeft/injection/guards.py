@@ -1,6 +1,7 @@
 """Guards against files that know nothing of adapters: plain state dicts, and save_pretrained."""
 
 import warnings
+from collections.abc import Callable
 
 from torch import nn
 
@@ -30,11 +31,16 @@ def guard(model: nn.Module) -> None:
 def unguard(model: nn.Module) -> None:
     """Undo :func:`guard`."""
     for module in model.modules():
-        hooks = module._load_state_dict_pre_hooks
-        for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _before_loading]:
-            del hooks[key]
+        drop_load_hook(module, _before_loading)
         if isinstance(module.__dict__.get(SAVE), _Save):
             del module.__dict__[SAVE]
+
+
+def drop_load_hook(module: nn.Module, hook: Callable) -> None:
+    """Undo ``module.register_load_state_dict_pre_hook(hook)``, also in a copy of the module."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, each in hooks.items() if getattr(each, 'hook', None) is hook]:
+        del hooks[key]
 
 
 def _before_loading(module, state_dict, prefix, local_metadata, *rest):

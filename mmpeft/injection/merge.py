@@ -13,7 +13,7 @@ from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
-from .guards import unguard
+from .guards import drop_load_hook, unguard
 from .site import Site, chains_by_weight
 from .ties import TIE, holders, tying_configs
 from .weights import join
@@ -165,9 +165,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 def _forget(model):
     """Undo what a reversible merge left on the model."""
     model.__dict__.pop(MERGED, None)
-    hooks = model._load_state_dict_pre_hooks
-    for key in [k for k, each in hooks.items() if getattr(each, 'hook', 0) is _before_loading]:
-        del hooks[key]
+    drop_load_hook(model, _before_loading)
 
 
 def _before_loading(module, state_dict, prefix, *rest):
