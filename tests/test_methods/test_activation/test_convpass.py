@@ -1,61 +1,21 @@
-"""AdaptFormer, Convpass and Conv-Adapter by modules of torch, as their authors write them."""
-
-import copy
+"""Convpass by modules of torch, as its authors write it."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 import mmpeft
 from mmpeft.errors import UsageError
 from mmpeft.injection.site import attached
+from tests.activations import bottleneck, loaded, plain_and_adapted, vit
 from tests.cases import randomize
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 
 
-def adapted(model, **method):
-    plain = model.double().eval()
-    model = copy.deepcopy(plain)
-    mmpeft.inject(model, method)
-    randomize(model)
-    return plain, model
-
-
-def vit(**settings):
-    """With a class token, on 2x3 patches."""
-    sizes = dict(img_size=(32, 48), patch_size=16, embed_dim=8, depth=1, num_heads=2)
-    return timm.create_model('vit_tiny_patch16_224', **sizes, num_classes=0)
-
-
-def loaded(module, **values):
-    """A module of torch with given parameters."""
-    for name, value in values.items():
-        getattr(module, name).data = value.data.view_as(getattr(module, name))
-    return module.double()
-
-
-def bottleneck(f, width, rank):
-    down = loaded(nn.Linear(width, rank), weight=f['down'], bias=f['down_bias'])
-    return down, loaded(nn.Linear(rank, width), weight=f['up'], bias=f['up_bias'])
-
-
-def test_adaptformer():
-    plain, model = adapted(vit(), type='AdaptFormer', rank=3, scale=0.3)
-    x = torch.randn(2, 7, 8, dtype=torch.float64)
-    (site,) = attached(model)
-    down, up = bottleneck(site.adapter.factors, 8, 3)
-    block = plain.blocks[0]
-    h = x + block.attn(block.norm1(x))
-    inside = block.norm2(h)
-    expected = h + block.mlp(inside) + 0.3 * up(down(inside).relu())
-    torch.testing.assert_close(model.blocks[0](x), expected, **CLOSE)
-
-
 def test_convpass():
-    plain, model = adapted(vit(), type='Convpass', rank=3, scale=0.3)
+    plain, model = plain_and_adapted(vit(), type='Convpass', rank=3, scale=0.3)
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 
     def beside(x, f):
@@ -112,28 +72,6 @@ def test_convpass_starts_with_the_identity_in_the_middle():
 
 
 def test_convpass_needs_a_map():
-    _, model = adapted(nn.Sequential(vit().blocks), type='Convpass')
+    _, model = plain_and_adapted(nn.Sequential(vit().blocks), type='Convpass')
     with pytest.raises(UsageError, match='7 tokens is not an image .*no convolution cut it'):
         model(torch.randn(1, 7, 8, dtype=torch.float64))
-
-
-@pytest.mark.parametrize('reduction, width', [(2, 3), (4, 1)])
-def test_conv_adapter(reduction, width):
-    conv = nn.Conv2d(6, 4, 3, stride=2, padding=2, dilation=2, groups=2)
-    plain, model = adapted(nn.Sequential(conv), type='ConvAdapter', reduction=reduction)
-    f = attached(model)[0].adapter.factors
-    settings = dict(stride=2, padding=2, dilation=2, groups=width)
-    first = nn.Conv2d(6, width, 3, **settings)
-    loaded(first, weight=f['kernel'], bias=f['kernel_bias'])
-    second = loaded(nn.Conv2d(width, 4, 1), weight=f['up'], bias=f['up_bias'])
-    x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
-    expected = plain(x) + second(first(x).relu()) * f['scale'][:, None, None]
-    torch.testing.assert_close(model(x), expected, **CLOSE)
-
-
-def test_conv_adapters_stand_beside_kernels_of_several_positions():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 4, 2)
-    )
-    rows = mmpeft.inject(model, dict(type='ConvAdapter')).rows
-    assert [row.name for row in rows] == ['0', '3']
