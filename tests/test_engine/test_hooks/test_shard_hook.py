@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.processes import launch
 
-SCRIPT = __file__.replace('test_shard.py', 'shard_run.py')
+SCRIPT = __file__.replace('test_shard_hook.py', 'shard_run.py')
 METHODS = 'lora', 'lotr', 'adaptformer', 'full', 'adalora', 'diff_pruning'
 
 
