@@ -1,4 +1,4 @@
-"""What is refused before sharding; tests/test_checkpoint/test_sharded.py has the rest."""
+"""What is refused before sharding; tests/test_checkpoint/test_sharding.py has the rest."""
 
 import pytest
 
