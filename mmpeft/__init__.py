@@ -16,7 +16,7 @@ from mmpeft.checkpoint.base_state import load_base, save_pretrained
 from mmpeft.checkpoint.keys import adapter_state_dict
 from mmpeft.injection.compile import compile_blocks
 from mmpeft.injection.inject import inject
-from mmpeft.injection.merge import merge, remove, unmerge
+from mmpeft.injection.merge import merge, merged, remove, unmerge
 from mmpeft.injection.summary import summary
 from mmpeft.serving.library import AdapterLibrary
 from mmpeft.serving.shared_base import share_base
@@ -40,6 +40,7 @@ __all__ = [
     'load_adapter',
     'load_base',
     'merge',
+    'merged',
     'monitor',
     'penalty',
     'remove',

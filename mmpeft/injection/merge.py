@@ -1,7 +1,10 @@
 """Merge adapters into the weights, and bring the base back."""
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from mmpeft.quantization import Quantized, check_format, dequantized, quantize
 from .attach import attach, detach, detach_all, detachable, moved_to
 from .freeze import Injection, release
 from .guards import drop_load_hook, unguard
+from .offload import offloaded, onloaded
 from .site import Site, chains_by_weight
 from .ties import TIE, holders, tying_configs
 from .weights import join
@@ -27,13 +31,15 @@ MERGED = 'peft_merged'
 class Merged:
     """What a reversible merge keeps: adapters, what ``model.peft`` was, and frozen weights.
 
-    ``untied`` are configs that tied a weight before.
+    ``untied`` are configs that tied a weight before. ``offloaded`` are those of the frozen
+    weights that are in host memory or in files.
     """
 
     sites: list[Site]
     records: list[Injection]
     originals: list[tuple[nn.Module, str, nn.Parameter]]
     untied: list[Any]
+    offloaded: list[nn.Parameter]
 
 
 def how_to_adapt(model: nn.Module) -> str:
@@ -58,7 +64,12 @@ def remove(model: nn.Module) -> nn.Module:
 
 @on_inner
 @torch.no_grad()
-def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None = None) -> nn.Module:
+def merge(
+    model: nn.Module,
+    reversible: bool = False,
+    frozen_dtype: str | None = None,
+    offload: str | Path | None = None,
+) -> nn.Module:
     """Put all adapters into the weights, in place: plain modules, plain keys.
 
     phi(W) is computed in float64 and rounded once to the weight's dtype. Weights in few bits
@@ -74,23 +85,24 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
         frozen_dtype: Store merged weights that were in few bits in this format of
             :func:`mmpeft.inject`, and leave the others in few bits as they are. This rounds the
             merged weights once more.
+        offload: Where a reversible merge keeps the frozen weights, so that the model takes no more
+            of its device's memory: ``'cpu'`` for host memory, or a folder, in which they are
+            files without names. They come back as other objects of the same values. A weight that
+            trains, is in few bits, or is also held by a layer without the adapter stays.
 
     Raises:
         UsageError: A method cannot be merged, a weight is tied to one that is adapted
             otherwise, a merged weight has NaN or infinite elements or exceeds its dtype, a
-            reversible merge would be the second one, or the model is sharded. It is unchanged.
+            reversible merge would be the second one, ``offload`` is given and the merge is final,
+            or the model is sharded. It is unchanged.
+        OSError: The folder of ``offload`` cannot be written, or is full. Likewise.
     """
+    if offload is not None and not reversible:
+        raise UsageError('Only a merge with reversible=True keeps weights that it could offload.')
     if frozen_dtype is not None:
         check_format(frozen_dtype)
     sites = detachable(model)
-    fixed = [site for site in sites if not site.method.merges]
-    if fixed:
-        raise UsageError(
-            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} insertion points, '
-            f'such as {fixed[0].name!r}) and is not a function of a weight, so it cannot be '
-            'merged. Deploy the model with its adapters attached: save_adapter and load_adapter, '
-            'or the checkpoint itself.'
-        )
+    check_mergeable(sites)
     records, earlier = getattr(model, 'peft', []), model.__dict__.get(MERGED)
     if reversible and earlier is not None and (sites or records):
         raise UsageError(
@@ -98,19 +110,24 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
             'mmpeft.merge(model) to merge for good, or mmpeft.remove(model) to restore the first '
             'base.'
         )
-    weights = chains_by_weight(sites)
+    weights, held = chains_by_weight(sites), holders(model)
     untied = _configs_to_untie(model, weights)
-    for chain, *_ in weights:
-        _merged(chain)
+    kept, elsewhere = [chains[0][0].original for chains in weights], []
+    for number, chains in enumerate(weights):
+        _merged(chains[0])
+        stays = kept[number].requires_grad or isinstance(kept[number], Quantized)
+        if offload is not None and not stays and len(held[id(kept[number])]) == len(chains):
+            kept[number] = offloaded(kept[number], offload)
+            elsewhere.append(kept[number])
     unguard(model)
     originals = []
-    for chains in weights:
-        merged, was_quantized = _merged(chains[0]), isinstance(chains[0][0].original, Quantized)
-        if frozen_dtype is not None and was_quantized:
+    for chains, original in zip(weights, kept, strict=True):
+        merged = _merged(chains[0])
+        if frozen_dtype is not None and isinstance(original, Quantized):
             merged = nn.Parameter(quantize(merged, frozen_dtype), False)
         for first, *_ in chains:
             if reversible:
-                originals.append((first.layer, first.tensor, first.original))
+                originals.append((first.layer, first.tensor, original))
             detach([first])
             first.layer._parameters[first.tensor] = merged
     if frozen_dtype is None:
@@ -123,7 +140,7 @@ def merge(model: nn.Module, reversible: bool = False, frozen_dtype: str | None =
         _forget(model)
     elif (records or originals) and earlier is None:
         model.__dict__.pop('peft', None)
-        setattr(model, MERGED, Merged(sites, records, originals, untied))
+        setattr(model, MERGED, Merged(sites, records, originals, untied, elsewhere))
         model.register_load_state_dict_pre_hook(_before_loading)
     return model
 
@@ -133,8 +150,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Undo a reversible merge, in place: the same adapters on the same weights.
 
     Every frozen weight is what it was to the last bit, and the parameters are
-    the same objects as before, on the device and in the dtype that the model
-    has now. What was trained elsewhere since then stays.
+    the same objects as before, except those that were offloaded, on the device and in the dtype
+    that the model has now. What was trained elsewhere since then stays.
 
     Raises:
         UsageError: The model was not merged so, or was adapted or parametrized since.
@@ -151,8 +168,10 @@ def unmerge(model: nn.Module) -> nn.Module:
             'The merged model was adapted or parametrized since. Undo that first: '
             'mmpeft.remove(model) removes adapters and brings the first base back in one step.'
         )
+    elsewhere = set(map(id, kept.offloaded))
     for layer, name, original in kept.originals:
-        layer._parameters[name] = moved_to(original, layer._parameters[name])
+        move = onloaded if id(original) in elsewhere else moved_to
+        layer._parameters[name] = move(original, layer._parameters[name])
     for config in kept.untied:
         setattr(config, TIE, True)
     attach(model, kept.sites)
@@ -160,6 +179,45 @@ def unmerge(model: nn.Module) -> nn.Module:
         model.peft = kept.records
     _forget(model)
     return model
+
+
+@contextmanager
+def merged(model: nn.Module, offload: str | Path | None = None) -> Iterator[nn.Module]:
+    """Merge for a ``with`` block: the speed of the plain model, and then the adapters again.
+
+    What is loaded or trained inside into merged weights is lost at the end.
+
+    Args:
+        model: As for :func:`merge`.
+        offload: Likewise.
+
+    Yields:
+        The model.
+
+    Raises:
+        UsageError: As :func:`merge` and :func:`unmerge`.
+    """
+    merge(model, reversible=True, offload=offload)
+    try:
+        yield model
+    finally:
+        unmerge(model)
+
+
+def check_mergeable(sites: Iterable[Site]) -> None:
+    """Refuse adapters that are not functions of a weight.
+
+    Raises:
+        UsageError: Says which.
+    """
+    fixed = [site for site in sites if not site.method.merges]
+    if fixed:
+        raise UsageError(
+            f'{type(fixed[0].method).__name__} acts on activations ({len(fixed)} insertion points, '
+            f'such as {fixed[0].name!r}) and is not a function of a weight, so it cannot be '
+            'merged. Deploy the model with its adapters attached: save_adapter and load_adapter, '
+            'or the checkpoint itself.'
+        )
 
 
 def _forget(model):

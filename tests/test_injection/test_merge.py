@@ -1,6 +1,7 @@
 """Merging all or nothing, and back to the last bit."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +344,57 @@ def test_what_needs_adapters_says_that_they_are_merged(tmp_path):
             UsageError, match=r'no adapters\. They are merged: call mmpeft\.unmerge'
         ):
             use()
+
+
+@pytest.mark.parametrize('where', ['cpu', 'folder'])
+def test_frozen_weights_may_wait_elsewhere(model, where, tmp_path):
+    def mapped():
+        return str(tmp_path) in Path('/proc/self/maps').read_text()
+
+    x = torch.randn(2, 8, 6, 6)
+    adapted, state = model(x), copy.deepcopy(model.state_dict())
+    trains = [p.requires_grad for p in model.parameters()]
+    with mmpeft.merged(model, tmp_path / 'new' if where == 'folder' else where) as inside:
+        assert inside is model and mapped() == (where == 'folder')
+        torch.testing.assert_close(model(x), adapted)
+        own = {p.data_ptr() for p in model.parameters()}
+        assert not own & {p.data_ptr() for *_, p in model.__dict__[MERGED].originals}
+        copied = copy.deepcopy(model)
+    for each in (model, mmpeft.unmerge(copied)):
+        assert torch.equal(each(x), adapted) and list(each.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in each.state_dict().items())
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    del copied
+    assert not mapped()
+    assert [p.requires_grad for p in model.parameters()] == trains
+
+
+def test_merged_ends_with_an_error_too(model):
+    before = snapshot(model)
+    with pytest.raises(KeyError), mmpeft.merged(model):
+        raise KeyError
+    assert_same(model, before)
+
+
+def test_a_tied_weight_waits_elsewhere_once():
+    model, index = Tied(), torch.arange(9)
+    mmpeft.inject(model, LORA, dict(kinds=('linear', 'embedding')))
+    randomize(model)
+    adapted = model(index)
+    with mmpeft.merged(model, offload='cpu'):
+        originals = [original for *_, original in model.__dict__[MERGED].originals]
+        assert originals[0] is originals[1]
+    assert torch.equal(model(index), adapted)
+    chains = model.out.parametrizations.weight, model.embed.parametrizations.weight
+    assert chains[0].original is chains[1].original
+
+
+def test_a_folder_that_cannot_be_written_leaves_all_as_it_was(model, tmp_path):
+    (tmp_path / 'file').write_text('')
+    before = snapshot(model)
+    with pytest.raises(OSError, match='file'):
+        mmpeft.merge(model, reversible=True, offload=tmp_path / 'file')
+    assert_same(model, before)
+    with pytest.raises(UsageError, match='Only a merge with reversible=True'):
+        mmpeft.merge(model, offload='cpu')
+    assert_same(model, before)

@@ -32,6 +32,7 @@ from mmpeft.training.penalty import penalty
 
 from .checkpoints import AdapterCheckpointHook
 from .fitting import load_checked
+from .merged_evaluation import MergedEvaluation, check_merged_evaluation
 from .monitor_hook import MonitorHook
 from .optimizer import rebuild_optimizer, warm_up_fault
 from .runner_check import check_alone, check_runner, check_teacher
@@ -82,6 +83,8 @@ class PEFTHook(Hook):
         sensitivity: Batches of training data, in each process, by whose gradients a budget is
             distributed over weights before training (:func:`mmpeft.sensitivity`); 0 for one rank
             for all. A run that resumes, or loads adapters, takes their ranks and measures nothing.
+        evaluate_merged: Validate and test in merged weights
+            (:class:`~mmpeft.engine.hooks.merged_evaluation.MergedEvaluation`).
     """
 
     priority = 'HIGHEST'
@@ -103,6 +106,7 @@ class PEFTHook(Hook):
     check_frozen: bool = True
     shard: bool = False
     sensitivity: int = 0
+    evaluate_merged: bool = False
 
     def __new__(cls, *_, **arguments):
         known = [field.name for field in fields(cls)]
@@ -121,6 +125,11 @@ class PEFTHook(Hook):
                 'shard=True and compile_blocks do not work together: shards are gathered by hooks '
                 'around blocks, which are not compiled. Leave one of the two out.'
             )
+        if self.evaluate_merged and (self.shard or self.compile_blocks is not False):
+            raise UsageError(
+                'evaluate_merged merges whole weights before each evaluation, and a model that is '
+                'sharded or compiled cannot change so. Leave it out, or shard and compile_blocks.'
+            )
 
     def before_run(self, runner):
         """Load the base, inject, and rebuild what depends on the parameters."""
@@ -133,6 +142,10 @@ class PEFTHook(Hook):
             wrapped, runner.model = runner.model, model
             self._adapt(runner, trains)
             runner.model = wrapped
+        merges = any(isinstance(hook, MergedEvaluation) for hook in runner.hooks)
+        if self.evaluate_merged and not merges:
+            check_merged_evaluation(model)
+            runner.register_hook(MergedEvaluation())
         if trains and not self._prepared:
             self._prepared = True
             runner._init_model_weights = partial(_share, model)
