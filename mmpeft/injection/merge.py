@@ -289,12 +289,12 @@ def _merged(chain: list[Site]) -> nn.Parameter:
     for site in chain:
         value = site.adapter.in_double(value)
     rounded = torch.empty_like(original).copy_(value)
-    if not value.isfinite().all():
-        raise UsageError(
-            f'The merged {name} has NaN or infinite elements: the training diverged. Use an '
-            'earlier checkpoint.'
-        )
     if not rounded.isfinite().all():
+        if not value.isfinite().all():
+            raise UsageError(
+                f'The merged {name} has NaN or infinite elements: the training diverged. Use an '
+                'earlier checkpoint.'
+            )
         raise UsageError(
             f'The merged {name} reaches {value.abs().max().item():.3g}, which {original.dtype} '
             'cannot hold. Merge the model in float32 or bfloat16.'
