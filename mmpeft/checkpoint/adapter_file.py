@@ -23,6 +23,7 @@ from mmpeft.injection.wrappers import (
     refuse_ddp,
     refuse_deepspeed,
     refuse_elsewhere,
+    refuse_offloaded,
     refuse_sharded,
     unwrapped,
     writes,
@@ -54,6 +55,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         UsageError: The model has no adapters, or they are not whole.
         UnwrittenFileError: The disk is full or cannot be written to.
     """
+    refuse_offloaded(model, 'save_adapter')
     with unwrapped(model) as bare:
         refuse_elsewhere(bare, 'save_adapter')
         if not getattr(bare, 'peft', []):
@@ -168,6 +170,7 @@ def load_adapter(model: nn.Module, path: str | Path, check_base: bool = True) ->
         MissingFileError: There is no such file.
     """
     refuse_deepspeed(model, 'load_adapter')
+    refuse_offloaded(model, 'load_adapter')
     with unwrapped(model) as bare:
         refuse_elsewhere(bare, 'load_adapter')
         if not getattr(bare, 'peft', []):

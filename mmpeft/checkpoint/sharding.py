@@ -9,7 +9,13 @@ from torch import Tensor, distributed, nn
 
 from mmpeft.errors import UsageError
 from mmpeft.injection.weights import join
-from mmpeft.injection.wrappers import is_flattened, is_partitioned, is_sharded, unwrapped
+from mmpeft.injection.wrappers import (
+    is_flattened,
+    is_partitioned,
+    is_sharded,
+    refuse_offloaded,
+    unwrapped,
+)
 from mmpeft.methods.adapter import SHARDED
 
 
@@ -26,6 +32,7 @@ def on_whole(share: bool) -> Callable:
     def decorate(function):
         @wraps(function)
         def call(model, *args, **kwargs):
+            refuse_offloaded(model, function.__name__.removeprefix('_'))
             if not is_sharded(model):
                 with unwrapped(model) as bare:
                     return function(bare, *args, **kwargs)

@@ -73,6 +73,8 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
 
     if type(original) not in KNOWN or adapter._forward_pre_hooks:
         return None  # a DTensor, or an adapter that fully_shard gathers when it is called
+    if not x.is_meta and any(t.is_meta for t in (original, *adapter.factors.values())):
+        return None  # hooks of accelerate bring them when the modules that hold them are called
     with outside_autocast(original.device.type):
         form = adapter.method.normal_form(adapter.factors, spec, adapter.training)
     if isinstance(form, Scales):

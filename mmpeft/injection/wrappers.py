@@ -83,9 +83,25 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def refuse_sharded(model: nn.Module, name: str) -> None:
-    """Raise UsageError, on every rank alike, for a function that takes no sharded model."""
+    """Raise UsageError for a function that takes no sharded model, nor an offloaded one.
+
+    All ranks of a sharded model raise it alike.
+    """
+    refuse_offloaded(model, name)
     if is_sharded(model):
         _refuse(name)
+
+
+def refuse_offloaded(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a function of a model whose weights accelerate holds elsewhere."""
+    hooked = any('_hf_hook' in vars(module) for module in model.modules())
+    if hooked and any(tensor.is_meta for tensor in model.parameters()):
+        raise UsageError(
+            f'mmpeft.{name} needs the weights, and accelerate has offloaded some of this model '
+            '(device_map, cpu_offload, enable_sequential_cpu_offload); nothing was changed. Call '
+            f'mmpeft.{name} before that, or after '
+            'accelerate.hooks.remove_hook_from_submodules(model), which brings the weights back.'
+        )
 
 
 def refuse_parts(adapters: Iterable[Adapter], name: str) -> None:

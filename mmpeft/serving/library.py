@@ -16,7 +16,7 @@ from mmpeft.injection.inject import inject
 from mmpeft.injection.merge import MERGED
 from mmpeft.injection.site import attached
 from mmpeft.injection.summary import Summary
-from mmpeft.injection.wrappers import inner, refuse_sharded
+from mmpeft.injection.wrappers import inner, refuse_offloaded, refuse_sharded
 
 from .adapter_state import AdapterState, clone_state, swap_tensors
 from .combination import check_weights, combine
@@ -184,6 +184,7 @@ class AdapterLibrary:
             raise UsageError(f'There is an adapter {name!r} already. Take another name.')
 
     def _check_unchanged(self):
+        refuse_offloaded(self.model, 'AdapterLibrary')
         if MERGED in self.model.__dict__:
             raise UsageError(
                 f'The model was merged with {self.current!r}. Write mmpeft.unmerge(model) before '

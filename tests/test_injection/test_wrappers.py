@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import distributed, multiprocessing, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -11,7 +13,7 @@ import mmpeft
 from mmpeft.checkpoint.fingerprint import fingerprint
 from mmpeft.errors import UsageError
 from mmpeft.injection.wrappers import inner
-from tests.cases import randomize
+from tests.cases import METHODS, randomize
 from tests.networks import Net
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -205,3 +207,30 @@ def test_functions_are_called_on_what_was_adapted(call):
     with pytest.raises(UsageError, match='that was a module that holds this one'):
         call(inside.backbone)
     assert mmpeft.summary(inside).adapters == mmpeft.summary(outside).adapters > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('method', ['lora', 'dora', 'vera', 'ia3', 'bitfit', 'loha'])
+def test_weights_that_accelerate_offloads(method, tmp_path):
+    """Hooks bring a module's tensors when it is called, and kernels do not call the adapter."""
+    model, path = make(METHODS[method]), tmp_path / 'adapter.safetensors'
+    expected = model(x())
+    cpu_offload(model, torch.device('cpu'))
+    torch.testing.assert_close(model(x()), expected, rtol=1e-10, atol=1e-10)
+    for call in (
+        lambda: mmpeft.merge(model),
+        lambda: mmpeft.remove(model),
+        lambda: mmpeft.save_adapter(model, path),
+        lambda: mmpeft.load_adapter(model, path),
+        lambda: mmpeft.adapter_state_dict(model),
+    ):
+        with pytest.raises(UsageError, match='accelerate has offloaded some'):
+            call()
+    assert not path.exists()
+    remove_hook_from_submodules(model)
+    torch.testing.assert_close(mmpeft.merge(model)(x()), expected, rtol=1e-10, atol=1e-10)
+    cpu_offload(model, torch.device('cpu'))
+    with pytest.raises(UsageError, match='mmpeft.inject needs the weights'):
+        mmpeft.inject(model, LORA)
+    with pytest.raises(UsageError, match='mmpeft.AdapterLibrary needs the weights'):
+        mmpeft.AdapterLibrary(model)
