@@ -1,12 +1,15 @@
 """Guards against files that know nothing of adapters: plain state dicts, and save_pretrained."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 
 from torch import nn
 
 from .site import attached
-from .weights import lineage
+from .weights import MARK, lineage
 
 SAVE = 'save_pretrained'
 
@@ -60,12 +63,18 @@ def _before_loading(module, state_dict, prefix, local_metadata, *rest):
         )
 
 
+def _names(module):
+    """All names of each parameter."""
+    names = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return names
+
+
 def _keep_shared(module, state_dict, prefix):
     """Give a parameter one entry under all its names, or ``assign`` would make one of each."""
-    names = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(prefix + name)
-    for parameter, shared in names.items():
+    for parameter, shared in _names(module).items():
+        shared = [prefix + name for name in shared]
         given = [name for name in shared if name in state_dict]
         if len(shared) > 1 and given:
             entry = nn.Parameter(state_dict[given[-1]], parameter.requires_grad)
@@ -87,4 +96,11 @@ class _Save:
             'merged, or mmpeft.save_adapter(model, path) for the adapters alone.',
             stacklevel=2,
         )
-        return kind.save_pretrained(self.module, *args, **kwargs)
+        save = partial(kind.save_pretrained, self.module)
+        given = signature(save).bind(*args, **kwargs)
+        shared = {name for names in _names(self.module).values() for name in names[1:]}
+        shared = {name for name in shared if MARK in name}  # which transformers refuses to write
+        if shared and 'state_dict' in given.signature.parameters:
+            state = given.arguments.get('state_dict') or self.module.state_dict()
+            given.arguments['state_dict'] = {k: v for k, v in state.items() if k not in shared}
+        return save(*given.args, **given.kwargs)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import nn
 
 import mmpeft
@@ -130,6 +131,26 @@ def test_save_pretrained_of_an_adapted_model_warns(method, tmp_path):
                 part.save_pretrained(tmp_path / 'adapted')
         mmpeft.remove(each)
         quiet(each.save_pretrained, tmp_path / 'plain')
+
+
+@pytest.mark.filterwarnings('ignore:The file that GPT2LMHeadModel.save_pretrained writes')
+@pytest.mark.parametrize('method, kinds', [('FacT', None), ('LoRA', ('linear', 'embedding'))])
+def test_what_adapters_share_is_written_once(method, kinds, tmp_path):
+    """transformers refuses a file with a tensor under two names; its Trainer resumes from one."""
+
+    def adapted():
+        model = HF['gpt2'].build().double().eval()
+        mmpeft.inject(model, dict(type=method, rank=2), dict(kinds=kinds))
+        return model
+
+    model = adapted()
+    randomize(model)
+    for state in ({}, dict(state_dict=model.state_dict())):
+        model.save_pretrained(tmp_path, **state)
+        other = adapted()
+        written = load_file(tmp_path / 'model.safetensors')
+        assert not other.load_state_dict(written, strict=False).unexpected_keys
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
 def test_an_adapted_model_is_saved_as_a_plain_one(tmp_path):
