@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import UsageError
+from mmpeft.methods import WeightAdapter
 
 
 class Fast:
@@ -121,12 +122,16 @@ def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | No
         UsageError: The name is that of a parametrized tensor, for which torch has a KeyError.
     """
     if '.' in name or parametrize.is_parametrized(layer, name):
-        raise UsageError(
-            f'The {name} of a layer is adapted, so no other parameter can take its place, as in '
-            'fuse_conv_bn, quantization, tensor parallelism or tying. Call mmpeft.merge(model) '
-            'first, or do that before mmpeft.inject.'
-        )
+        _refuse(name)
     nn.Module.register_parameter(layer, name, parameter)
+
+
+def _refuse(name):
+    raise UsageError(
+        f'The {name} of a layer is adapted, so no other parameter can take its place, as in '
+        'fuse_conv_bn, quantization, tensor parallelism or tying. Call mmpeft.merge(model) '
+        'first, or do that before mmpeft.inject.'
+    )
 
 
 def _rebuild(kind, steps):
@@ -178,7 +183,10 @@ def _parametrized(tensor):
 
     def put(layer, value):
         if parametrize.is_parametrized(layer, tensor):
-            layer.parametrizations[tensor].right_inverse(value)
+            chain = layer.parametrizations[tensor]
+            if any(isinstance(each, WeightAdapter) for each in chain):
+                _refuse(tensor)
+            chain.right_inverse(value)
         else:
             (layer._parameters if tensor in layer._parameters else layer._buffers)[tensor] = value
 

@@ -210,6 +210,8 @@ def test_no_parameter_takes_the_place_of_an_adapted_one():
     mmpeft.inject(model, METHODS['lora'])
     with pytest.raises(UsageError, match='The weight of a layer is adapted'):
         fuse_conv_bn_eval(model[0], model[1])
+    with pytest.raises(UsageError, match='tying'):
+        model[2].weight = model[0].weight.detach()
     with pytest.raises(UsageError, match=r'The parametrizations\.weight\.original'):
         model[2].register_parameter('parametrizations.weight.original', nn.Parameter(torch.ones(1)))
     model[2].bias = nn.Parameter(torch.ones(3))
