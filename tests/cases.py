@@ -117,6 +117,7 @@ class SelfAttention(nn.Module):
     def __init__(self, **kwargs):
         super().__init__()
         self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+        nn.init.normal_(self.attn.in_proj_bias)  # the scale of a bias of zeros would never move
         self.memory = kwargs.get('kdim', 8)
 
     def forward(self, x):
