@@ -14,6 +14,7 @@ from torch import nn
 from mmpeft.errors import UsageError
 from mmpeft.injection.attach import adapt
 from mmpeft.injection.freeze import Injection
+from mmpeft.injection.guards import warn_of_replaced
 from mmpeft.injection.points import restore_point
 from mmpeft.injection.prompts import check_prompts
 from mmpeft.injection.quantized import adopt_quantized
@@ -64,6 +65,7 @@ def describe(model: nn.Module) -> dict:
     Raises:
         UsageError: A combination of adapters cannot be described.
     """
+    warn_of_replaced(model)
     methods, adapters = list_adapters((site.adapter.injection, site) for site in attached(model))
     injections = [
         dict(method=record.method.config(), module=record.module, trained=record.trained)

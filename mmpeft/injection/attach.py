@@ -41,7 +41,8 @@ def adapt(
         The sites with their adapters.
     """
     sites = make_adapters(sites, empty, injection.execution)
-    freeze_target(model, injection)
+    adapted = tuple(dict.fromkeys(site.name for site in sites))
+    freeze_target(model, replace(injection, adapted=adapted))
     for site in sites:
         site.adapter.injection = len(model.peft) - 1
     attach(model, sites)

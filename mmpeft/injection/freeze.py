@@ -35,6 +35,7 @@ class Injection:
         frozen_before: Names in the model of the parameters that train since.
         execution: One of ``mmpeft.execution.CHOICES``.
         memory: One of ``mmpeft.execution.MEMORY``.
+        adapted: Names in the model of the weights and modules that got adapters.
     """
 
     method: Method
@@ -44,6 +45,7 @@ class Injection:
     frozen_before: tuple[str, ...] = ()
     execution: str = execution.AUTO
     memory: str = SPEED
+    adapted: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:

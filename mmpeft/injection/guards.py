@@ -1,4 +1,4 @@
-"""Guards against files that know nothing of adapters: plain state dicts, and save_pretrained."""
+"""Guards against what knows nothing of adapters: files of plain models, and new layers."""
 
 import warnings
 from collections import defaultdict
@@ -44,6 +44,20 @@ def drop_load_hook(module: nn.Module, hook: Callable) -> None:
     hooks = module._load_state_dict_pre_hooks
     for key in [key for key, each in hooks.items() if getattr(each, 'hook', None) is hook]:
         del hooks[key]
+
+
+def warn_of_replaced(model: nn.Module) -> None:
+    """Warn of adapters that are gone with their layers since they were injected."""
+    kept = {site.name for site in attached(model)}
+    adapted = [name for record in getattr(model, 'peft', ()) for name in record.adapted]
+    if lost := [name for name in adapted if name not in kept]:
+        warnings.warn(
+            f'{len(lost)} of {len(adapted)} adapters are no longer in the model: the layer of '
+            f'{lost[0]} was replaced or removed after mmpeft.inject. Call what replaces layers '
+            '(resize_token_embeddings, reset_classifier) before it, and name in unfreeze what is '
+            'to train directly.',
+            stacklevel=3,
+        )
 
 
 def _before_loading(module, state_dict, prefix, local_metadata, *rest):

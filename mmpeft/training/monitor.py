@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import TrainingError, UsageError, listed
+from mmpeft.injection.guards import warn_of_replaced
 from mmpeft.injection.merge import how_to_adapt
 from mmpeft.injection.site import adapter_parameters, named_adapters
-from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed
+from mmpeft.injection.wrappers import is_flattened, is_sharded, refuse_deepspeed, unwrapped
 from mmpeft.methods.arguments import has_type
 
 from .allocation import Allocation, allocate, around_steps
@@ -93,6 +94,8 @@ class Monitor:
                 'monitor.'
             )
         self.wrapped, self.model = model, adapted_model(model)
+        with unwrapped(self.model) as bare:
+            warn_of_replaced(bare)
         self.optimizer = _plain(optimizer)
         self.check_iters, self.add_penalty = check_iters, add_penalty
         self.sharded = is_sharded(model)

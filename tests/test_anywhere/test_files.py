@@ -153,6 +153,20 @@ def test_what_adapters_share_is_written_once(method, kinds, tmp_path):
         assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
+def test_layers_that_were_replaced_after_injection_are_named(tmp_path):
+    """Their adapters are gone, and what takes their place may train as a whole."""
+    model = HF['llama'].build()
+    mmpeft.inject(model, LORA)
+    optimizer = torch.optim.SGD(model.parameters())
+    quiet(mmpeft.monitor, model, optimizer)
+    quiet(mmpeft.save_adapter, model, tmp_path / 'before.safetensors')
+    model.resize_token_embeddings(60, mean_resizing=False)
+    with pytest.warns(UserWarning, match=r'1 of 15 adapters.*the layer of lm_head\.weight was'):
+        mmpeft.monitor(model, optimizer)
+    with pytest.warns(UserWarning, match='Call what replaces layers'):
+        mmpeft.save_adapter(model, tmp_path / 'after.safetensors')
+
+
 def test_an_adapted_model_is_saved_as_a_plain_one(tmp_path):
     model = HF['gpt2'].build().double().eval()
     mmpeft.inject(model, LORA, dict(include=('attn', 'lm_head')))
