@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -35,10 +35,18 @@ def build_model(cfg: Config, meta: bool = False) -> nn.Module:
     if meta:
         try:
             with torch.device('meta'):
-                return MODELS.build(copy.deepcopy(cfg.model))
+                return MODELS.build(model_settings(cfg))
         except RuntimeError:
             pass
-    return MODELS.build(copy.deepcopy(cfg.model))
+    return MODELS.build(model_settings(cfg))
+
+
+def model_settings(cfg: Config) -> ConfigDict:
+    """What a Runner builds the model from: a data preprocessor may stand beside it in a config."""
+    settings = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    return settings
 
 
 def adapt(

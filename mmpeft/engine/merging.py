@@ -17,12 +17,15 @@ from mmpeft.injection.merge import merge
 from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.quantization import FORMATS
 
+from .building import model_settings
 from .config import type_name
 
 
 def plain_config(cfg: Config) -> Config:
     """The config of the model without adapters; building it fetches nothing."""
     plain = Config(cfg.to_dict(), filename=cfg.filename)
+    plain.model = model_settings(plain)
+    plain.pop('data_preprocessor', None)
     hooks = plain.get('default_hooks') or {}
     for name in [name for name, hook in hooks.items() if _is_ours(hook)]:
         del hooks[name]

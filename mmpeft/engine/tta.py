@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from mmpeft.errors import UsageError
 from mmpeft.registry import MODELS
 
+from .building import model_settings
 from .config import type_name
 
 
@@ -99,7 +100,8 @@ def enable_tta(cfg: Config) -> None:
             'test_dataloader.dataset one, or leave --tta out.'
         )
     dataset.pipeline = cfg.get('tta_pipeline') or _flip_pipeline(dataset.pipeline, scope)
-    cfg.model = dict(**wrapper, module=cfg.model)
+    cfg.model = dict(**wrapper, module=model_settings(cfg))
+    cfg.pop('data_preprocessor', None)  # which would replace the model's own
 
 
 def _wrapper(cfg, scope):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 import mmpeft
+from mmpeft.engine.building import build_model
 from mmpeft.engine.config import compose
 from mmpeft.engine.merging import merged, write_merged
+from mmpeft.engine.tta import enable_tta
 from mmpeft.errors import MissingFileError, UsageError
 from tests import toy
 from tests.cases import randomize
@@ -81,6 +84,23 @@ def test_adapters_at_their_start(run):
     assert np.abs(scores_of(model) - expected).max() > 1e-3
     other = mmpeft.init_model(without_hook(cfg), method='ia3')
     assert {row.method for row in mmpeft.summary(other).rows} == {'IA3()'}
+
+
+def test_a_data_preprocessor_beside_the_model():
+    """As mmpretrain's configs have it; one in the model comes first."""
+    cfg = compose('mmpretrain::resnet/resnet18_8xb16_cifar10.py', 'lora')
+
+    def means(model):
+        return model.data_preprocessor.mean.flatten().tolist()
+
+    model = mmpeft.init_model(cfg)
+    assert means(model) == pytest.approx(cfg.data_preprocessor.mean)
+    plain, _ = merged(model, cfg)
+    assert means(MODELS.build(plain.model)) == pytest.approx(cfg.data_preprocessor.mean)
+    cfg.model.data_preprocessor = dict(mean=[1.0, 2.0, 3.0], std=[1.0, 1.0, 1.0])
+    assert means(mmpeft.init_model(cfg)) == [1, 2, 3]
+    enable_tta(cfg)
+    assert means(build_model(cfg).module) == [1, 2, 3]
 
 
 def test_random_numbers_go_on_as_before(run):
