@@ -194,7 +194,8 @@ def write(part: Part, images: Tensor, path: Path, dynamic: bool = False) -> None
 def _needs(model):
     """How the images of a model are to be preprocessed."""
     preprocessor = getattr(model, 'data_preprocessor', None)
-    bgr_to_rgb = bool(getattr(preprocessor, '_channel_conversion', False))
+    key = 'to_rgb' if hasattr(preprocessor, 'to_rgb') else '_channel_conversion'  # mmpretrain's
+    bgr_to_rgb = bool(getattr(preprocessor, key, False))
     needs = dict(version=__version__, bgr_to_rgb=bgr_to_rgb)
     for name in ('mean', 'std'):
         value = getattr(preprocessor, name, None)

@@ -1,5 +1,7 @@
 """ONNX files: run by onnxruntime and compared with the network in torch."""
 
+import json
+
 import onnxruntime
 import pytest
 import torch
@@ -8,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmpeft
+from mmpeft.engine.packages import import_task
 from mmpeft.errors import UsageError
 from mmpeft.interop.onnx import (
     Part,
@@ -97,6 +100,20 @@ def test_methods_that_do_not_merge_are_exported_as_they_are(method, tmp_path):
     write(part, images, tmp_path / 'net.onnx')
     with torch.no_grad():
         assert_same(run(tmp_path / 'net.onnx', images), part(images))
+
+
+@pytest.mark.parametrize('scope, key', [('mmdet', 'bgr_to_rgb'), ('mmpretrain', 'to_rgb')])
+def test_the_file_says_what_images_it_takes(scope, key, tmp_path):
+    kind = dict(mmdet='DetDataPreprocessor', mmpretrain='ClsDataPreprocessor')[scope]
+    import_task(Config(dict(default_scope=scope)))
+    part = backbone_of(nn.Conv2d(3, 4, 1))
+    settings = dict(type=f'{scope}.{kind}', mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    part.model.data_preprocessor = MODELS.build(settings | {key: True})
+    write(part, torch.randn(1, 3, 8, 8), tmp_path / 'net.onnx')
+    session = onnxruntime.InferenceSession(str(tmp_path / 'net.onnx'))
+    needs = json.loads(session.get_modelmeta().custom_metadata_map['mmpeft'])
+    assert (needs['mean'], needs['std']) == ([1, 2, 3], [4, 5, 6])
+    assert needs['bgr_to_rgb'] is True
 
 
 def test_what_is_prepared():
