@@ -11,6 +11,8 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
+from importlib import import_module
+
 from mmpeft.checkpoint.adapter_file import load_adapter, save_adapter
 from mmpeft.checkpoint.base_state import load_base, save_pretrained
 from mmpeft.checkpoint.keys import adapter_state_dict
@@ -52,12 +54,19 @@ __all__ = [
     'unmerge',
 ]
 
+LATE = {
+    'mmpeft.engine.inference': ('init_model',),
+    'mmpeft.engine.hooks': ('PEFTHook', 'SeedHook', 'UpdateHook'),
+    'mmpeft.engine.layer_decay': ('LayerDecayConstructor',),
+    'mmpeft.models': ('InternViT', 'LayerNorm2d', 'SimpleFeaturePyramid', 'TimmBackbone'),
+}
+
 register_config_packages()
 
 
 def __getattr__(name: str):
-    if name == 'init_model':  # imported on use, since it brings mmengine's Runner
-        from mmpeft.engine.inference import init_model
-
-        return init_model
+    # Imported on use: inference and hooks bring mmengine's Runner, and backbones timm.
+    for module, names in LATE.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -91,8 +91,10 @@ def build_adapted(cfg: Config, memory: str | None = None) -> nn.Module:
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone.pop('checkpoint', None)  # not read here, and InternViT prepares for it
     _enter_scope(cfg)
-    with MODELS.switch_scope_and_registry(None) as registry:
-        kind = registry.get(cfg.model.backbone.type)
+    kind = cfg.model.backbone.type
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
     if memory is not None and find_hook(cfg) is not None:
         find_hook(cfg).memory = memory
         if 'with_cp' in inspect.signature(kind).parameters:

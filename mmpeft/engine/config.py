@@ -96,18 +96,22 @@ def read_config(config: str | Path | Config) -> Config:
         )
     try:
         cfg = Config.fromfile(path)
-    except ModuleNotFoundError as error:
-        package = (error.name or str(error)).split()[0].split('.')[0]
-        if package not in INSTALL:
-            raise
-        raise UsageError(not_installed(path, package)) from error
-    except TypeError as error:  # a dict over something else
-        raise UsageError(f'{path}: {error}') from error
-    # `mmpeft::` in _base_ marks what it brings as of scope mmpeft, and mmengine then warns about
-    # every registry that mmpeft does not have. The names resolve under any scope.
-    for node in dicts_in(cfg._cfg_dict):
+        nodes = list(dicts_in(cfg._cfg_dict))  # imports classes that are named by `import`
+    except (TypeError, ImportError) as error:  # a dict over something else; an unknown name
+        package = (getattr(error, 'name', None) or str(error)).split()[0].split('.')[0]
+        missing = isinstance(error, ModuleNotFoundError) and package in INSTALL
+        fault = not_installed(path, package) if missing else f'{path}: {error}'
+        raise UsageError(fault) from error
+    for node in nodes:
+        # `mmpeft::` in _base_ marks what it brings as of scope mmpeft, and mmengine then warns
+        # about every registry that mmpeft does not have. The names resolve under any scope.
         if node.get('_scope_') == 'mmpeft':
             del node['_scope_']
+        if type_name(node).startswith('mmpeft.methods.'):
+            node['type'] = type_name(node).rpartition('.')[2]
+    task = type_name(cfg.get('model')).partition('.')[0]
+    if cfg.get('default_scope') is None and task in INSTALL:
+        cfg.default_scope = task  # of a config whose types are classes
     return cfg
 
 

@@ -60,7 +60,10 @@ def injections(
         Targets.of(own)
         unfrozen = entry.get('unfreeze', unfreeze)
         patterns_of(unfrozen, 'unfreeze')
-        found.append(dict(method=entry['method'], targets=own, unfreeze=unfrozen))
+        method = entry['method']
+        if isinstance(method, Mapping):  # whose type may be a class
+            method = dict(method, type=type(built).__name__)
+        found.append(dict(method=method, targets=own, unfreeze=unfrozen))
         if sensitivity and getattr(built, 'budget', None) is not None:
             found[-1]['sensitivity'] = sensitivity
     if not has_type(sensitivity, int) or sensitivity < 0:

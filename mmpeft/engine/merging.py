@@ -34,7 +34,7 @@ def plain_config(cfg: Config) -> Config:
     for key in ('peft', 'load_from', 'resume', 'launcher', 'work_dir'):
         plain.pop(key, None)
     backbone = plain.model.get('backbone', {})
-    if backbone.get('type') == 'mmpeft.TimmBackbone':
+    if type_name(backbone).rpartition('.')[2] == 'TimmBackbone':
         backbone.update(pretrained=False, checkpoint=None)
         backbone.pop('frozen_dtype', None)
     if backbone.get('frozen_dtype') in FORMATS:

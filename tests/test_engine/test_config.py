@@ -2,8 +2,14 @@
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
 
+import mmpeft
+from mmpeft.engine.amp import enable_amp
+from mmpeft.engine.building import build_adapted
 from mmpeft.engine.config import compose, find_hook, read_config, run_name
+from mmpeft.engine.merging import plain_config
 from mmpeft.errors import MissingFileError, UsageError
 
 FLORA = 'mmpeft::flora/convnext_coco.py'
@@ -215,3 +221,56 @@ def test_a_dict_over_a_name_is_one_paragraph(tmp_path):
     (tmp_path / 'child.py').write_text("_base_ = './base.py'\nmodel = dict(arch=dict(depth=1))")
     with pytest.raises(UsageError, match='child.py: .*arch is a dict .*`_delete_=True`'):
         compose(tmp_path / 'child.py')
+
+
+CLASSES = """
+from mmengine.config import read_base
+
+with read_base():
+    from .base import *
+from mmengine.optim import OptimWrapper
+from mmpeft import PEFTHook
+from mmpeft.methods.lora import LoRA
+from mmseg.models import EncoderDecoder
+
+model.update(type=EncoderDecoder)
+default_hooks = dict(peft=dict(type=PEFTHook, method=dict(type=LoRA, rank=2)))
+optim_wrapper = dict(type=OptimWrapper)
+"""
+
+
+def test_classes_as_types(tmp_path, scope, capsys):
+    """As mmengine's configs in Python have them, and as they are dumped, by their modules."""
+    backbone = "dict(type=TimmBackbone, name='convnextv2_atto', out_indices=(0,))"
+    base = f'from mmpeft.models import TimmBackbone\nmodel = dict(backbone={backbone})\n'
+    (tmp_path / 'base.py').write_text(base)
+    (tmp_path / 'child.py').write_text(CLASSES)
+    for file in (tmp_path / 'child.py', tmp_path / 'dumped.py'):
+        cfg = read_config(file)
+        assert cfg.default_scope == 'mmseg'
+        assert find_hook(cfg).method == dict(type='LoRA', rank=2)
+        assert find_hook(compose(cfg, 'dora')).method == dict(type='DoRA', rank=16)
+        cfg.dump(tmp_path / 'dumped.py')
+        assert plain_config(cfg).model.backbone.pretrained is False
+        enable_amp(cfg)
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+        cfg.model.pop('type')
+        cfg.model = dict(type=Holder, **cfg.model)
+        assert mmpeft.summary(build_adapted(cfg, memory='balanced')).rows
+
+
+class Holder(nn.Module):
+    """A model with nothing but a backbone."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+
+
+def test_a_class_that_does_not_exist(tmp_path):
+    (tmp_path / 'config.py').write_text(CLASSES.replace('LoRA', 'Lora').replace('.base', '.none'))
+    (tmp_path / 'none.py').write_text('model = dict()')
+    with pytest.raises(
+        UsageError, match='config.py: Failed to import Lora from mmpeft.methods.lora'
+    ):
+        compose(tmp_path / 'config.py')
