@@ -119,7 +119,7 @@ class PEFTHook(Hook):
         check_types(self)
         require(self, 'check_iters', self.check_iters >= 0, 'must not be negative.')
         self._injections = injections(self.method, self.targets, self.unfreeze, self.sensitivity)
-        self._prepared = False
+        self._prepared, self._adapted = False, None
         if self.shard and self.compile_blocks is not False:
             raise UsageError(
                 'shard=True and compile_blocks do not work together: shards are gathered by hooks '
@@ -141,11 +141,16 @@ class PEFTHook(Hook):
         if not getattr(model, 'peft', []):
             wrapped, runner.model = runner.model, model
             self._adapt(runner, trains)
-            runner.model = wrapped
-        merges = any(isinstance(hook, MergedEvaluation) for hook in runner.hooks)
-        if self.evaluate_merged and not merges:
-            check_merged_evaluation(model)
-            runner.register_hook(MergedEvaluation())
+            runner.model, self._adapted = wrapped, model
+            if self.evaluate_merged:
+                check_merged_evaluation(model)
+                runner.register_hook(MergedEvaluation())
+        elif model is not self._adapted:
+            raise UsageError(
+                f'The model of this Runner has adapters already ({model.peft[0].method}), and they '
+                'would train in place of those of PEFTHook. Give the Runner a plain model: a new '
+                'one, or this one after mmpeft.remove(model).'
+            )
         if trains and not self._prepared:
             self._prepared = True
             runner._init_model_weights = partial(_share, model)

@@ -424,6 +424,18 @@ def test_a_model_that_averages_its_own_encoder(method, tmp_path):
         runner.train()
 
 
+def test_a_model_that_has_adapters_is_refused(tmp_path):
+    """Those of another hook, whose method would train in place of the config's."""
+    first, second = (toy_runner(tmp_path, dict(type=kind)) for kind in ('BitFit', 'IA3'))
+    first.train()
+    second.model = first.model
+    with pytest.raises(UsageError, match=r'has adapters already \(BitFit.*mmpeft.remove'):
+        second.train()
+    mmpeft.remove(second.model)
+    second.train()
+    assert {row.method for row in mmpeft.summary(second.model).rows} == {'IA3()'}
+
+
 def test_a_plain_run_cannot_be_resumed_with_adapters(plain_checkpoint, tmp_path):
     with pytest.raises(UsageError, match='holds no adapters.*omit --resume'):
         toy_runner(tmp_path / 'run', load_from=plain_checkpoint, resume=True).train()
