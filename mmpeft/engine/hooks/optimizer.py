@@ -1,6 +1,7 @@
 """An optimizer and schedulers for a model whose parameters have changed."""
 
 import copy
+from collections.abc import Mapping
 
 from mmengine.optim import LinearLR, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -29,12 +30,15 @@ def rebuild_optimizer(runner: Runner) -> None:
     """Build a Runner's optimizer and schedulers again from its config.
 
     Raises:
-        UsageError: The Runner was made without a config, or for several optimizers.
+        UsageError: The Runner's config does not describe them, or another optimizer, or several.
     """
-    if 'optim_wrapper' not in runner.cfg:
+    scheduled = runner.param_schedulers is not None
+    described = isinstance(runner.cfg.get('optim_wrapper'), Mapping)
+    if not described or (scheduled and 'param_scheduler' not in runner.cfg):
         raise UsageError(
-            'PEFTHook rebuilds the optimizer from the config, and this Runner was made without '
-            'one. Use Runner.from_cfg(cfg) with optim_wrapper and param_scheduler in it.'
+            'PEFTHook rebuilds the optimizer and its schedulers from the config, and that of this '
+            'Runner does not describe them. Use Runner.from_cfg(cfg) with optim_wrapper and '
+            'param_scheduler in it, as dicts.'
         )
     config = copy.deepcopy(runner.cfg.optim_wrapper)
     kind = config.get('constructor', 'DefaultOptimWrapperConstructor')
@@ -42,18 +46,30 @@ def rebuild_optimizer(runner: Runner) -> None:
         kind = registry.get(kind) if isinstance(kind, str) else kind
     if 'optimizer' in config and hasattr(kind, 'add_params'):
         config.constructor = _once(kind)
-    runner.optim_wrapper = runner.build_optim_wrapper(config)
+    given, runner.optim_wrapper = runner.optim_wrapper, runner.build_optim_wrapper(config)
     if isinstance(runner.optim_wrapper, OptimWrapperDict):
         raise UsageError(
             'PEFTHook watches one optimizer, and the constructor of this config builds several '
             '(OptimWrapperDict). Give parts of the model rates of their own by '
             'optim_wrapper.paramwise_cfg.'
         )
-    scheduled, runner.param_schedulers = runner.param_schedulers is not None, None
+    if _settings(given) != _settings(runner.optim_wrapper):
+        raise UsageError(
+            f'This Runner was given the optimizer {_settings(given)}, and its config describes '
+            f'{_settings(runner.optim_wrapper)}, from which PEFTHook would build it again. Use '
+            'Runner.from_cfg(cfg) with the optimizer that you mean.'
+        )
+    runner.param_schedulers = None
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
     if scheduled:
         schedulers = copy.deepcopy(runner.cfg.param_scheduler)
         runner.param_schedulers = runner.build_param_scheduler(schedulers)
+
+
+def _settings(optim_wrapper):
+    """The optimizer's class, and its arguments as they were given."""
+    optimizer = optim_wrapper.optimizer
+    return type(optimizer).__name__, getattr(optimizer, 'defaults', {})
 
 
 def _once(kind):

@@ -1,10 +1,13 @@
 """What the optimizer holds."""
 
 import pytest
+from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner import Runner
 
 from mmpeft.errors import UsageError
+from tests.toy import toy_config
 from tests.toy_runs import run
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*adapters have more parameters')
@@ -62,6 +65,29 @@ def test_what_adapters_share_is_listed_once(constructor, tmp_path):
 def test_several_optimizers_are_refused(tmp_path):
     with pytest.raises(UsageError, match='watches one optimizer.*paramwise_cfg'):
         run(tmp_path, **{'optim_wrapper.constructor': 'TwoOptimizers', 'param_scheduler': None})
+
+
+@pytest.mark.parametrize(
+    'described, expected',
+    [
+        ({}, 'does not describe them'),
+        (dict(param_scheduler=[]), 'does not describe them'),
+        (dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1))), 'does not describe them'),
+        (
+            dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), param_scheduler=[]),
+            "given the optimizer .'AdamW'.*describes .'SGD'",
+        ),
+    ],
+)
+def test_a_config_that_does_not_describe_the_optimizer(described, expected, tmp_path):
+    """It would be built again from the config."""
+    cfg = toy_config(tmp_path)
+    given = ('model', 'work_dir', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    parts = {key: cfg[key] for key in (*given, 'param_scheduler', 'default_hooks', 'log_level')}
+    cfg = Config(dict(described, experiment_name=tmp_path.name), format_python_code=False)
+    runner = Runner(**parts, cfg=cfg, default_scope='mmengine')
+    with pytest.raises(UsageError, match=expected):
+        runner.train()
 
 
 def test_frozen_parameters_in_the_optimizer_are_harmless(tmp_path, warned):
