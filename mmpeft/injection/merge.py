@@ -95,7 +95,7 @@ def merge(
             otherwise, a merged weight has NaN or infinite elements or exceeds its dtype, a
             reversible merge would be the second one, ``offload`` is given and the merge is final,
             or the model is sharded. It is unchanged.
-        OSError: The folder of ``offload`` cannot be written, or is full. Likewise.
+        OSError: There is no folder ``offload``, or it cannot be written, or is full. Likewise.
     """
     if offload is not None and not reversible:
         raise UsageError('Only a merge with reversible=True keeps weights that it could offload.')

@@ -16,11 +16,10 @@ def offloaded(parameter: nn.Parameter, where: str | Path) -> nn.Parameter:
             more when this returns, and ends with the parameter.
 
     Raises:
-        OSError: The folder cannot be written, or is full.
+        OSError: There is no such folder, or it cannot be written, or is full.
     """
     if where == 'cpu':
         return nn.Parameter(parameter.detach().to('cpu', copy=True), False)
-    Path(where).mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=where, prefix='offloaded-') as file:
         # A full disk raises an error here; in a mapped file it would kill the process.
         file.write(memoryview(_bytes(parameter)))
