@@ -541,3 +541,13 @@ def test_runs_with_torch_mmengine_and_timm_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     _, *lines = map(json.loads, out.read_text().splitlines())
     assert [line['variant'] for line in lines if line['rounds']] == ['floor', 'flora']
+
+
+def test_evaluation_in_merged_weights_is_measured(script, monkeypatch, tmp_path):
+    tool = script('projects/benchmark', 'merged_evaluation')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(tool.NETWORKS, 'tiny', (None, (1, 1, 16)))
+    record = tool.measure('tiny', 'dora', 'cpu', rounds=1)
+    assert record['time'].keys() == record['memory'].keys() == {'attached', 'merged'}
+    assert all(value > 0 for value in (*record['time'].values(), *record['memory'].values()))
+    assert not list(tmp_path.iterdir())
