@@ -11,7 +11,7 @@ from mmengine.optim import OptimWrapper
 from mmpeft.errors import UsageError
 from mmpeft.registry import OPTIM_WRAPPERS
 
-from .config import print_on_master, type_name
+from .config import class_name, print_on_master
 
 
 def enable_amp(cfg: Config) -> None:
@@ -21,7 +21,7 @@ def enable_amp(cfg: Config) -> None:
         UsageError: The optimizer wrapper is neither ``OptimWrapper`` nor
             ``AmpOptimWrapper``.
     """
-    kind = type_name(cfg.optim_wrapper).rpartition('.')[2] or 'OptimWrapper'
+    kind = class_name(cfg.optim_wrapper) or 'OptimWrapper'
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UsageError(
             f'--amp: optim_wrapper.type={kind!r} has no mixed-precision form. Set it to '
@@ -38,7 +38,7 @@ def prepare_precision(cfg: Config) -> None:
         UsageError: The config asks for another precision there.
     """
     wrapper = cfg.get('optim_wrapper') or {}
-    if type_name(wrapper).rpartition('.')[2] != 'AmpOptimWrapper' or get_device() != 'cpu':
+    if class_name(wrapper) != 'AmpOptimWrapper' or get_device() != 'cpu':
         return
     dtype = str(wrapper.get('dtype') or 'bfloat16').removeprefix('torch.')
     if dtype != 'bfloat16':

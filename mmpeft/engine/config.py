@@ -108,7 +108,7 @@ def read_config(config: str | Path | Config) -> Config:
         if node.get('_scope_') == 'mmpeft':
             del node['_scope_']
         if type_name(node).startswith('mmpeft.methods.'):
-            node['type'] = type_name(node).rpartition('.')[2]
+            node['type'] = class_name(node)
     task = type_name(cfg.get('model')).partition('.')[0]
     if cfg.get('default_scope') is None and task in INSTALL:
         cfg.default_scope = task  # of a config whose types are classes
@@ -118,7 +118,7 @@ def read_config(config: str | Path | Config) -> Config:
 def find_hook(cfg: Config) -> ConfigDict | None:
     """What a config says of its PEFTHook, to be read and changed; None if it has none."""
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
-    own = [h for h in hooks if type_name(h).rpartition('.')[2] == 'PEFTHook']
+    own = [h for h in hooks if class_name(h) == 'PEFTHook']
     return own[0] if own else None
 
 
@@ -126,6 +126,11 @@ def type_name(node: Any) -> str:
     """The ``type`` of a dict in a config, whether it is a name or a class; '' for none."""
     kind = node.get('type', '') if isinstance(node, dict) else ''
     return kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'
+
+
+def class_name(node: Any) -> str:
+    """The same without its scope or module."""
+    return type_name(node).rpartition('.')[2]
 
 
 def dicts_in(node) -> Iterator[dict]:

@@ -18,7 +18,7 @@ from mmpeft.interop.mmpretrain import mmpretrain_convnext
 from mmpeft.quantization import FORMATS
 
 from .building import model_settings
-from .config import type_name
+from .config import class_name, type_name
 
 
 def plain_config(cfg: Config) -> Config:
@@ -34,7 +34,7 @@ def plain_config(cfg: Config) -> Config:
     for key in ('peft', 'load_from', 'resume', 'launcher', 'work_dir'):
         plain.pop(key, None)
     backbone = plain.model.get('backbone', {})
-    if type_name(backbone).rpartition('.')[2] == 'TimmBackbone':
+    if class_name(backbone) == 'TimmBackbone':
         backbone.update(pretrained=False, checkpoint=None)
         backbone.pop('frozen_dtype', None)
     if backbone.get('frozen_dtype') in FORMATS:

@@ -10,7 +10,7 @@ from mmengine.dist import is_distributed
 
 from mmpeft.errors import UsageError
 
-from .config import dicts_in, type_name
+from .config import class_name, dicts_in
 
 
 def prepare_distribution(cfg: Config) -> None:
@@ -43,7 +43,7 @@ def prepare_distribution(cfg: Config) -> None:
     if own.get('type', wrapper['type']) == wrapper['type']:
         cfg.model_wrapper_cfg = wrapper | own | dict(device_ids=None)
     for node in dicts_in(cfg.model):
-        if type_name(node).rpartition('.')[2] in ('SyncBN', 'SyncBatchNorm'):
+        if class_name(node) in ('SyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
 
 

@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmpeft.errors import MissingFileError, UsageError
 
-from .config import type_name
+from .config import class_name
 from .data_check import missing_data
 
 
@@ -59,7 +59,7 @@ def _pipeline(dataset, scope):
     # mmdet's accepts images without annotations, mmseg's does not.
     needless = 'LoadAnnotations' if scope == 'mmseg' else ''
     steps = dataset['pipeline']
-    return [step for step in steps if type_name(step).rpartition('.')[2] != needless]
+    return [step for step in steps if class_name(step) != needless]
 
 
 def _size(steps, model):

@@ -12,7 +12,7 @@ from mmpeft.errors import UsageError
 from mmpeft.registry import MODELS
 
 from .building import model_settings
-from .config import type_name
+from .config import class_name
 
 
 @MODELS.register_module()
@@ -105,7 +105,7 @@ def enable_tta(cfg: Config) -> None:
 
 
 def _wrapper(cfg, scope):
-    kind = type_name(cfg.model).rpartition('.')[2]
+    kind = class_name(cfg.model)
     if scope == 'mmseg':
         return dict(type='mmseg.SegTTAModel')
     if scope == 'mmpretrain' and kind.endswith('Classifier'):
@@ -124,7 +124,7 @@ def _wrapper(cfg, scope):
 
 
 def _flip_pipeline(pipeline, scope):
-    names = [type_name(step).rpartition('.')[2] for step in pipeline]
+    names = [class_name(step) for step in pipeline]
     # Annotations are those of the original image, so they are read after the flip; and padding is
     # at the right and below, of the flipped image too.
     cut = next(i for i, n in enumerate(names) if n.startswith(('LoadAnnotations', 'Pad', 'Pack')))

@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 
 from mmpeft.errors import UsageError, suggest
 
-from .config import type_name
+from .config import class_name, type_name
 
 MESSAGE = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
 """What Python says of it, with the class that was called last."""
@@ -28,7 +28,7 @@ def naming_arguments(cfg: Config) -> Iterator[None]:
     except TypeError as error:
         match = MESSAGE.search(str(error))
         nodes = list(_having(cfg.to_dict(), match[2], '')) if match else []
-        named = [(key, n) for key, n in nodes if type_name(n).rpartition('.')[2] == match[1]]
+        named = [(key, n) for key, n in nodes if class_name(n) == match[1]]
         for key, node in (named or nodes)[:1]:
             kind, name = type_name(node), match[2]
             hint = suggest(name, _arguments(kind), otherwise='')

@@ -19,7 +19,7 @@ from .freeze import Injection, release
 from .guards import drop_load_hook, unguard
 from .offload import offloaded, onloaded
 from .site import Site, chains_by_weight
-from .ties import TIE, holders, tying_configs
+from .ties import TIE, configs_to_untie, holders
 from .weights import join
 from .wrappers import on_inner
 
@@ -111,7 +111,7 @@ def merge(
             'base.'
         )
     weights, held = chains_by_weight(sites), holders(model)
-    untied = _configs_to_untie(model, weights)
+    untied = configs_to_untie(model, weights)
     kept, elsewhere = [chains[0][0].original for chains in weights], []
     for number, chains in enumerate(weights):
         _merged(chains[0])
@@ -245,27 +245,6 @@ def _before_loading(module, state_dict, prefix, *rest):
             'by mmpeft.merge(model).',
             stacklevel=6,
         )
-
-
-def _configs_to_untie(model, weights) -> list[Any]:
-    """The configs that tie what the merge gives different values."""
-    held, found = holders(model), []
-    for chains in weights:
-        first, readers = chains[0][0], held[chains[0][0].tie_key]
-        if len(chains) == len(readers):
-            continue
-        configs = tying_configs(model, first.original)
-        if not configs:
-            names = ' and '.join(join(path, name) for path, _, name in readers)
-            raise UsageError(
-                f'{names} are one tied weight, and {first.name} has an adapter that the others '
-                'do not have. The merged file of a model that ties them would lose one of them. '
-                'Adapt all of them alike (one mmpeft.inject whose targets select them all), leave '
-                f'it out (targets.exclude={first.name!r}), or keep the adapter in a file of its '
-                'own (mmpeft.save_adapter).'
-            )
-        found += configs
-    return list({id(config): config for config in found}.values())
 
 
 def _dequantize(model) -> list[tuple[nn.Module, str, nn.Parameter]]:

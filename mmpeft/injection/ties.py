@@ -2,12 +2,16 @@
 
 import inspect
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
-from .weights import PARAMETRIZATIONS, layers, original_of
+from mmpeft.errors import UsageError
+
+from .site import Site
+from .weights import PARAMETRIZATIONS, join, layers, original_of
 
 TIE = 'tie_word_embeddings'
 
@@ -41,3 +45,32 @@ def tying_configs(model: nn.Module, weight: Tensor) -> list[Any]:
             found.append(config.get_text_config(decoder=True))
         return [each for each in found if getattr(each, TIE, False)]
     return []
+
+
+def configs_to_untie(model: nn.Module, weights: Iterable[list[list[Site]]]) -> list[Any]:
+    """The configs that tie what a merge gives different values.
+
+    Args:
+        model: Adapted.
+        weights: As :func:`~mmpeft.injection.site.chains_by_weight` lists its sites.
+
+    Raises:
+        UsageError: No config ties such a weight, so that a merged file would lose one value.
+    """
+    held, found = holders(model), []
+    for chains in weights:
+        first, readers = chains[0][0], held[chains[0][0].tie_key]
+        if len(chains) == len(readers):
+            continue
+        configs = tying_configs(model, first.original)
+        if not configs:
+            names = ' and '.join(join(path, name) for path, _, name in readers)
+            raise UsageError(
+                f'{names} are one tied weight, and {first.name} has an adapter that the others '
+                'do not have. The merged file of a model that ties them would lose one of them. '
+                'Adapt all of them alike (one mmpeft.inject whose targets select them all), leave '
+                f'it out (targets.exclude={first.name!r}), or keep the adapter in a file of its '
+                'own (mmpeft.save_adapter).'
+            )
+        found += configs
+    return list({id(config): config for config in found}.values())

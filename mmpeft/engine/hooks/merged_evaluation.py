@@ -29,12 +29,20 @@ class MergedEvaluation(Hook):
 
     def after_val_epoch(self, runner, metrics=None):
         """Restore the adapters, before anything is saved."""
-        model = unwrap(runner.model)
-        if MERGED in vars(model):
-            unmerge(model)
+        restore(unwrap(runner.model))
 
     before_test_iter = before_val_iter
     after_test_epoch = after_val_epoch
+
+
+def restore(model: nn.Module) -> None:
+    """Undo the merge of an evaluation, if there is one; it may have been interrupted.
+
+    Args:
+        model: Not wrapped.
+    """
+    if MERGED in vars(model):
+        unmerge(model)
 
 
 def check_merged_evaluation(model: nn.Module) -> None:

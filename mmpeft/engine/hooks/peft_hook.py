@@ -32,7 +32,7 @@ from mmpeft.training.penalty import penalty
 
 from .checkpoints import AdapterCheckpointHook
 from .fitting import load_checked
-from .merged_evaluation import MergedEvaluation, check_merged_evaluation
+from .merged_evaluation import MergedEvaluation, check_merged_evaluation, restore
 from .monitor_hook import MonitorHook
 from .optimizer import rebuild_optimizer, warm_up_fault
 from .runner_check import check_alone, check_runner, check_teacher
@@ -138,6 +138,8 @@ class PEFTHook(Hook):
         check_alone(runner, PEFTHook)
         model, trains = unwrap(runner.model), isinstance(runner.optim_wrapper, OptimWrapper)
         check_datasets(runner, model)
+        if model is self._adapted:
+            restore(model)
         if not getattr(model, 'peft', []):
             wrapped, runner.model = runner.model, model
             self._adapt(runner, trains)

@@ -65,6 +65,25 @@ def test_testing(tmp_path):
     assert len([hook for hook in runner.hooks if type(hook).__name__ == 'MergedEvaluation']) == 1
 
 
+def test_an_interrupted_evaluation_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    runner = toy_runner(tmp_path, METHODS['lora'], **MERGED)
+    step, calls = runner.model.test_step, []
+
+    def interrupted(data):
+        calls.append(data)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(data)
+
+    monkeypatch.setattr(runner.model, 'test_step', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.test()
+    assert not is_parametrized(runner.model.backbone.fc)
+    runner.test()
+    assert is_parametrized(runner.model.backbone.fc) and len(runner.model.peft) == 1
+    assert len(runner.model.backbone.fc.parametrizations.weight) == 1
+
+
 @pytest.mark.parametrize(
     'method, changes, message',
     [
