@@ -543,11 +543,20 @@ def test_runs_with_torch_mmengine_and_timm_alone(tmp_path):
     assert [line['variant'] for line in lines if line['rounds']] == ['floor', 'flora']
 
 
-def test_evaluation_in_merged_weights_is_measured(script, monkeypatch, tmp_path):
-    tool = script('projects/benchmark', 'merged_evaluation')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(tool.NETWORKS, 'tiny', (None, (1, 1, 16)))
-    record = tool.measure('tiny', 'dora', 'cpu', rounds=1)
+def test_evaluation_in_merged_weights_is_measured(tmp_path):
+    """In a process of its own, whose memory is that of the network."""
+    arguments = ['--alone', '--networks', 'one token, 8 layers of width 2048', '--methods', 'dora']
+    done = subprocess.run(
+        [sys.executable, FOLDER / 'merged_evaluation.py', *arguments, '--rounds', '1'],
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert 120 < record['plain_mib'] < 160  # 8 x 2048 x 2048 numbers are 128
     assert record['time'].keys() == record['memory'].keys() == {'attached', 'merged'}
-    assert all(value > 0 for value in (*record['time'].values(), *record['memory'].values()))
+    assert all(value > 0 for value in record['time'].values())
+    assert all(0.9 < value < 1.2 for value in record['memory'].values())
     assert not list(tmp_path.iterdir())
