@@ -17,6 +17,7 @@ from torch import Tensor
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.methods.spec import ConvGeometry
 
+from .cpu import scratch
 from .function import FastFunction
 from .matmul import flat, layout_of, times, times_, unflat
 from .recompute import cast
@@ -44,15 +45,16 @@ class TuckerConv(FastFunction):
     branch: bool
     thin: bool = True
 
-    def forward(self, x, weight, bias, up, core, down):
+    def forward(self, save, x, weight, bias, up, core, down):
         if not self.branch:
-            adapted = self._adapted(x, weight, up, core, down)
-            return self.geometry.convolve(x, adapted, bias), (None, None)
+            save(None, None)
+            return self.geometry.convolve(x, self._adapted(x, weight, up, core, down), bias)
         narrow = _mix(down, x)
         inner = self.geometry.convolve(narrow, cast(core, x.dtype))
+        save(narrow, inner)
         y = self.geometry.convolve(x, weight, bias)
         _accumulate(y, times(up, self.scale), inner)
-        return y, (narrow, inner)
+        return y
 
     def gradients(self, needs, dy, x, weight, bias, up, core, down, narrow, inner):
         find = self._by_thin_convolutions if self.branch or self.thin else self._from_dense
@@ -97,7 +99,8 @@ class TuckerConv(FastFunction):
 
     def _adapted(self, x, weight, up, core, down):
         frozen, down = cast(weight.flatten(1), up.dtype), NormalForm(up, core, down).unfolded()
-        adapted = torch.addmm(frozen, up, down, alpha=self.scale)
+        out = scratch.memory(scratch.WEIGHT, frozen.shape, up.dtype, up)
+        adapted = torch.addmm(frozen, up, down, alpha=self.scale, out=out)
         return cast(adapted.view(weight.shape), x.dtype)
 
 

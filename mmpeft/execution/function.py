@@ -10,19 +10,22 @@ from torch.autograd import Function
 from mmpeft.methods.precision import outside_autocast
 from mmpeft.transforms import is_transformed
 
+from .checkpointing import save_first
 from .recompute import restored, saved_or_recomputed
 
 
 class FastFunction:
     """y = f(x, *tensors), with its gradients.
 
-    A subclass is a dataclass of the arguments that are not tensors. It defines three functions,
-    which run outside autocast:
+    A subclass is a dataclass of the arguments that are not tensors. It defines functions which run
+    outside autocast:
 
-    ``forward(x, *tensors)`` returns y and a tuple of tensors to save besides the arguments. The
-        last of them may be y; it becomes None if later layers change y in place.
-    ``gradients(needs, dy, x, *tensors, *saved)`` returns the gradients of x and the tensors, where
-        ``needs`` says that they are needed. Trailing ones that do not exist may be omitted.
+    ``forward(save, x, *tensors)`` returns y. Before it computes y, a product calls ``save`` once
+        with what is saved besides the arguments.
+    ``saves_output(x, *tensors)`` says whether y is saved too; by default it is not.
+    ``gradients(needs, dy, x, *tensors, *saved[, y])`` returns the gradients of x and the tensors,
+        where ``needs`` says that they are needed. Trailing ones that do not exist may be omitted.
+        y is None if later layers changed it in place.
     ``reference(x, *tensors)`` returns y, computed by torch's operations alone. It takes the place
         of the others where these are transformed (:func:`is_transformed`) and where gradients are
         differentiated again (``create_graph=True``).
@@ -34,29 +37,40 @@ class FastFunction:
     recomputes_input: ClassVar[bool] = False
     asks_for_input: ClassVar[bool] = False
 
+    def saves_output(self, x: Tensor, *tensors: Tensor | None) -> bool:
+        """See above."""
+        return False
+
     def __call__(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         """y, with its gradients."""
         if is_transformed():
             return self.reference(x, *tensors)
         if not torch.is_grad_enabled():
             with outside_autocast(x.device.type):
-                return self.forward(x, *tensors)[0]
+                return self.forward(_save_nothing, x, *tensors)
         return _Recorded.apply(self, x, *tensors)
 
 
 class _Recorded(Function):
     @staticmethod
     def forward(ctx, function, x, *tensors):
+        ctx.restores, kept = saved_or_recomputed((x, *tensors), function.recomputes_input)
+        ctx.saved_first = None
+
+        def save(*more):
+            kept.extend(more)
+            ctx.saved_first = save_first(*kept)
+
         with outside_autocast(x.device.type):
-            y, saved = function.forward(x, *tensors)
-        output, keeps_output = y, bool(saved) and saved[-1] is y
-        if keeps_output or y._is_view():
+            y = function.forward(save, x, *tensors)
+        output, saves_output = y, function.saves_output(x, *tensors)
+        if saves_output or y._is_view():
             # No view, since in-place activations refuse views. If one changes the output, it
             # changes the saved y too, whose memory is the same, and autograd does not notice.
             output = y.data
-        ctx.function, ctx.changed = function, changes_of(output) if keeps_output else None
-        ctx.restores, kept = saved_or_recomputed((x, *tensors), function.recomputes_input)
-        ctx.save_for_backward(*kept, *saved)
+        ctx.function, ctx.changed = function, changes_of(output) if saves_output else None
+        rest = kept if ctx.saved_first is None else ()
+        ctx.save_for_backward(*rest, *((y,) if saves_output else ()))
         return output
 
     @staticmethod
@@ -64,7 +78,8 @@ class _Recorded(Function):
         _, *needs = ctx.needs_input_grad
         later = ctx.function.asks_for_input and not torch.is_grad_enabled()
         with outside_autocast(dy.device.type):
-            arguments, saved = restored(ctx.restores, ctx.saved_tensors, later)
+            first = () if ctx.saved_first is None else ctx.saved_first.saved_tensors
+            arguments, saved = restored(ctx.restores, (*first, *ctx.saved_tensors), later)
             if torch.is_grad_enabled():
                 return None, *_of_reference(ctx.function, needs, dy, arguments)
             if ctx.changed is not None and ctx.changed():
@@ -81,6 +96,10 @@ def _of_reference(function, needs, dy, arguments):
     y = function.reference(*arguments)
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if need else None for need in needs]
+
+
+def _save_nothing(*_):
+    pass
 
 
 def changes_of(y: Tensor) -> Callable[[], bool]:

@@ -10,9 +10,9 @@ from torch.nn.utils import parametrize
 from mmpeft.methods.spec import ConvGeometry
 from mmpeft.quantization import Quantized
 
+from .checkpointing import run_again
 from .classes import Fast, change_class, forward_owner, is_changed, restore_class
 from .frozen import kind_for
-from .recompute import run_again
 from .select import AUTO, PLAIN, Kernel, has_one_adapter, select_kernel, settings_of
 
 

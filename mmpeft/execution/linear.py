@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmpeft.methods.normal_form import NormalForm
 from mmpeft.quantization import dequantized
 
+from .cpu import scratch
 from .function import FastFunction
 from .matmul import (
     ChannelsLast,
     Layout,
     is_low,
-    linear,
     matmul_add,
     product,
     takes_float,
@@ -56,22 +56,24 @@ class AdaptedLinear(FastFunction):
     scale: float
     branch: bool
 
-    def forward(self, x, weight, bias, up, core, down, ratio):
+    def forward(self, save, x, weight, bias, up, core, down, ratio):
         layout, weight = self.layout, dequantized(weight)
         if self.branch:
             above, below = factors = self._narrow_factors(up, core, down, x.dtype)
             narrow = layout.matmul(x, above)
-            y = matmul_add(layout, x, weight, narrow, below, bias)
-            return y, (narrow, *factors) if is_low(x) else (narrow,)
+            save(narrow, *(factors if is_low(x) else ()))
+            return matmul_add(layout, x, weight, narrow, below, bias)
+        save()
         up = _composed(up, core)
         if is_low(x) and not takes_float(x):
             y = layout.matmul(x, cast(self._change(weight, up, down, ratio), x.dtype), bias)
-            y = layout.accumulate(y, x, weight)
-        else:
-            adapted = self._adapted(weight, up, down, ratio)
-            bias = None if bias is None else cast(bias, adapted.dtype)
-            y = cast(layout.matmul(cast(x, adapted.dtype), adapted, bias), x.dtype)
-        return y, () if ratio is None else (y,)
+            return layout.accumulate(y, x, weight)
+        adapted = self._adapted(weight, up, down, ratio)
+        bias = None if bias is None else cast(bias, adapted.dtype)
+        return cast(layout.matmul(cast(x, adapted.dtype), adapted, bias), x.dtype)
+
+    def saves_output(self, x, weight, bias, up, core, down, ratio):
+        return ratio is not None
 
     def gradients(self, needs, dy, x, weight, bias, first, core, down, ratio, *saved):
         layout, scale, dtype, dy = self.layout, self.scale, first.dtype, dy.contiguous()
@@ -104,7 +106,8 @@ class AdaptedLinear(FastFunction):
             d_down = layout.weight_grad(*pair, dtype)
             d_down = d_down.T if turned else d_down
         if not thin or (need_ratio and (y is None or has_zeros(ratio))):
-            dense = layout.weight_grad(dy, x, dtype)
+            memory = scratch.memory(scratch.GRADIENT, weight.shape, dtype, dy)
+            dense = layout.weight_grad(dy, x, dtype, memory)
             if self.update != 'additive':
                 dense.mul_(weight if self.update == 'lie' else adapted)
             if not thin:
@@ -144,20 +147,19 @@ class AdaptedLinear(FastFunction):
         return cast(down, dtype), cast(rows, dtype)
 
     def _adapted(self, weight, up, down, ratio):
-        """W', with float32's precision at least where U and V have it."""
+        """W', with float32's precision at least where U and V have it; in :mod:`.cpu.scratch`."""
+        out = scratch.memory(scratch.WEIGHT, weight.shape, up.dtype, up)
         if self.update == 'lie_exact':
             # On a CPU torch's powers of 2 take a quarter of the time of its powers of e.
-            return linear(up * (self.scale / math.log(2)), down.T).exp2_().mul_(weight)
+            delta = torch.mm(up * (self.scale / math.log(2)), down, out=out)
+            return delta.exp2_().mul_(weight)
         if self.update == 'lie':
-            delta = linear(up, down.T)
-            memory = None if torch.compiler.is_compiling() else delta
-            return torch.addcmul(weight, weight, delta, value=self.scale, out=memory)
+            delta = torch.mm(up, down, out=out)
+            return torch.addcmul(weight, weight, delta, value=self.scale, out=delta)
         if ratio is None:
-            same = cast(weight, up.dtype)
-            add = torch.addmm if same is weight else Tensor.addmm_
-            return add(same, up, down, alpha=self.scale)
+            return torch.addmm(cast(weight, up.dtype), up, down, alpha=self.scale, out=out)
         ratio = ratio[:, None]
-        return linear(up * (self.scale * ratio), down.T).addcmul_(weight, ratio)
+        return torch.mm(up * (self.scale * ratio), down, out=out).addcmul_(weight, ratio)
 
     def _change(self, weight, up, down, ratio):
         """W' - W, likewise."""

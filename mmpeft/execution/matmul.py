@@ -12,7 +12,6 @@ from torch import Tensor
 from .cpu import onednn
 from .recompute import cast
 
-AMX = torch.cpu._is_amx_tile_supported()
 # Whether a GPU's product in low precision can be given out in float32: torch 2.8 and later.
 ROUNDS_LATER = hasattr(torch.ops.aten.mm, 'dtype')
 # Elements of a part of a map that stays in a processor's cache.
@@ -31,7 +30,7 @@ def takes_float(x: Tensor) -> bool:
 
     On a CPU without units for them the latter are many times slower.
     """
-    return x.is_cpu and not AMX
+    return x.is_cpu and not onednn.AMX
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,12 +74,17 @@ class ChannelsLast:
         return y
 
     @staticmethod
-    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum over positions of dy (..., O) times x (..., I): (O, I), in a dtype."""
+    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The sum over positions of dy (..., O) times x (..., I): (O, I), in a dtype.
+
+        It may be computed in ``out``.
+        """
         dy, x = _rows(dy).T, _rows(x)
         if ROUNDS_LATER and dy.is_cuda and is_low(dy) and dtype == torch.float32:
             return torch.mm(dy, x, out_dtype=dtype)
-        return cast(onednn.weight_grad(dy, x.T) if onednn.pays(dy, x.T) else dy @ x, dtype)
+        if onednn.pays(dy, x.T):
+            return cast(onednn.weight_grad(dy, x.T), dtype)
+        return cast(torch.mm(dy, x, out=_fitting(out, dy)), dtype)
 
     @staticmethod
     def dot(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,12 +122,15 @@ class ChannelsFirst:
         return y.baddbmm_(weight.expand(len(x), -1, -1), x)
 
     @staticmethod
-    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if not len(dy):
             return dy.new_zeros(dy.shape[1], x.shape[1], dtype=dtype)
         if _are_few(x):
-            return cast(linear(_joined(dy), _joined(x)), dtype)
-        result = linear(dy[0], x[0])
+            dy, x = _joined(dy)[None], _joined(x)[None]
+        if onednn.pays(dy[0], x[0]):
+            result = onednn.linear(dy[0], x[0])
+        else:
+            result = torch.mm(dy[0], x[0].T, out=_fitting(out, dy))
         for one, other in zip(dy[1:], x[1:], strict=True):
             result += linear(one, other)
         return cast(result, dtype)
@@ -152,6 +159,11 @@ def _joined(x: Tensor) -> Tensor:
 def _images(y: Tensor, count: int) -> Tensor:
     """(C, N T) to (N, C, T)."""
     return y.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
+
+
+def _fitting(out: Tensor | None, x: Tensor) -> Tensor | None:
+    """Memory for a result of the dtype of x."""
+    return out if out is not None and out.dtype == x.dtype else None
 
 
 def _rows(x: Tensor) -> Tensor:

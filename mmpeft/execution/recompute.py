@@ -11,9 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from mmpeft.transforms import is_transformed
 
 NAME = '_mmpeft_recompute'
 OFFER = '_mmpeft_product'
@@ -46,16 +43,6 @@ class SharedRecompute:
             return self.function(*tensors)
         value, self.value = self.value, None
         return value
-
-
-def run_again(function: Callable, *args, **kwargs):
-    """``function(*args, **kwargs)``, of which the arguments are kept, and which backward repeats.
-
-    As it is where no gradient is wanted or torch transforms operations.
-    """
-    if not torch.is_grad_enabled() or is_transformed():
-        return function(*args, **kwargs)
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

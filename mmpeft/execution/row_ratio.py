@@ -32,7 +32,7 @@ class RowRatio(FastFunction):
 
     scale: float
 
-    def forward(self, up, weight, down, magnitude):
+    def forward(self, save, up, weight, down, magnitude):
         weight = cast(dequantized(weight), up.dtype)
         narrow = weight @ down.T
         pull = torch.addmm(narrow, up, down @ down.T, alpha=self.scale)
@@ -41,7 +41,8 @@ class RowRatio(FastFunction):
         square = torch.addcmul(times(cross, self.scale), norm, norm)
         positive = square > 0
         inverse = torch.where(positive, square.rsqrt(), 0)
-        return torch.where(positive, magnitude * inverse, 1), (inverse, pull)
+        save(inverse, pull)
+        return torch.where(positive, magnitude * inverse, 1)
 
     def gradients(self, needs, dy, up, weight, down, magnitude, inverse, pull):
         d_magnitude = dy * inverse

@@ -39,18 +39,21 @@ class ScaledLayer(FastFunction):
     groups: int
     beside: bool
 
-    def forward(self, x, weight, bias, outputs, inputs):
+    def forward(self, save, x, weight, bias, outputs, inputs):
+        save()
         if not self.beside:
-            y = self._run(x, self._scaled(weight, outputs, inputs), bias)
-        else:
-            x = x if inputs is None else x * self._along(inputs, x)
-            y = self._run(x, weight, bias if outputs is None else None)
-            if outputs is not None:
-                y.mul_(self._along(outputs, y))
-                y = y if bias is None else y.add_(self._along(bias, y))
-        return y, (None if outputs is None else y,)
+            return self._run(x, self._scaled(weight, outputs, inputs), bias)
+        x = x if inputs is None else x * self._along(inputs, x)
+        y = self._run(x, weight, bias if outputs is None else None)
+        if outputs is not None:
+            y.mul_(self._along(outputs, y))
+            y = y if bias is None else y.add_(self._along(bias, y))
+        return y
 
-    def gradients(self, needs, dy, x, weight, bias, outputs, inputs, y):
+    def saves_output(self, x, weight, bias, outputs, inputs):
+        return outputs is not None
+
+    def gradients(self, needs, dy, x, weight, bias, outputs, inputs, y=None):
         need_x, _, need_bias, need_outputs, need_inputs = needs
         dx = d_bias = d_outputs = d_inputs = None
         dy = dy.contiguous() if self.geometry is None else dy

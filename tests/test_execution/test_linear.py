@@ -8,7 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
-from mmpeft.execution import matmul
+from mmpeft.execution.cpu import onednn
 from mmpeft.execution.linear import AdaptedLinear, thin_pays
 from mmpeft.execution.matmul import ChannelsFirst, ChannelsLast
 from tests.cases import METHODS, Layer, randomize
@@ -93,7 +93,7 @@ SMALL_UPDATES = dict(
 )
 def test_small_updates_show_in_low_precision(name, way, amp, dtype, monkeypatch):
     """An update of 1e-5, far below the weights' rounding, moves the outputs by its own amount."""
-    monkeypatch.setattr(matmul, 'AMX', amp)  # two products in low precision, or one in float32
+    monkeypatch.setattr(onednn, 'AMX', amp)  # two products in low precision, or one in float32
     torch.manual_seed(0)
     size = 256
     base = nn.Linear(size, size, bias=False)
@@ -139,7 +139,7 @@ def test_small_updates_show_in_low_precision(name, way, amp, dtype, monkeypatch)
 
 @pytest.mark.parametrize('amp', [False, True])
 def test_a_dense_gradient_in_low_precision(amp, monkeypatch):
-    monkeypatch.setattr(matmul, 'AMX', True)
+    monkeypatch.setattr(onednn, 'AMX', True)
     case = Layer(lambda: nn.Linear(64, 64), (300, 64))
     assert not thin_pays(300, 64, 64, 32)
     model = adapted(case, dict(type='LoRA', rank=32), torch.float32)

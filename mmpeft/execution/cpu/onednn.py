@@ -1,7 +1,7 @@
 """Products in float32 by oneDNN.
 
-torch itself uses MKL, which leaves the AVX-512 units of other makers' processors unused. Where
-there are none, MKL is as fast or faster.
+torch itself uses MKL, which leaves half the AVX-512 units of processors that Intel did not make
+unused. On Intel's, and where there are no such units, MKL is as fast or faster.
 Shapes are those of :mod:`mmpeft.execution.matmul`.
 """
 
@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-AVX512 = 'AVX512' in torch.backends.cpu.get_cpu_capability()
+from mmpeft.execution.checkpointing import save_first
+
+AMX = torch.cpu._is_amx_tile_supported()  # Intel's alone have it.
+IS_FASTER = 'AVX512' in torch.backends.cpu.get_cpu_capability() and not AMX
 # Multiply-adds below which oneDNN's preparation takes longer than the product.
 SMALL_PRODUCT = 2**21
 # Columns up to which it computes a product faster transposed.
@@ -20,7 +23,7 @@ THIN = 128
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes the product of a map of I channels and a matrix (O, I) faster."""
     return (
-        AVX512
+        IS_FASTER
         and x.is_cpu
         and x.numel() * weight.shape[0] >= SMALL_PRODUCT
         and x.dtype == weight.dtype == torch.float32
@@ -61,9 +64,12 @@ class FrozenLinear(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
+        ctx.saved_first = save_first(weight)
+        if ctx.saved_first is None:
+            ctx.save_for_backward(weight)
         return linear(x, weight, bias).data  # no view, which in-place activations refuse
 
     @staticmethod
     def backward(ctx, dy):
-        return FrozenLinear.apply(dy, ctx.saved_tensors[0].T, None), None, None
+        (weight,) = (ctx.saved_first or ctx).saved_tensors
+        return FrozenLinear.apply(dy, weight.T, None), None, None
