@@ -94,7 +94,7 @@ class _Run:
 
     def _give_up(self, y):
         """Leave to the checkpoint what is saved up to the last product, or everything."""
-        outputs, rest = list(_tensors(y)), self.saved[self.end :]
+        outputs, rest = [*filter(_is_dense, _tensors(y))], self.saved[self.end :]
         kept = [_kept(saved.tensor, outputs) for saved in rest]
         if self.end == 0 or any(tensor is None for tensor in kept):
             rest, kept = [], []
@@ -149,11 +149,17 @@ def _save_for(several: list[_Saved]) -> None:
 
 
 def _kept(tensor, outputs):
-    """What takes the place of a tensor that is kept; None if it is too large."""
+    """What takes the place of a tensor that is kept; None if it is too large, or not dense."""
+    if not _is_dense(tensor):
+        return None
     for y in outputs:
         if _memory_of(y) == _memory_of(tensor):
             return y.detach()  # torch notices if it is changed in place
     return tensor if any(SMALL_PART * tensor.numel() <= y.numel() for y in outputs) else None
+
+
+def _is_dense(tensor):
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _memory_of(tensor):

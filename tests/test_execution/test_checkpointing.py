@@ -163,6 +163,16 @@ def test_hooks_around_it_see_what_is_kept():
     assert_equal(results(model, x, on_cpu), expected, 1e-12)
 
 
+def test_what_is_not_dense_is_not_kept():
+    class Sparse(Block):
+        def forward(self, x):
+            mixing = torch.eye(WIDTH, dtype=x.dtype).to_sparse()
+            return torch.sparse.mm(mixing, super().forward(x).flatten(0, 1).T).T.view(x.shape)
+
+    model, x = network('relu', 'small', kind=Sparse)
+    assert_equal(results(model, x), results(plain_of(model), x), 1e-10)
+
+
 def test_backward_inside_a_block():
     """As of a penalty that a block computes of its own gradients."""
 
