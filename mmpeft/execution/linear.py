@@ -157,7 +157,9 @@ class AdaptedLinear(FastFunction):
             delta = torch.mm(up, down, out=out)
             return torch.addcmul(weight, weight, delta, value=self.scale, out=delta)
         if ratio is None:
-            return torch.addmm(cast(weight, up.dtype), up, down, alpha=self.scale, out=out)
+            same = cast(weight, up.dtype)
+            out = out if same is weight else same
+            return torch.addmm(same, up, down, alpha=self.scale, out=out)
         ratio = ratio[:, None]
         return torch.mm(up * (self.scale * ratio), down, out=out).addcmul_(weight, ratio)
 
