@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mmpeft.transforms import is_transformed
 
@@ -30,7 +30,8 @@ def run_again(function: Callable, *args, **kwargs):
     if not torch.is_grad_enabled() or is_transformed():
         return function(*args, **kwargs)
     run = _Run(function)
-    y = checkpoint(run, *args, use_reentrant=False, **kwargs)
+    with set_checkpoint_early_stop(True):  # What is kept is not saved a second time.
+        y = checkpoint(run, *args, use_reentrant=False, **kwargs)
     run.keep_rest()
     return y
 
@@ -78,7 +79,7 @@ class _Run:
             with saved_tensors_hooks(self._pack, _Saved.get):
                 y = self.function(*args, **kwargs)
             self.is_repeated = True
-            self._give_up(y)
+            self._leave_to_checkpoint(y)
             return y
         finally:
             _running.reset(before)
@@ -92,7 +93,7 @@ class _Run:
         self.saved.append(_Saved(tensor))
         return self.saved[-1]
 
-    def _give_up(self, y):
+    def _leave_to_checkpoint(self, y):
         """Leave to the checkpoint what is saved up to the last product, or everything."""
         outputs, rest = [*filter(_is_dense, _tensors(y))], self.saved[self.end :]
         kept = [_kept(saved.tensor, outputs) for saved in rest]

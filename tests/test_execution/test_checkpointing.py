@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmpeft
@@ -150,6 +150,13 @@ def test_an_output_that_changes_in_place_is_noticed():
         y.zero_()
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         total.backward()
+
+
+def test_where_recomputations_do_not_stop_early():
+    model, x = network('relu', 'small')
+    expected = results(model, x)
+    with set_checkpoint_early_stop(False):
+        assert_equal(results(model, x), expected, 1e-12)
 
 
 def test_hooks_around_it_see_what_is_kept():
