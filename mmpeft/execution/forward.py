@@ -16,7 +16,6 @@ from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry, WeightSpec
 
 from .conv import TuckerConv
-from .cpu import scratch
 from .cpu.depthwise import DepthwiseConv
 from .linear import AdaptedLinear
 from .matmul import ChannelsLast, flat, is_low, layout_of, times, unflat
@@ -78,9 +77,7 @@ def built(layer: Layer, form: NormalForm, x: Tensor) -> Tensor:
     """The layer as it is, for a weight that no gradient is wanted of."""
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
     with outside_autocast(x.device.type):
-        shape = layer.weight.flatten(1).shape
-        memory = scratch.memory(scratch.WEIGHT, shape, form.up.dtype, form.up)
-        adapted = form.dropped(layer.spec).built(layer.weight, memory).to(weight.dtype)
+        adapted = form.dropped(layer.spec).built(layer.weight).to(weight.dtype)
         run = F.linear if layer.geometry is None else layer.geometry.convolve
         return run(x, adapted, bias)
 

@@ -114,14 +114,14 @@ class NormalForm:
         inverse = square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
         return torch.where(square > 0, self.magnitude * inverse, 1)
 
-    def built(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """W' as :meth:`apply` gives it, without gradients, in few passes; in ``out`` if given."""
+    def built(self, weight: Tensor) -> Tensor:
+        """W' as :meth:`apply` gives it, without gradients: in the memory of dW, in few passes."""
         up, shape, weight = self.up, weight.shape, weight.flatten(1).to(self.up.dtype)
         down = self.unfolded()
         if self.update == 'additive':
-            adapted = torch.addmm(weight, up, down, alpha=self.scale, out=out)
+            adapted = torch.addmm(weight, up, down, alpha=self.scale)
         else:
-            delta = torch.mm(up, down, out=out)
+            delta = up @ down
             adapted = UPDATES[self.update](weight, delta, self.scale, delta)
         if self.magnitude is not None:
             norm = torch.linalg.vector_norm(adapted, dim=1)
