@@ -5,8 +5,8 @@ memory     kept                                             computed again in ba
 ========== ================================================ ===================================
 speed      what backward needs, each map once               norms and activations
 balanced   that without the inputs of GELU and SiLU         the products before them too
-small      the inputs of blocks (Chen, arXiv:1604.06174)    whole blocks, with random numbers as
-                                                            they were
+small      the inputs of blocks (Chen, arXiv:1604.06174)    blocks up to their last product, with
+                                                            random numbers as they were
 ========== ================================================ ===================================
 """
 
