@@ -10,6 +10,7 @@ Where that does not pay, the dense gradient is formed, and not kept either.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class TuckerConv(FastFunction):
             dense one.
     """
 
+    recomputes_input: ClassVar = True
     geometry: ConvGeometry
     scale: float
     branch: bool

@@ -16,7 +16,7 @@ from mmpeft.methods.precision import outside_autocast
 from mmpeft.methods.spec import CONVOLUTIONS, ConvGeometry, WeightSpec
 
 from .conv import TuckerConv
-from .cpu.depthwise import DepthwiseConv
+from .grouped import GroupedConv
 from .linear import AdaptedLinear
 from .matmul import ChannelsLast, flat, is_low, layout_of, times, unflat
 from .recompute import cast, is_tagged, offer_product, tag_for_recompute, through
@@ -123,11 +123,16 @@ def conv(layer: Layer, form: NormalForm, branch: bool, thin: bool, x: Tensor) ->
     return function(x, weight, bias, form.up, form.core, form.down)
 
 
-def depthwise(layer: nn.Module, geometry: ConvGeometry, x: Tensor) -> Tensor:
-    """A depthwise convolution with an adapted weight, by :class:`DepthwiseConv`."""
+def grouped(
+    layer: nn.Module, geometry: ConvGeometry, groups: int, is_fast: bool, x: Tensor
+) -> Tensor:
+    """A convolution with groups and an adapted weight, by :class:`GroupedConv`.
+
+    ``is_fast``: its kernel's gradient is computed as a convolution.
+    """
     x, geometry = geometry.padded(x)
     x, weight, bias = _in_one_dtype(x, layer.weight, layer.bias)
-    return DepthwiseConv(geometry)(x, weight, bias)
+    return GroupedConv(geometry, groups, is_fast)(x, weight, bias)
 
 
 def _flat_at(x, stride):

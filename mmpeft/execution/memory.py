@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mmpeft.transforms import is_transformed
 
+from .activations import Activation
 from .checkpointing import run_again
 from .classes import Fast, change_class, set_attributes
-from .frozen import Activation
 
 SPEED, BALANCED, SMALL = MEMORY = 'speed', 'balanced', 'small'
 PLAIN_DATA = Tensor | int | float | complex | str | bytes | type(None) | torch.dtype | torch.device

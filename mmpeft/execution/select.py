@@ -23,6 +23,7 @@ from .cpu import depthwise
 from .forward import Layer
 from .linear import thin_pays
 from .matmul import is_low
+from .recompute import is_tagged
 
 AUTO, PLAIN, MERGED, BRANCH, COMPOSED = CHOICES = 'auto', 'plain', 'merged', 'branch', 'composed'
 WHERE = 'in the weight', 'as a branch'
@@ -85,10 +86,13 @@ def select_kernel(layer: nn.Module, x: Tensor) -> Kernel | None:
         if layer.execution == AUTO:
             branch = x.numel() < original.numel()
         return Kernel('scaled channels', by(forward.scaled, form, branch))
-    if 'depthwise' in spec.kinds:
-        pays = trains and not transformed and depthwise.pays(layer, geometry, x)
-        run = partial(forward.depthwise, layer, geometry)
-        return Kernel('kernel gradient as a convolution', run, True) if pays else None
+    if geometry is not None and spec.groups > 1:
+        is_fast = depthwise.pays(layer, geometry, x)
+        if not trains or transformed or not (is_fast or is_tagged(x)):
+            return None
+        run = partial(forward.grouped, layer, geometry, spec.groups, is_fast)
+        name = 'kernel gradient as a convolution' if is_fast else 'input computed again'
+        return Kernel(name, run, keeps_weight=True)
     if not spec.is_plain or (trains and original.requires_grad):
         return None  # the other kernels have no gradient for the original weight
     adapter.check_sharding()

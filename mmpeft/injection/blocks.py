@@ -20,16 +20,11 @@ BLOCKS = 'two modules of one class, each with two layers or more, in an nn.Seque
 def blocks(root: nn.Module) -> dict[str, nn.Module]:
     """The smallest elements of lists with two layers or more, of classes that occur twice or more.
 
-    By their paths. A list is an ``nn.Sequential`` or an ``nn.ModuleList``.
+    By their paths. A list is an ``nn.Sequential`` or an ``nn.ModuleList``; if these hold no blocks,
+    it is any module whose children are all of one class.
     """
     modules = dict(layers(root))
-    lists = [path for path, m in modules.items() if isinstance(m, nn.Sequential | LISTS)]
-    paths = [join(path, name) for path in lists for name in modules[path]._modules]
-    elements = {path: modules[path] for path in paths if path in modules}
-    held = Counter(top for p, m in modules.items() if layer_spec(m) for top in lineage(p))
-    kinds = Counter(map(_kind, elements.values()))
-    is_block = {p: held[p] > 1 and kinds[_kind(m)] > 1 for p, m in elements.items()}
-    return smallest({p: m for p, m in elements.items() if is_block[p] and not isinstance(m, LISTS)})
+    return _blocks_in(modules, _is_list) or _blocks_in(modules, _is_uniform)
 
 
 def target_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,6 +66,25 @@ def recomputable_blocks(root: nn.Module) -> list[nn.Module]:
             stacklevel=2,
         )
     return found
+
+
+def _blocks_in(modules, is_list):
+    lists = [path for path, m in modules.items() if is_list(m)]
+    paths = [join(path, name) for path in lists for name in modules[path]._modules]
+    elements = {path: modules[path] for path in paths if path in modules}
+    held = Counter(top for p, m in modules.items() if layer_spec(m) for top in lineage(p))
+    kinds = Counter(map(_kind, elements.values()))
+    is_block = {p: held[p] > 1 and kinds[_kind(m)] > 1 for p, m in elements.items()}
+    return smallest({p: m for p, m in elements.items() if is_block[p] and not isinstance(m, LISTS)})
+
+
+def _is_list(module):
+    return isinstance(module, nn.Sequential | LISTS)
+
+
+def _is_uniform(module):
+    kinds = [*map(_kind, module._modules.values())]
+    return len(kinds) > 1 and len(set(kinds)) == 1
 
 
 def _kind(module):

@@ -5,7 +5,9 @@ from torch import nn
 
 import mmpeft
 from mmpeft import execution
+from mmpeft.injection.weights import weights_of
 from mmpeft.methods import ActivationMethod, DeltaMethod
+from mmpeft.methods.spec import ConvGeometry
 from tests.cases import KINDS, LAYERS, METHODS, Layer, randomize
 
 LARGE = dict(
@@ -38,6 +40,11 @@ def adapted(layer, config, dtype=torch.float64, way=execution.AUTO):
     mmpeft.inject(model, config, dict(kinds=KINDS), execution=way)
     randomize(model)
     return model
+
+
+def geometry_of(layer):
+    """How a convolution's kernel slides."""
+    return ConvGeometry.of(layer, dict(weights_of(layer))['weight'])
 
 
 def weight_methods():

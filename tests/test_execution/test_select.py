@@ -24,7 +24,7 @@ KERNELS = {
         + ('patches', 'sequence', 'volume', 'pointwise_padded'),
         'TuckerConv',
     ),
-    **dict.fromkeys(('large_depthwise', 'depthwise_same', 'depthwise_wide'), 'DepthwiseConv'),
+    **dict.fromkeys(('large_depthwise', 'depthwise_same', 'depthwise_wide'), 'GroupedConv'),
 }
 MAPS = [name for name in KERNELS if name in LARGE and len(LARGE[name].size) == 4]
 # What differs to a kernel: the update, which factors are there, and what is normalized.

@@ -45,7 +45,15 @@ def vit():
     return timm.create_model('vit_tiny_patch16_224', **sizes), (2, 3, 32, 32)
 
 
-NETWORKS = dict(convnext=convnext, resnet=resnet, vit=vit)
+def efficientnet():
+    return timm.create_model('test_efficientnet', num_classes=3), (2, 3, 64, 64)
+
+
+def regnet():
+    return timm.create_model('regnety_002', num_classes=3), (2, 3, 32, 32)
+
+
+NETWORKS = dict(convnext=convnext, resnet=resnet, vit=vit, efficientnet=efficientnet, regnet=regnet)
 
 
 def adapted(build, memory, method='flora', **arguments):
@@ -132,13 +140,19 @@ def test_a_block_keeps_its_input_alone():
     assert saved_bytes(model, x)[0] == 3 * x.nbytes
 
 
-@pytest.mark.parametrize('build', NETWORKS.values(), ids=NETWORKS)
-def test_blocks(build):
+@pytest.mark.parametrize(
+    'build, kinds',
+    [
+        (convnext, {'ConvNeXtBlock'}),
+        (resnet, {'Bottleneck'}),
+        (vit, {'Block'}),
+        (efficientnet, {'EdgeResidual', 'InvertedResidual'}),
+        (regnet, {'Bottleneck'}),  # its stages are modules of their own
+    ],
+)
+def test_blocks(build, kinds):
     model, _ = build()
-    kinds = {type(m).__name__ for m in blocks(model).values()}
-    assert kinds == {{'convnext': 'ConvNeXtBlock', 'resnet': 'Bottleneck', 'vit': 'Block'}[
-        build.__name__
-    ]}  # fmt: skip
+    assert {type(m).__name__ for m in blocks(model).values()} == kinds
 
 
 def test_what_recomputes_itself_is_left_to_it():
