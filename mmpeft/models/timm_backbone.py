@@ -8,7 +8,7 @@ import timm
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from timm.layers import LayerNorm2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d, SyncBatchNormAct
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
@@ -140,6 +140,9 @@ class TimmBackbone(BaseModule):
         self.stride = max(strides) if self.returns_levels and not pads else 1
         if with_cp:
             self.model.set_grad_checkpointing(True)
+        self.norms_that_activate = tuple(
+            name for name, module in self.model.named_modules() if _activates(module)
+        )
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
         self.newly_initialized = tuple(f'norm{i}' for i in self.out_indices) if out_norm else ()
         if out_norm:
@@ -232,6 +235,22 @@ class TimmBackbone(BaseModule):
             names[key.rpartition('.')[0]] = name_in(weights, key).rpartition('.')[0]
         return names
 
+    def train(self, mode: bool = True) -> 'TimmBackbone':
+        """As of every module.
+
+        Raises:
+            UsageError: Norms that hold an activation were replaced by norms that do not.
+        """
+        present = dict(self.model.named_modules()) if self.norms_that_activate else {}
+        lost = [n for n in self.norms_that_activate if n in present and not _activates(present[n])]
+        if lost:
+            raise UsageError(
+                f'{len(lost)} batch norms of {self.name}, such as {lost[0]}, have lost the '
+                "activation that they held: mmengine's sync_bn and fuse_conv_bn replace norms "
+                'without it. Remove sync_bn from the config, or do not fuse this model.'
+            )
+        return super().train(mode)
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(N, 3, H, W) to a contiguous map (N, C_i, H_i, W_i) for each of ``out_indices``.
 
@@ -257,6 +276,10 @@ class TimmBackbone(BaseModule):
         maps = (norm(level) for norm, level in zip(norms, levels, strict=True))
         # mmcv's RoIAlign reads memory as if it were contiguous, and timm's may be channels-last.
         return tuple(level.contiguous() for level in maps)
+
+
+def _activates(module):
+    return isinstance(module, BatchNormAct2d | FrozenBatchNormAct2d | SyncBatchNormAct)
 
 
 def _without_parameters():

@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from mmcv.cnn.utils import fuse_conv_bn
 from mmcv.ops import roi_align
+from mmengine.model import convert_sync_batchnorm
 from safetensors.torch import save_file
 
 import mmpeft
@@ -189,6 +191,22 @@ def test_recomputation_gives_adapters_the_same_gradients():
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
     assert any(gradient.any() for gradient in gradients[0])
+
+
+def test_norms_that_lose_their_activation_are_noticed():
+    """mmengine puts norms in their place that do nothing else."""
+    backbone = TimmBackbone('test_efficientnet', out_norm=False)
+    mmpeft.inject(backbone, dict(type='LoRA', rank=2))
+    backbone.train().eval()
+    backbone = TimmBackbone('test_efficientnet', out_norm=False)
+    backbone.model = timm.layers.convert_sync_batchnorm(backbone.model)
+    backbone.train()
+    lost = TimmBackbone('test_efficientnet', out_norm=False)
+    for convert in (convert_sync_batchnorm, fuse_conv_bn):
+        with pytest.raises(UsageError, match='batch norms of test_efficientnet, such as .*sync_bn'):
+            convert(copy.deepcopy(lost)).eval()
+    resnet = TimmBackbone('test_resnet', out_norm=False)
+    convert_sync_batchnorm(resnet).train()
 
 
 def test_drop_path_reaches_timm():
