@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mmpeft.transforms import is_transformed
@@ -25,11 +26,13 @@ SMALL_PART = 16  # What follows the last product is kept up to this part of the 
 def run_again(function: Callable, *args, **kwargs):
     """``function(*args, **kwargs)``, of which the arguments are kept, and which backward repeats.
 
-    As it is where no gradient is wanted or torch transforms operations.
+    Lists and dicts among them are kept as they are now: their owner may change them. As it is where
+    no gradient is wanted or torch transforms operations.
     """
     if not torch.is_grad_enabled() or is_transformed():
         return function(*args, **kwargs)
-    run = _Run(function)
+    run = _Run(function, args, kwargs)
+    args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
     with set_checkpoint_early_stop(True):  # What is kept is not saved a second time.
         y = checkpoint(run, *args, use_reentrant=False, **kwargs)
     run.keep_rest()
@@ -65,10 +68,10 @@ def save_first(*tensors: Tensor | None) -> SavedTensors | None:
 
 
 class _Run:
-    """A function that is called twice, in forward and in backward."""
+    """A function that is called twice, in forward with ``args`` and in backward."""
 
-    def __init__(self, function: Callable):
-        self.function, self.is_repeated = function, False
+    def __init__(self, function: Callable, args: tuple, kwargs: dict):
+        self.function, self.first, self.is_repeated = function, (args, kwargs), False
         self.saved, self.end = [], 0  # of forward; how many there are up to the last product
 
     def __call__(self, *args, **kwargs):
@@ -76,6 +79,7 @@ class _Run:
         try:
             if self.is_repeated:
                 return self.function(*args, **kwargs)
+            (args, kwargs), self.first = self.first, None
             with saved_tensors_hooks(self._pack, _Saved.get):
                 y = self.function(*args, **kwargs)
             self.is_repeated = True

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmpeft
 from mmpeft.analysis.memory import saved_bytes
 from mmpeft.execution.cpu import onednn
+from mmpeft.execution.memory import RecomputedBlock
 from tests.cases import METHODS, randomize
-from tests.comparing import assert_equal, plain_of, results
+from tests.comparing import assert_as_plain, assert_equal, plain_of, results
 
 WIDTH, POSITIONS = 16, 64
 
@@ -192,3 +193,36 @@ def test_backward_inside_a_block():
 
     model, x = network('sum', 'small', kind=Penalised)
     assert_equal(results(model, x), results(plain_of(model), x), 1e-10)
+
+
+class Dense(nn.Module):
+    """Layers that see the outputs of all before them, in a list that grows (DenseNet)."""
+
+    class Layer(nn.Module):
+        def __init__(self, before):
+            super().__init__()
+            self.one, self.two = nn.Linear(WIDTH * before, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, found, notes=None):
+            notes['calls'] += 1
+            return self.two(self.one(torch.cat(found, -1)).relu())
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Dense.Layer(n) for n in (1, 2, 3))
+
+    def forward(self, x):
+        found, notes = [x], dict(calls=0)
+        for layer in self.layers:
+            found.append(layer(found, notes=notes))
+        assert notes['calls'] == 3  # a block may change what it is given
+        return torch.cat(found, -1)
+
+
+def test_a_list_that_grows_after_a_block_saw_it():
+    torch.manual_seed(0)
+    model = Dense().double()
+    mmpeft.inject(model, METHODS['flora'], memory='small')
+    randomize(model)
+    assert any(isinstance(m, RecomputedBlock) for m in model.modules())
+    assert_as_plain(model, torch.randn(4, POSITIONS, WIDTH, dtype=torch.float64))
