@@ -38,6 +38,7 @@ class Activation(Recomputable):
     """
 
     repeats_products = False
+    is_one_operation = True  # of torch, which keeps the input alone
 
     def forward(self, input):
         if not is_passed_through(self, input):
@@ -45,7 +46,8 @@ class Activation(Recomputable):
         if getattr(self, 'inplace', False):
             is_plain = not (input.is_leaf or input._is_view())
             return self._in_place(input) if is_plain else super().forward(input)
-        if not (self.repeats_products and accept_product(input)):
+        repeats = self.repeats_products and accept_product(input)
+        if self.is_one_operation and not repeats:
             return super().forward(input)
         function, gradient = self.functions()
         y = Pointwise(function, gradient)(input)
@@ -68,10 +70,16 @@ class FrozenGELU(Activation):
 
 
 class FrozenSiLU(Activation):
-    """SiLU, also called Swish."""
+    """SiLU."""
 
     def functions(self):
         return F.silu, torch.ops.aten.silu_backward
+
+
+class FrozenSwish(FrozenSiLU):
+    """mmcv's, which multiplies by a sigmoid."""
+
+    is_one_operation = False
 
 
 class FrozenHardswish(Activation):
