@@ -22,7 +22,7 @@ from .activations import (
 )
 from .classes import Fast, forward_owner
 from .cpu import onednn
-from .gate import FrozenGate
+from .gated import FrozenGate
 from .matmul import linear
 from .recompute import offer_product
 from .response_norm import response_norm
@@ -133,10 +133,21 @@ KINDS = {
     'mmdet.models.layers.se_layer.SELayer': FrozenGate,
     'mmpretrain.models.utils.se_layer.SELayer': FrozenGate,
     'mmseg.models.utils.se_layer.SELayer': FrozenGate,
+    'timm.layers.mlp.GluMlp': FrozenGate,
+    'timm.layers.mlp.SwiGLU': FrozenGate,
+    'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN': FrozenGate,
+    'transformers.models.dinov2.modeling_dinov2.Dinov2SwiGLUFFN': FrozenGate,
+    'transformers.activations.SiLUActivation': FrozenSiLU,
 }
+
+
+# As the layers of a gated MLP are called in LLaMA and most of transformers' models since.
+GATED_MLP = {'gate_proj', 'up_proj', 'down_proj'}
 
 
 def kind_for(layer: nn.Module) -> type | None:
     """Which of the classes above fits a layer, by the class that defines its ``forward``."""
+    if layer._modules.keys() >= GATED_MLP:
+        return FrozenGate
     owner = forward_owner(type(layer))
     return KINDS.get(f'{owner.__module__}.{owner.__qualname__}')

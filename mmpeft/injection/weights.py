@@ -84,6 +84,8 @@ def newly_initialized(module: nn.Module) -> list[str]:
 def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
     """Names and roles of the parameters that a module owns itself and whose role is known.
 
+    One without elements, as of a classifier of no classes, has none.
+
     Layers are recognized by their type; third-party convolutions, such as
     deformable ones, by the attributes of a convolution. An ``nn.MultiheadAttention`` yields
     its input projections; its ``out_proj`` is a linear layer of its own.
@@ -92,7 +94,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, WeightSpec]]:
     names += [n for n in getattr(module, PARAMETRIZATIONS, ()) if n not in names]
     for name in names:
         tensor = _shaped(module, name)
-        spec = None if tensor is None else _spec(module, name, tensor)
+        spec = None if tensor is None or not tensor.numel() else _spec(module, name, tensor)
         if spec is not None:
             yield name, spec
 

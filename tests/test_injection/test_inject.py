@@ -229,3 +229,13 @@ def test_weights_that_train_in_few_digits_cause_a_warning(arguments):
 def test_adapters_of_weights_in_few_digits_cause_none(recwarn):
     mmpeft.inject(nn.Sequential(nn.Linear(4, 4)).bfloat16(), dict(type='LoRA', rank=1))
     assert not [w for w in recwarn if 'weights train' in str(w.message)]
+
+
+@pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')
+@pytest.mark.parametrize('method', ['FLoRA', 'LoRA', 'LoKr', 'SHiRA', 'RepAdapter', 'OFT', 'IA3'])
+def test_weights_without_elements_are_left_alone(method):
+    """timm's classifiers of no classes end in such a layer."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 0), nn.Conv2d(0, 4, 1))
+    mmpeft.inject(model, dict(type=method))
+    assert {site.path for site in attached(model)} == {'0'}
+    assert model[:2](torch.randn(3, 32)).shape == (3, 0)

@@ -1,17 +1,21 @@
-"""Squeeze and excitation: neither the map nor what the gate makes of it is kept."""
+"""Products of maps are computed again: squeeze and excitation, and gated MLPs."""
 
 import pytest
 import torch
 from mmdet.models.layers import SELayer
 from mmpretrain.models.utils import SELayer as SELayerOfMMPretrain
+from mmpretrain.models.utils import SwiGLUFFN
 from mmseg.models.utils import SELayer as SELayerOfMMSeg
-from timm.layers import EffectiveSEModule, SEModule
+from timm.layers import EffectiveSEModule, GluMlp, SEModule, SwiGLU
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 from torchvision.ops.misc import SqueezeExcitation
+from transformers import Dinov2Config, LlamaConfig
+from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import mmpeft
-from mmpeft.execution.gate import Gated, gated
+from mmpeft.execution.gated import Gated, gated
 from tests.cases import METHODS, randomize
 from tests.comparing import assert_as_plain, assert_equal, plain, second_derivatives
 from tests.test_execution.test_recompute import kept_bytes
@@ -28,6 +32,33 @@ GATES = dict(
 )
 
 
+HIDDEN = 96
+DINO = Dinov2Config(hidden_size=32, mlp_ratio=4.5, use_swiglu_ffn=True)
+MLPS = dict(
+    timm=lambda: GluMlp(32, 2 * HIDDEN, act_layer=nn.SiLU, gate_last=False),
+    timm_swiglu=lambda: SwiGLU(32, HIDDEN),
+    mmpretrain=lambda: SwiGLUFFN(32, HIDDEN, add_identity=False),
+    dinov2=lambda: Dinov2SwiGLUFFN(DINO),
+    llama=lambda: LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=HIDDEN)),
+)
+
+
+@pytest.mark.parametrize('build', MLPS.values(), ids=MLPS)
+def test_a_gated_mlp_keeps_its_factors_alone(build):
+    kept, x = {}, torch.randn(2, 50, 32, dtype=torch.float64)
+    for way in ('auto', 'plain'):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(32), build()).double()
+        mmpeft.inject(model, dict(type='FLoRA', rank=2), execution=way)
+        randomize(model)
+        assert_as_plain(model.train(), x)
+        found = second_derivatives(model, x)
+        with plain(model):
+            assert_equal(found, second_derivatives(model, x), 1e-10)
+        _, kept[way] = kept_bytes(model, x.clone().requires_grad_())
+    assert kept['plain'] - kept['auto'] > 1.9 * x[..., :1].nbytes * HIDDEN
+
+
 def network(gate):
     torch.manual_seed(0)
     before = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.SiLU(True)
@@ -35,7 +66,7 @@ def network(gate):
 
 
 @pytest.mark.parametrize('build', GATES.values(), ids=GATES)
-def test_neither_map_is_kept(build):
+def test_squeeze_and_excitation_keeps_neither_map(build):
     kept, x = {}, torch.randn(2, 64, 12, 10, dtype=torch.float64)
     for way in ('auto', 'plain'):
         model = network(build())
