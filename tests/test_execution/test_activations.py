@@ -68,6 +68,16 @@ def test_in_place_by_finite_differences(activation):
     assert torch.autograd.gradgradcheck(run, x)
 
 
+@pytest.mark.parametrize('name', ['flora', 'dora', 'ia3', 'ssb', 'loha'])
+@pytest.mark.parametrize('activation', IN_PLACE, ids=lambda layer: type(layer).__name__)
+def test_in_place_on_what_a_layer_saved(activation, name):
+    """Methods that scale outputs save theirs."""
+    model = nn.Sequential(nn.Linear(24, 32), copy.deepcopy(activation), nn.Linear(32, 24)).double()
+    mmpeft.inject(model, METHODS[name])
+    randomize(model)
+    assert_as_plain(model, torch.randn(4, 5, 24, dtype=torch.float64))
+
+
 def test_in_place_as_torch_refuses_and_allows_it():
     activation = nn.SiLU(True)
     execution.enable_frozen(activation)
