@@ -3,17 +3,31 @@
 A norm or an activation saves its input for backward, and the layer that
 follows saves its output: twice the same content. A tag on the output says how
 it follows from what is saved anyway, and the layer saves that.
+
+A tag counts where it was put on, under the same hooks for saved tensors. Inside a
+checkpoint, tensors that come from outside have none: a second run may get them as
+other objects, and has to save what the first one saved.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
 NAME = '_mmpeft_recompute'
 OFFER = '_mmpeft_product'
+
+
+class Tag(NamedTuple):
+    """That a tensor is ``function(*tensors)``, as long as its version is the same."""
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+    version: int
+    hook: ReferenceType | None
 
 
 class Recipe(NamedTuple):
@@ -51,29 +65,28 @@ def tag_for_recompute(y: Tensor, function: Callable[..., Tensor], *tensors: Tens
     Other layers save the tensors anyway. The function is called outside autocast.
     """
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, NAME, (SharedRecompute(function), tensors, y._version))
+        _put(y, NAME, SharedRecompute(function), tensors)
     return y
 
 
 def is_tagged(x: Tensor | None) -> bool:
-    """Whether a tensor has a tag and was not changed since."""
-    tag = getattr(x, NAME, None)
-    return tag is not None and tag[-1] == x._version
+    """Whether a tensor has a tag that counts, and was not changed since."""
+    return _tag(x, NAME) is not None
 
 
 def offer_product(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> None:
     """Note on a product that it is ``function(*tensors)``, for :func:`accept_product`."""
     if y.requires_grad and not torch.compiler.is_compiling():
-        setattr(y, OFFER, (function, tensors, y._version))
+        _put(y, OFFER, function, tensors)
 
 
 def accept_product(y: Tensor) -> bool:
     """Tag a product as what is recomputed, if it was offered and not changed since."""
-    function, tensors, version = getattr(y, OFFER, (None, (), None))
-    if version != y._version:
+    offer = _tag(y, OFFER)
+    if offer is None:
         return False
     if not is_tagged(y):
-        function, kept = through(function, *tensors)
+        function, kept = through(offer.function, *offer.tensors)
         tag_for_recompute(y, function, *kept)
     return True
 
@@ -91,7 +104,7 @@ def saved_or_recomputed(
             recipes.append(None)
             kept.append(tensor)
             continue
-        shared, parts, _ = getattr(tensor, NAME)
+        shared, parts, *_ = getattr(tensor, NAME)
         restore, shared.is_claimed = shared if shared.is_claimed else shared.final, True
         recipes.append(Recipe(restore, len(parts)))
         kept += parts
@@ -138,6 +151,24 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         return y
     function, kept = through(lambda t: t.to(dtype), x)
     return tag_for_recompute(y, function, *kept)
+
+
+def _put(y, name, function, tensors):
+    hook = _hook()
+    setattr(y, name, Tag(function, tensors, y._version, hook and ref(hook)))
+
+
+def _tag(y, name):
+    tag = getattr(y, name, None)
+    if tag is None or tag.version != y._version:
+        return None
+    return tag if _hook() is (tag.hook and tag.hook()) else None
+
+
+def _hook():
+    """What packs the tensors that are saved for backward now."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks and hooks[0]
 
 
 def _itself(x):

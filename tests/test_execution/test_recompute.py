@@ -1,12 +1,15 @@
 """Maps that are computed again are not saved, and equal what was not."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import GlobalResponseNormMlp
 from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import mmpeft
 from mmpeft.execution.recompute import (
@@ -17,7 +20,7 @@ from mmpeft.execution.recompute import (
     through,
 )
 from tests.cases import randomize
-from tests.comparing import assert_as_plain
+from tests.comparing import assert_as_plain, assert_equal, plain, results
 
 
 def kept_bytes(model, x):
@@ -106,3 +109,40 @@ def test_a_response_norm_keeps_the_input_of_the_activation_alone():
     x = torch.randn(2, 10, 10, 64, dtype=torch.float64, requires_grad=True)
     _, kept = kept_bytes(mlp, x)
     assert 5 * x.nbytes <= kept < 5.2 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    'around', [save_on_cpu, partial(saved_tensors_hooks, torch.clone, torch.clone)]
+)
+@pytest.mark.parametrize('memory', ['speed', 'small'])
+def test_a_tag_from_outside_a_checkpoint_does_not_count_in_it(memory, around):
+    """Under other hooks a second run gets its input as another object, without the tag."""
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 16, 2, 2), nn.BatchNorm2d(16)
+            self.act = nn.SiLU(inplace=True)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(16, 32, 1), nn.GELU(), nn.Conv2d(32, 16, 1), nn.SiLU())
+                for _ in range(2)
+            )
+
+        def forward(self, x):
+            x = self.act(self.norm(self.stem(x)))
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if memory == 'speed' else block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Blocks().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    mmpeft.inject(model, dict(type='FLoRA', rank=2), memory=memory)
+    randomize(model)
+
+    def run(x):
+        with around():
+            return model(x)
+
+    found = results(model, x, run)
+    with plain(model):
+        assert_equal(found, results(model, x), 1e-10)
