@@ -162,7 +162,9 @@ def _tag(y, name):
     tag = getattr(y, name, None)
     if tag is None or tag.version != y._version:
         return None
-    return tag if _hook() is (tag.hook and tag.hook()) else None
+    hook = _hook()
+    is_same = hook is None if tag.hook is None else hook is not None and tag.hook() is hook
+    return tag if is_same else None
 
 
 def _hook():

@@ -1,6 +1,7 @@
 """Maps that are computed again are not saved, and equal what was not."""
 
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import mmpeft
 from mmpeft.execution.recompute import (
     cast,
+    is_tagged,
     restored,
     saved_or_recomputed,
     tag_for_recompute,
@@ -146,3 +148,20 @@ def test_a_tag_from_outside_a_checkpoint_does_not_count_in_it(memory, around):
     found = results(model, x, run)
     with plain(model):
         assert_equal(found, results(model, x), 1e-10)
+
+
+def test_a_tag_from_a_checkpoint_does_not_count_behind_it():
+    """What it needs would be kept outside."""
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def block(x):
+        hidden = x * 2
+        y = tag_for_recompute(F.silu(hidden), F.silu, hidden)
+        assert is_tagged(y)
+        return y
+
+    y = checkpoint(block, x, use_reentrant=False)
+    assert not is_tagged(y)
+    y.sum().backward()
+    gc.collect()
+    assert not is_tagged(y)  # also when the checkpoint is gone
