@@ -27,7 +27,7 @@ class Tag(NamedTuple):
     function: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
     version: int
-    hook: ReferenceType | None
+    hook: ReferenceType | None  # what packed saved tensors then
 
 
 class Recipe(NamedTuple):
