@@ -140,9 +140,7 @@ class TimmBackbone(BaseModule):
         self.stride = max(strides) if self.returns_levels and not pads else 1
         if with_cp:
             self.model.set_grad_checkpointing(True)
-        self.norms_that_activate = tuple(
-            name for name, module in self.model.named_modules() if _activates(module)
-        )
+        self._activating = [n for n, m in self.model.named_modules() if _activates(m)]
         self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
         self.newly_initialized = tuple(f'norm{i}' for i in self.out_indices) if out_norm else ()
         if out_norm:
@@ -241,8 +239,8 @@ class TimmBackbone(BaseModule):
         Raises:
             UsageError: Norms that hold an activation were replaced by norms that do not.
         """
-        present = dict(self.model.named_modules()) if self.norms_that_activate else {}
-        lost = [n for n in self.norms_that_activate if n in present and not _activates(present[n])]
+        present = dict(self.model.named_modules()) if self._activating else {}
+        lost = [n for n in self._activating if n in present and _is_bare(present[n])]
         if lost:
             raise UsageError(
                 f'{len(lost)} batch norms of {self.name}, such as {lost[0]}, have lost the '
@@ -279,7 +277,14 @@ class TimmBackbone(BaseModule):
 
 
 def _activates(module):
-    return isinstance(module, BatchNormAct2d | FrozenBatchNormAct2d | SyncBatchNormAct)
+    is_both = isinstance(module, BatchNormAct2d | FrozenBatchNormAct2d | SyncBatchNormAct)
+    return is_both and not isinstance(module.act, nn.Identity)
+
+
+def _is_bare(module):
+    """Whether a module is a batch norm without activation, or what takes its place when fused."""
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Identity)
+    return (is_norm or type(module).__name__ == 'SyncBatchNorm') and not _activates(module)
 
 
 def _without_parameters():

@@ -101,9 +101,6 @@ def test_by_finite_differences(shape):
 def test_products_that_are_no_gate_are_torchs(amp):
     """A module of the same class that multiplies by other things."""
 
-    class Odd(SEModule):
-        pass
-
     def forward(self, x):
         y = x * x + 2 * x + x * 2.0 + torch.mul(x, x.new_ones(3, *x.shape)).sum(0)
         return y + self.fc1(x.mean((2, 3), keepdim=True)).float().double().mean() * x

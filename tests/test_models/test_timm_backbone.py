@@ -15,6 +15,7 @@ from mmcv.cnn.utils import fuse_conv_bn
 from mmcv.ops import roi_align
 from mmengine.model import convert_sync_batchnorm
 from safetensors.torch import save_file
+from torch import nn
 
 import mmpeft
 from mmpeft.errors import DamagedFileError, UsageError
@@ -205,6 +206,8 @@ def test_norms_that_lose_their_activation_are_noticed():
     for convert in (convert_sync_batchnorm, fuse_conv_bn):
         with pytest.raises(UsageError, match='batch norms of test_efficientnet, such as .*sync_bn'):
             convert(copy.deepcopy(lost)).eval()
+    lost.model.bn1 = nn.Sequential(nn.GroupNorm(4, lost.model.bn1.num_features), nn.SiLU())
+    lost.train()  # which does the same
     resnet = TimmBackbone('test_resnet', out_norm=False)
     convert_sync_batchnorm(resnet).train()
 
