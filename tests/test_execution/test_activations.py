@@ -23,6 +23,7 @@ IN_PLACE = [
     nn.ReLU6(True),
     nn.Hardtanh(-2, 1, True),
 ]
+OTHERS = nn.Hardswish(), nn.Mish(), nn.ReLU6(), nn.LeakyReLU(), Swish()
 
 
 def between_layers(activation):
